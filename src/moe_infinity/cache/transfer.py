@@ -1,0 +1,187 @@
+"""Moves experts into slots on worker threads: demand before prefetch, chunk by chunk.
+
+Knows nothing of who is evicted for whom; it is given a key and a buffer and fills it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable
+from enum import Enum
+
+from moe_infinity.checkpoint.base import ExpertStore
+from moe_infinity.types import ExpertKey, Priority, ReadRange
+
+# A demand load waits for at most one chunk per worker; SSDs reach full speed at 1-8 MiB a read.
+CHUNK_BYTES = 4 * 1024**2
+
+
+class TransferState(Enum):
+    QUEUED = "queued"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class Transfer:
+    """One expert on its way into a buffer. Its fields belong to the engine's lock."""
+
+    __slots__ = ("_buffer", "_pending", "_unclaimed", "error", "key", "priority", "state", "wanted")
+
+    def __init__(
+        self, key: ExpertKey, buffer: memoryview, chunks: Iterable[ReadRange], priority: Priority
+    ) -> None:
+        self.key = key
+        self.priority = priority
+        self.state = TransferState.QUEUED
+        self.error: BaseException | None = None
+        self.wanted = True  # False once cancelled; chunks already being read still finish
+        self._buffer = buffer
+        self._unclaimed = list(chunks)[::-1]
+        self._pending = len(self._unclaimed)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether no thread will touch the buffer any more."""
+        return self.state is not TransferState.QUEUED
+
+
+class TransferEngine:
+    """Worker threads behind one queue with two priorities.
+
+    ``submit`` begins a transfer, ``wait_any`` and ``take_settled`` see its end: loads are
+    two-phase. Errors are kept in the transfer and raised by whoever needs it. No lock is held
+    while reading.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        num_threads: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._store = store
+        self._chunk_bytes = chunk_bytes
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._settled = threading.Condition(self._lock)
+        self._queue: list[tuple[Priority, int, Transfer]] = []
+        self._order = itertools.count()
+        self._finished: list[Transfer] = []
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"moe-infinity-read-{i}", daemon=True)
+            for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, key: ExpertKey, buffer: memoryview, priority: Priority) -> Transfer:
+        """Begin filling ``buffer`` with the expert; it must stay untouched until settled."""
+        chunks = self._store.chunks(key, self._chunk_bytes)
+        transfer = Transfer(key, buffer, chunks, priority)
+        with self._lock:
+            if self._closing:
+                raise RuntimeError("the transfer engine is closed")
+            self._enqueue(transfer)
+        return transfer
+
+    def promote(self, transfer: Transfer) -> None:
+        """A demand has joined a prefetch: its remaining chunks go ahead of all prefetches."""
+        with self._lock:
+            if transfer.priority is not Priority.DEMAND and not transfer.is_settled:
+                transfer.priority = Priority.DEMAND
+                self._enqueue(transfer)
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Read no further chunk of it; it settles when those being read have ended."""
+        with self._lock:
+            if transfer.is_settled:
+                return
+            transfer.wanted = False
+            transfer._pending -= len(transfer._unclaimed)
+            transfer._unclaimed.clear()
+            if transfer._pending == 0:
+                self._settle(transfer, TransferState.CANCELLED)
+
+    def take_settled(self) -> list[Transfer]:
+        """Transfers that settled since the last call, in the order in which they did."""
+        with self._lock:
+            finished, self._finished = self._finished, []
+            return finished
+
+    def wait_any(self) -> float:
+        """Wait until some transfer has settled and was not taken. Returns the seconds waited."""
+        with self._lock:
+            if self._finished:
+                return 0.0
+            start = self._clock()
+            while not self._finished:
+                self._settled.wait()
+            return self._clock() - start
+
+    def close(self) -> None:
+        """Drop what is queued, let chunks being read end, join every thread. Idempotent."""
+        with self._lock:
+            self._closing = True
+            self._queue.clear()
+            self._work.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _enqueue(self, transfer: Transfer) -> None:
+        for _ in transfer._unclaimed:
+            heapq.heappush(self._queue, (transfer.priority, next(self._order), transfer))
+        self._work.notify(len(transfer._unclaimed))
+
+    def _serve(self) -> None:
+        while True:
+            claimed = self._claim()
+            if claimed is None:
+                return
+            transfer, chunk = claimed
+            error: BaseException | None = None
+            try:
+                start = chunk.slot_offset
+                buffer = transfer._buffer[start : start + chunk.num_bytes]
+                self._store.read_into(transfer.key, buffer, chunk)
+            except BaseException as caught:  # raised again in the call that needs the expert
+                error = caught
+            self._finish_chunk(transfer, error)
+
+    def _claim(self) -> tuple[Transfer, ReadRange] | None:
+        with self._lock:
+            while True:
+                while self._queue:
+                    transfer = heapq.heappop(self._queue)[2]
+                    if transfer._unclaimed:  # else promoted or cancelled: a stale entry
+                        return transfer, transfer._unclaimed.pop()
+                if self._closing:
+                    return None
+                self._work.wait()
+
+    def _finish_chunk(self, transfer: Transfer, error: BaseException | None) -> None:
+        with self._lock:
+            transfer._pending -= 1
+            if error is not None and transfer.error is None:
+                transfer.error = error
+                transfer._pending -= len(transfer._unclaimed)
+                transfer._unclaimed.clear()
+            if transfer._pending == 0:
+                self._settle(transfer, self._outcome(transfer))
+
+    @staticmethod
+    def _outcome(transfer: Transfer) -> TransferState:
+        if transfer.error is not None:
+            return TransferState.FAILED
+        return TransferState.DONE if transfer.wanted else TransferState.CANCELLED
+
+    def _settle(self, transfer: Transfer, state: TransferState) -> None:
+        transfer.state = state
+        self._finished.append(transfer)
+        self._settled.notify_all()

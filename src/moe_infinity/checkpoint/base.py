@@ -1,0 +1,88 @@
+"""What everything about weights looks like to the rest: tensors, experts, a fingerprint."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One stored tensor: its number format, shape and bytes in file number ``file``."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    file: int
+    offset: int
+    num_bytes: int
+
+
+class Checkpoint(ABC):
+    """A model as it lies on disk. Nothing is read but headers until someone asks."""
+
+    path: Path
+    tensors: Mapping[str, TensorEntry]
+    files: tuple[Path, ...]
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that changes when config, tensor names, shapes or places change."""
+
+    @abstractmethod
+    def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
+        """Copy the tensor's bytes into memory the caller owns. Thread-safe. Raises ReadError."""
+
+    @abstractmethod
+    def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
+        """A store that reads the experts described by ``specs`` from this checkpoint."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close all files; idempotent."""
+
+
+class ExpertStore(ABC):
+    """Where experts are read from. ``read_into`` is thread-safe."""
+
+    specs: Mapping[ExpertKey, ExpertSpec]
+
+    @abstractmethod
+    def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
+        """Fill ``buffer`` (chunk.num_bytes long, page-aligned) with one chunk of an expert.
+
+        Raises ReadError on a short or failed read, CheckpointChangedError if the file changed.
+        """
+
+    def chunks(self, key: ExpertKey, chunk_bytes: int) -> list[ReadRange]:
+        """The expert's read ranges, cut into pieces of at most ``chunk_bytes`` (page multiple)."""
+        return [piece for r in self.specs[key].ranges for piece in _cut(r, chunk_bytes)]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a slot that holds any of this store's experts."""
+        return max(spec.slot_bytes for spec in self.specs.values())
+
+
+def _cut(whole: ReadRange, chunk_bytes: int) -> list[ReadRange]:
+    pieces = []
+    for start in range(0, whole.num_bytes, chunk_bytes):
+        needed = whole.needed_bytes - start
+        if needed <= 0:
+            break
+        size = min(chunk_bytes, whole.num_bytes - start)
+        pieces.append(
+            ReadRange(
+                file=whole.file,
+                file_offset=whole.file_offset + start,
+                num_bytes=size,
+                needed_bytes=min(needed, size),
+                slot_offset=whole.slot_offset + start,
+            )
+        )
+    return pieces

@@ -1,0 +1,129 @@
+"""Reading files past the page cache, into page-aligned memory. The one file that knows the OS."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import mmap
+import os
+from pathlib import Path
+
+from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
+
+# Direct I/O wants file offset, length and memory aligned to the logical block of the device: 512
+# or 4096 bytes. 4096 satisfies both, and is a page.
+ALIGNMENT_BYTES = 4096
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+def align_down(value: int) -> int:
+    return value - value % ALIGNMENT_BYTES
+
+
+def align_up(value: int) -> int:
+    return -(-value // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def allocate(num_bytes: int) -> mmap.mmap:
+    """Page-aligned anonymous memory; pages cost nothing before they are touched."""
+    memory = mmap.mmap(-1, max(align_up(num_bytes), ALIGNMENT_BYTES))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages serves small ones
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+class DirectFile:
+    """A read-only file, read with direct I/O; where that is refused, buffered, pages dropped.
+
+    Thread-safe. Raises CheckpointChangedError when the file's size or time of change is no longer
+    what it was when it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._fd, self.is_direct = _open(path)
+        except OSError as error:
+            raise CheckpointNotFoundError(
+                f"{path}: got {error.strerror}, expected a readable file; is the checkpoint whole?"
+            ) from error
+        stat = os.fstat(self._fd)
+        self.num_bytes = stat.st_size
+        self._changed_ns = stat.st_mtime_ns
+
+    def read_into(self, buffer: memoryview, offset: int, needed_bytes: int) -> None:
+        """Fill ``buffer`` from ``offset``; at least ``needed_bytes`` have to arrive.
+
+        offset, len(buffer) and the buffer's address are multiples of ALIGNMENT_BYTES; the end of
+        the file may come between needed_bytes and len(buffer). Raises ReadError.
+        """
+        self.check_unchanged()
+        done = 0
+        while done < needed_bytes:
+            done += self._read_once(buffer[done:], offset + done, needed_bytes - done)
+            if done < needed_bytes and done % ALIGNMENT_BYTES:
+                # A short direct read ends off the grid only at the end of the file.
+                raise ReadError(self._short(offset, done, needed_bytes))
+        if not self.is_direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
+
+    def check_unchanged(self) -> None:
+        stat = os.fstat(self._fd)
+        if stat.st_size != self.num_bytes or stat.st_mtime_ns != self._changed_ns:
+            raise CheckpointChangedError(
+                f"{self.path} changed on disk since it was opened (size {self.num_bytes} -> "
+                f"{stat.st_size} bytes); open the model again"
+            )
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _read_once(self, buffer: memoryview, offset: int, missing: int) -> int:
+        try:
+            num_read = _pread_into(self._fd, buffer, offset)
+        except OSError as error:
+            if error.errno == errno.EINVAL and self.is_direct:
+                self._fall_back()
+                return self._read_once(buffer, offset, missing)
+            raise ReadError(
+                f"{self.path}: reading {len(buffer)} bytes at {offset} failed with "
+                f"{error.strerror}; check the disk (dmesg, smartctl) and the file"
+            ) from error
+        if num_read == 0:
+            raise ReadError(self._short(offset, 0, missing))
+        return num_read
+
+    def _fall_back(self) -> None:
+        """The file system took O_DIRECT at opening but refuses it at reading."""
+        buffered = os.open(self.path, os.O_RDONLY)
+        os.dup2(buffered, self._fd)
+        os.close(buffered)
+        self.is_direct = False
+
+    def _short(self, offset: int, got: int, needed: int) -> str:
+        return (
+            f"{self.path}: got {got} bytes at {offset}, expected {needed}; the file ends too "
+            f"early: download it again"
+        )
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    if _O_DIRECT:
+        try:
+            return os.open(path, flags | _O_DIRECT), True
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+                raise
+    return os.open(path, flags), False
+
+
+def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(fd, [buffer], offset)
+    data = os.pread(fd, len(buffer), offset)
+    buffer[: len(data)] = data
+    return len(data)

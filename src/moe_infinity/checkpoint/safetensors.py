@@ -1,0 +1,197 @@
+"""Hugging Face checkpoints in safetensors files, in place: headers, tensors, experts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
+from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, DirectFile, align_down, allocate
+from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
+from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
+
+# Bytes per element; the names are the format's own. Sub-byte formats are left out on purpose.
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2}
+ITEM_BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEM_BYTES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_INDEX = "model.safetensors.index.json"
+_SCRATCH_BYTES = 8 * 1024**2
+
+
+class SafetensorsCheckpoint(Checkpoint):
+    """A folder with config.json and one or more safetensors files.
+
+    Raises CheckpointNotFoundError without such files, CorruptCheckpointError for files that are
+    missing, truncated or contradict themselves.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        files, promised = _find_files(path)
+        self.files = tuple(files)
+        tensors: dict[str, TensorEntry] = {}
+        for number, file in enumerate(self.files):
+            for entry in read_header(file, number):
+                if entry.name in tensors:
+                    raise CorruptCheckpointError(
+                        f"{file}: tensor {entry.name!r} is also in "
+                        f"{self.files[tensors[entry.name].file].name}; expected it once"
+                    )
+                tensors[entry.name] = entry
+        absent = [name for name in promised if name not in tensors]
+        if absent:
+            raise CorruptCheckpointError(
+                f"{path / _INDEX}: promises {len(absent)} tensors that its shards lack (first: "
+                f"{absent[0]!r}); download the checkpoint again"
+            )
+        self.tensors = tensors
+        self._opened = [DirectFile(file) for file in self.files]
+        self._scratch = threading.local()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file, opened in zip(self.files, self._opened, strict=True):
+            digest.update(f"{file.name} {opened.num_bytes}\n".encode())
+        for entry in self.tensors.values():
+            digest.update(repr(entry).encode())
+        return digest.hexdigest()
+
+    def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
+        if not hasattr(self._scratch, "buffer"):
+            self._scratch.buffer = memoryview(allocate(_SCRATCH_BYTES))
+        scratch: memoryview = self._scratch.buffer
+        done = 0
+        while done < entry.num_bytes:
+            start = align_down(entry.offset + done)
+            skip = entry.offset + done - start
+            size = min(_SCRATCH_BYTES - skip, entry.num_bytes - done)
+            length = -(-(skip + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            self._opened[entry.file].read_into(scratch[:length], start, skip + size)
+            into[done : done + size] = scratch[skip : skip + size]
+            done += size
+
+    def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
+        return FileStore(specs, self._opened)
+
+    def close(self) -> None:
+        for file in self._opened:
+            file.close()
+
+
+class FileStore(ExpertStore):
+    """Experts in open files; the checkpoint that opened them closes them."""
+
+    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec], files: list[DirectFile]) -> None:
+        self.specs = specs
+        self._files = files
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
+        self._files[chunk.file].read_into(buffer, chunk.file_offset, chunk.needed_bytes)
+
+
+def read_header(path: Path, number: int) -> list[TensorEntry]:
+    """The tensors of one safetensors file, every claim of its header checked.
+
+    Raises CorruptCheckpointError naming the file, what was got and what was expected.
+    """
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise CorruptCheckpointError(
+                f"{path}: got a header of {length} bytes in a file of {file_bytes}, expected 2 to "
+                f"{max(file_bytes - 8, 2)}; the file is truncated or not safetensors"
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path}: the header is not JSON ({error})") from error
+    if not isinstance(header, dict):
+        raise CorruptCheckpointError(f"{path}: the header is {type(header).__name__}, not a table")
+    header.pop("__metadata__", None)
+    entries = [_entry(path, number, n, v, 8 + length, file_bytes) for n, v in header.items()]
+    _refuse_overlaps(path, entries)
+    return entries
+
+
+def _entry(
+    path: Path, number: int, name: str, info: Any, data_start: int, file_bytes: int
+) -> TensorEntry:
+    try:
+        dtype, shape = info["dtype"], tuple(info["shape"])
+        begin, end = info["data_offsets"]
+        wanted = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
+        numbers = (*shape, begin, end)
+        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(dtype, str):
+            raise TypeError("a size is not a whole number of at least 0")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptCheckpointError(
+            f"{path}: tensor {name!r} is described by {str(info)[:200]}, expected dtype, shape and "
+            f"data_offsets ({error})"
+        ) from error
+    if begin > end or data_start + end > file_bytes:
+        raise CorruptCheckpointError(
+            f"{path}: tensor {name!r} claims bytes {begin} to {end} of the "
+            f"{file_bytes - data_start} there are; the file is truncated: download it again"
+        )
+    if end - begin != wanted:
+        raise CorruptCheckpointError(
+            f"{path}: tensor {name!r} has {end - begin} bytes, expected {wanted} for {dtype} of "
+            f"shape {list(shape)}"
+        )
+    return TensorEntry(name, dtype, shape, number, data_start + begin, end - begin)
+
+
+def _refuse_overlaps(path: Path, entries: list[TensorEntry]) -> None:
+    ordered = sorted((e for e in entries if e.num_bytes), key=lambda e: e.offset)
+    for first, second in zip(ordered, ordered[1:], strict=False):
+        if first.offset + first.num_bytes > second.offset:
+            raise CorruptCheckpointError(
+                f"{path}: tensors {first.name!r} and {second.name!r} overlap; the header lies"
+            )
+
+
+def _find_files(path: Path) -> tuple[list[Path], list[str]]:
+    """The files, and the tensors an index promises."""
+    index = path / _INDEX
+    if index.exists():
+        return _indexed_files(index)
+    files = sorted(path.glob("*.safetensors"))
+    single = path / "model.safetensors"
+    if single in files:
+        return [single], []
+    if not files:
+        raise CheckpointNotFoundError(
+            f"{path}: got no *.safetensors file, expected model.safetensors or {_INDEX}; convert "
+            f"other formats with transformers' save_pretrained"
+        )
+    return files, []
+
+
+def _indexed_files(index: Path) -> tuple[list[Path], list[str]]:
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        names, promised = sorted(set(places.values())), list(places)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CorruptCheckpointError(
+            f"{index}: got no table 'weight_map' ({error}), expected tensor names and their files"
+        ) from error
+    files = [index.parent / str(name) for name in names]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise CorruptCheckpointError(
+            f"{index.parent}: {len(missing)} of {len(files)} shards are missing "
+            f"({', '.join(missing[:3])}); download them again"
+        )
+    return files, promised

@@ -1,0 +1,105 @@
+"""What a user can choose, validated once. The only file that reads the environment."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_infinity.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_DTYPES = (None, "auto", "float32", "bfloat16", "float16")
+_MISS_RULES = ("load",)
+_DEVICES = ("cpu",)
+
+# Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
+# matrix product decides its last bits, and logits must not depend on how much memory there is.
+PREFILL_CHUNK_TOKENS = 2048
+MAX_DEFAULT_CONTEXT = 32_768
+
+
+def parse_size(value: int | str, name: str = "size") -> int:
+    """Bytes of ``"8GiB"``, ``"512M"``, ``"2.5 GB"`` or a plain number of bytes.
+
+    Raises ConfigError for anything else, zero and negative sizes included.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    match = _SIZE.fullmatch(str(value))
+    units = {unit.lower(): factor for unit, factor in _UNITS.items()}
+    if match is None or match[2].lower() not in units or float(match[1]) <= 0:
+        raise ConfigError(
+            f"{name}: got {value!r}, expected a size such as 8GiB, 512MiB, 2.5GB or a positive "
+            f"number of bytes"
+        )
+    return int(float(match[1]) * units[match[2].lower()])
+
+
+def format_bytes(num_bytes: float) -> str:
+    """``8.00 GiB``, ``12.5 MiB``: for people, never parsed again."""
+    for unit, factor in (("GiB", 1024**3), ("MiB", 1024**2), ("KiB", 1024)):
+        if abs(num_bytes) >= factor:
+            return f"{num_bytes / factor:.2f} {unit}"
+    return f"{int(num_bytes)} B"
+
+
+def state_dir() -> Path:
+    """Folder of the small state file (measured bandwidths, later: learned traces)."""
+    base = os.environ.get("MOE_INFINITY_STATE_DIR")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local/state")) / "moe-infinity"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of ``MoE(...)``; the command line is derived from these names and defaults."""
+
+    ram: int | str = "auto"  # bytes for the whole process; "auto": what the machine can spare
+    vram: int | str | None = None  # bytes of device memory; None: no GPU tier
+    device: str = "cpu"
+    dtype: str | None = None  # None: as the checkpoint says
+    policy: str = "next_use"
+    prefetch: str = "none"
+    miss: str = "load"
+    ram_slots: int | None = None  # capacity in experts, all layers together; with ram, both bind
+    max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
+    max_batch: int = 1
+    num_read_threads: int = 4  # four saturate the SSDs measured at 1-8 MiB per read
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ram != "auto":
+            parse_size(self.ram, "ram")
+        if self.vram is not None:
+            raise ConfigError(
+                f"vram: got {self.vram!r}, expected None: this version computes on the CPU; "
+                f"leave vram out"
+            )
+        _choice("device", self.device, _DEVICES)
+        _choice("dtype", self.dtype, _DTYPES)
+        _choice("miss", self.miss, _MISS_RULES)
+        _positive("ram_slots", self.ram_slots)
+        _positive("max_context", self.max_context)
+        _positive("max_batch", self.max_batch)
+        _positive("num_read_threads", self.num_read_threads)
+
+    @property
+    def ram_bytes(self) -> int | None:
+        """The budget in bytes, None for "auto"."""
+        return None if self.ram == "auto" else parse_size(self.ram, "ram")
+
+
+def _choice(name: str, got: str | None, known: tuple[str | None, ...]) -> None:
+    if got not in known:
+        raise ConfigError(f"{name}: got {got!r}, expected one of {', '.join(map(str, known))}")
+
+
+def _positive(name: str, got: int | None) -> None:
+    if got is not None and (not isinstance(got, int) or got < 1):
+        raise ConfigError(f"{name}: got {got!r}, expected a whole number of at least 1")

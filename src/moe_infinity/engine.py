@@ -1,0 +1,287 @@
+"""Owns lifetimes: opens a model, runs requests, reports, closes. The public Python API."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_infinity.assembly import build_hierarchy, open_checkpoint
+from moe_infinity.checkpoint.hub import resolve
+from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig, format_bytes
+from moe_infinity.errors import CheckpointNotFoundError, ConfigError, PlanExceededError
+from moe_infinity.kernels.reference import Kernel
+from moe_infinity.machine import Bandwidths, measure
+from moe_infinity.model.experts import ExpertsLayer, Runtime, register
+from moe_infinity.model.kv_cache import new_cache
+from moe_infinity.model.loading import Anatomy, examine, load
+from moe_infinity.model.rules import KeepRouting
+from moe_infinity.model.taps import Step, StepTap
+from moe_infinity.original_api import translate
+from moe_infinity.planning import make_plan
+from moe_infinity.reporting import Routing, RunFacts, build_stats
+from moe_infinity.state_file import StateFile, device_of
+from moe_infinity.stats import Counters, PhaseCounters, Stats
+from moe_infinity.tracing.recorder import Recorder
+from moe_infinity.types import ExpertKey
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Request:
+    """The request that runs, or the last one that ran."""
+
+    start_s: float
+    first_token_s: float | None = None
+    end_s: float | None = None
+    counters: Counters | None = None
+    initial: frozenset[int] = frozenset()
+    generates: bool = True
+
+
+class MoE:
+    """A Mixture-of-Experts model whose experts are streamed through a bounded cache.
+
+    model: a checkpoint's folder or a hub id. Options: see EngineConfig; a dictionary as the
+    second argument takes the original package's keys. Use it as a context manager, or ``close``.
+    One request at a time; ``cancel``, ``stats`` and ``residency`` may be called from any thread.
+
+    Raises CheckpointError, BudgetError or ConfigError if the model cannot be opened as asked.
+    """
+
+    def __init__(
+        self, model: str | Path, config: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        self.config = EngineConfig(**{**translate(config or {}), **options})
+        self.path = resolve(model)
+        with contextlib.ExitStack() as undo:
+            self.checkpoint = open_checkpoint(self.path)
+            undo.callback(self.checkpoint.close)
+            anatomy = examine(self.checkpoint, self.config.dtype)
+            self.plan = make_plan(anatomy, self.config)
+            _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
+            self._hierarchy = build_hierarchy(self.checkpoint, anatomy, self.plan, self.config)
+            undo.callback(self._hierarchy.close)
+            self._recorder = Recorder()
+            self.model = self._load(anatomy)
+            self._cleanup = undo.pop_all()
+        self._shape = anatomy.shape
+        self._read_bytes = next(iter(anatomy.specs.values())).read_bytes
+        self._state = StateFile()
+        self._bandwidths: Bandwidths | None = None
+        self._running = threading.Lock()
+        self._total = (PhaseCounters(), PhaseCounters())
+        self._request = _Request(time.perf_counter())
+        self._tokenizer: Any = None
+
+    def __enter__(self) -> MoE:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, input_ids: Any, **kwargs: Any) -> Any:
+        """One forward pass, as the transformers model's own; returns its output (``.logits``).
+
+        Raises PlanExceededError beyond the planned rows, context or room for logits.
+        """
+        ids = _as_batch(input_ids)
+        self._check_plan(ids.shape[0], ids.shape[1], "input_ids")
+        self._check_logits(ids, kwargs.get("logits_to_keep", 0))
+        with self._requesting(generates=False), torch.inference_mode():
+            kwargs.setdefault("use_cache", "past_key_values" in kwargs)
+            return self.model(input_ids=ids, **kwargs)
+
+    def generate(self, input_ids: Any, max_new_tokens: int = 32, **kwargs: Any) -> torch.Tensor:
+        """transformers' ``generate``: sampling, streamers, stopping criteria and all.
+
+        input_ids: [rows, length] or [length]. Returns [rows, length + new] token ids. Raises
+        PlanExceededError beyond the planned rows or context, CancelledError after ``cancel``.
+        """
+        ids = _as_batch(input_ids)
+        rows = ids.shape[0] * kwargs.get("num_beams", 1) * kwargs.get("num_return_sequences", 1)
+        self._check_plan(rows, ids.shape[1] + max_new_tokens, "prompt and new tokens")
+        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        kwargs.setdefault("past_key_values", self.new_cache())
+        if ids.shape[1] > PREFILL_CHUNK_TOKENS:
+            kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
+        with self._requesting(generates=True), torch.inference_mode():
+            return self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
+
+    def new_cache(self) -> Any:
+        """An empty KV cache of the planned context, for ``past_key_values``."""
+        return new_cache(self.model.config, self.plan.max_context)
+
+    def cancel(self) -> None:
+        """End the running request before its next expert; it raises CancelledError."""
+        self._hierarchy.cancelled.set()
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for.
+
+        Raises CheckpointNotFoundError if it has none; token ids work without.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = _load_tokenizer(self.path)
+        return self._tokenizer
+
+    def stats(self, total: bool = False) -> Stats:
+        """The report of the last request (or the running one), or of all since opening."""
+        request = self._request
+        counters = request.counters or self._hierarchy.counters
+        facts = RunFacts(
+            shape=self._shape,
+            num_slots=self.plan.num_slots,
+            dense_bytes=self.plan.dense_bytes,
+            bytes_written=self._state.bytes_written,
+            lossy=(),
+            bandwidths=self.bandwidths(),
+        )
+        if total:
+            summed = Counters(counters.expert_bytes, *self._total)
+            return build_stats(summed, facts, None, None)
+        routing = None
+        if self._recorder.is_complete:
+            routing = Routing(list(self._recorder.accesses), request.initial)
+        ttft = request.first_token_s - request.start_s if request.first_token_s else None
+        return build_stats(counters, facts, ttft if request.generates else None, routing)
+
+    def residency(self) -> list[dict[str, list[int]]]:
+        """For every MoE layer, which experts are in which tier: ``[{"ram": [...], "disk": ...}]``."""
+        layers = []
+        for layer, count in enumerate(self._shape.experts_per_layer):
+            tiers: dict[str, list[int]] = {"ram": [], "disk": []}
+            for expert in range(count):
+                tiers[self._hierarchy.tier_of(ExpertKey(layer, expert))].append(expert)
+            layers.append(tiers)
+        return layers
+
+    def bandwidths(self) -> Bandwidths:
+        """Speeds of this machine, from the state file or measured now (about a second)."""
+        if self._bandwidths is None:
+            device = device_of(self.checkpoint.files[0])
+            self._bandwidths = self._state.bandwidths(device)
+            if self._bandwidths is None:
+                self._bandwidths = measure(self.checkpoint.files, self._read_bytes)
+                self._state.set_bandwidths(device, self._bandwidths)
+        return self._bandwidths
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if the cache has lost or doubled a slot."""
+        self._hierarchy.check_integrity()
+
+    def close(self) -> None:
+        """Stop every thread, close files, write the state file. Idempotent."""
+        self.cancel()
+        with self._running:
+            self._cleanup.close()
+        self._state.save()
+
+    def _load(self, anatomy: Anatomy) -> Any:
+        register()
+        model, modules = load(self.checkpoint, anatomy)
+        self._runtime = Runtime(
+            self._hierarchy, Kernel(), KeepRouting(), self._recorder, step=Step(0, "decode", 1, 1)
+        )
+        for layer, module in enumerate(modules):
+            count = anatomy.shape.experts_per_layer[layer]
+            ExpertsLayer(module, layer, count, self._runtime)
+        self._tap = StepTap(model, self._begin_step, self._end_step)
+        return model
+
+    def _begin_step(self, step: Step) -> None:
+        self._runtime.step = step
+        self._hierarchy.begin_pass(step.phase)
+        now = self._hierarchy.counters.now
+        now.num_passes += 1
+        now.num_tokens += step.num_rows * step.length
+
+    def _end_step(self) -> None:
+        request = self._request
+        if request.end_s is None and self._runtime.step.phase == "prefill":
+            request.first_token_s = time.perf_counter()  # of the last chunk, in the end
+
+    @contextlib.contextmanager
+    def _requesting(self, generates: bool) -> Iterator[None]:
+        """Everything between the start and the end of one request."""
+        if not self._running.acquire(blocking=False):
+            raise ConfigError("a request is running; one at a time, or cancel() it first")
+        counters = self._hierarchy.counters
+        counters.take()
+        self._recorder.clear()
+        self._hierarchy.cancelled.clear()
+        resident = frozenset(self._hierarchy.resident_flat())
+        self._request = _Request(time.perf_counter(), initial=resident, generates=generates)
+        self._hierarchy.begin_request()
+        try:
+            yield
+        finally:
+            self._hierarchy.end_request()
+            self._finish(self._request, counters)
+            self._running.release()
+
+    def _finish(self, request: _Request, counters: Counters) -> None:
+        request.end_s = time.perf_counter()
+        first = request.first_token_s if request.generates else None
+        split = first or (request.end_s if counters.prefill.num_passes else request.start_s)
+        counters.prefill.wall_s = split - request.start_s
+        counters.decode.wall_s = request.end_s - split if counters.decode.num_passes else 0.0
+        request.counters = counters.take()
+        for total, part in zip(
+            self._total, (request.counters.prefill, request.counters.decode), strict=True
+        ):
+            total.add(part)
+
+    def _check_plan(self, rows: int, length: int, what: str) -> None:
+        if rows > self.plan.max_batch:
+            raise PlanExceededError(
+                f"batch: got {rows} rows, expected at most the planned {self.plan.max_batch}; open "
+                f"the model with max_batch={rows}"
+            )
+        if length > self.plan.max_context:
+            raise PlanExceededError(
+                f"context: got {length} tokens ({what}), expected at most the planned "
+                f"{self.plan.max_context}; open the model with max_context={length}"
+            )
+
+    def _check_logits(self, ids: torch.Tensor, logits_to_keep: Any) -> None:
+        """Logits of every position may outgrow the workspace; they are refused, not swapped."""
+        kept = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else ids.shape[1]
+        vocab = self.model.config.get_text_config().vocab_size
+        needed = ids.shape[0] * kept * vocab * 4
+        room = self.plan.workspace_bytes + self.plan.budget_bytes - self.plan.used_bytes
+        if needed > room:
+            raise PlanExceededError(
+                f"logits of {kept} positions need {format_bytes(needed)}, expected at most "
+                f"{format_bytes(room)}; pass logits_to_keep=1, or open with more ram"
+            )
+
+
+def _as_batch(input_ids: Any) -> torch.Tensor:
+    """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat."""
+    ids = torch.as_tensor(input_ids, dtype=torch.long)
+    ids = ids[None] if ids.dim() == 1 else ids
+    if ids.dim() != 2 or not ids.numel():
+        raise ConfigError(f"input_ids: got shape {list(ids.shape)}, expected [rows, length]")
+    return ids
+
+
+def _load_tokenizer(path: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointNotFoundError(
+            f"{path}: has no tokenizer that can be loaded "
+            f"({str(error).strip().splitlines()[0][:120]}); pass token ids instead"
+        ) from error

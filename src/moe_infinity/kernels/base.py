@@ -1,0 +1,34 @@
+"""The contract of an expert kernel: one expert's MLP over the tokens routed to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Views = dict[str, list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ExpertMath:
+    """How the experts of one layer compute, taken from the model's own module.
+
+    T: tokens, H: hidden, I: intermediate. gate: [T, 2I] -> [T, I] where has_gate, else the
+    activation [T, I] -> [T, I]. post: applied to the [T, H] result, if the model has it.
+    """
+
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool  # weights are [in, out], not [out, in]
+    gate: Callable[[torch.Tensor], torch.Tensor]
+    post: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class ExpertKernel(ABC):
+    """Computes experts straight from their slots' bytes."""
+
+    @abstractmethod
+    def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] of x's dtype -> [T, H]; weights stored in another dtype are converted to x's."""

@@ -1,0 +1,150 @@
+"""The experts function registered with transformers: routing in, weighted sum of experts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_infinity.cache.base import Hierarchy
+from moe_infinity.config import PREFILL_CHUNK_TOKENS
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
+from moe_infinity.model.loading import EXPERTS_IMPLEMENTATION
+from moe_infinity.model.rules import RoutingRule
+from moe_infinity.model.taps import Step
+from moe_infinity.tracing.event import Event
+from moe_infinity.tracing.recorder import Recorder
+from moe_infinity.types import ExpertKey
+
+
+@dataclass
+class Runtime:
+    """What the layers of one opened model share."""
+
+    hierarchy: Hierarchy
+    kernel: ExpertKernel
+    routing: RoutingRule
+    recorder: Recorder
+    step: Step
+
+
+class ExpertsLayer:
+    """Computes one MoE layer through the cache. Hung on the model's experts module.
+
+    T: tokens, K: top-k, H: hidden size. Each expert's output goes to its own (token, slot) place
+    and the sum over slots is taken in their order, so the result does not depend on which expert
+    arrived first.
+    """
+
+    def __init__(self, module: nn.Module, layer: int, num_experts: int, runtime: Runtime) -> None:
+        self.layer = layer
+        self.num_experts = num_experts
+        self._runtime = runtime
+        self._math = math_of(module)
+        module._moe_infinity = self  # type: ignore[assignment]
+
+    def forward(
+        self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """x [T, H], top_k_index and top_k_weights [T, K] -> [T, H]."""
+        top_k_index, top_k_weights = self._runtime.routing.select(
+            self.layer, top_k_index, top_k_weights
+        )
+        num_tokens = x.shape[0]
+        step = self._runtime.step
+        ids = top_k_index.numpy(force=True).astype(np.int64)
+        real = step.real_tokens(num_tokens)
+        if real is not None:
+            ids = np.where(real[:, None], ids, -1)
+        rows = step.request_rows(num_tokens)
+        chunks = [
+            self._chunk(x[s], ids[s], top_k_weights[s], rows[s])
+            for s in _slices(num_tokens, PREFILL_CHUNK_TOKENS)
+        ]
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+
+    def _chunk(
+        self,
+        x: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: torch.Tensor,
+        rows: NDArray[np.int64],
+    ) -> torch.Tensor:
+        num_tokens, top_k = ids.shape
+        routed = (ids >= 0) & (ids < self.num_experts)
+        places = _places_by_expert(ids, routed)
+        allocate = torch.empty if routed.all() else torch.zeros
+        out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype)
+
+        def compute(key: ExpertKey, views: Views) -> None:
+            place = places[key.expert]  # positions in [T * K]
+            tokens = x if num_tokens == 1 else x[place // top_k]
+            out[place] = self._runtime.kernel.forward(self._math, views, tokens)
+
+        event = self._event(ids, weights, rows, routed)
+        self._runtime.recorder.record(event)
+        self._runtime.hierarchy.run_event(event, compute)
+        weighted = out * weights.reshape(-1, 1)  # [T * K, H]
+        return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(x.dtype)
+
+    def _event(
+        self,
+        ids: NDArray[np.int64],
+        weights: torch.Tensor,
+        rows: NDArray[np.int64],
+        routed: NDArray[np.bool_],
+    ) -> Event:
+        values = weights.float().numpy(force=True)
+        if not routed.all():
+            real = routed.any(axis=1)
+            ids, values, rows = ids[real], values[real], rows[real]
+        step = self._runtime.step
+        return Event(step.number, step.phase, self.layer, rows, ids, values, self.num_experts)
+
+
+def math_of(module: Any) -> ExpertMath:
+    """How a module of the experts interface computes, from its flags and its own functions."""
+    return ExpertMath(
+        has_gate=module.has_gate,
+        has_bias=module.has_bias,
+        is_transposed=module.is_transposed,
+        gate=module._apply_gate if module.has_gate else module.act_fn,
+        post=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
+    )
+
+
+def register() -> None:
+    """Make the function known to transformers; registering again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+
+
+def _experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    with torch.no_grad():
+        layer: ExpertsLayer = self._moe_infinity
+        return layer.forward(hidden_states, top_k_index, top_k_weights)
+
+
+def _places_by_expert(
+    ids: NDArray[np.int64], routed: NDArray[np.bool_]
+) -> dict[int, torch.Tensor]:
+    """For each expert, the ascending flat (token, slot) places that chose it."""
+    flat = ids.ravel()
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    groups = np.split(order, starts[1:])
+    return {
+        int(expert): torch.from_numpy(group)
+        for expert, group in zip(experts, groups, strict=True)
+        if routed.ravel()[group[0]]
+    }
+
+
+def _slices(total: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, total)) for start in range(0, total, size)]

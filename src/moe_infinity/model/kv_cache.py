@@ -1,0 +1,160 @@
+"""A KV cache whose full-attention layers are allocated once and written in place."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from moe_infinity.errors import PlanExceededError
+
+_log = logging.getLogger(__name__)
+
+
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values [rows, heads, max_context, head_dim]; what is handed out is a view.
+
+    transformers' own layer copies the whole cache at every token. Memory is touched, and so used,
+    only as far as it is written.
+    """
+
+    _layer_type = None
+
+    def __init__(self, max_context: int) -> None:
+        super().__init__()
+        self._max_context = max_context
+        self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self._max_context:
+            raise PlanExceededError(
+                f"context: got {end} tokens, expected at most the planned {self._max_context}; "
+                f"open the model with a larger max_context"
+            )
+        keys, values = self._own(key_states, value_states)
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        return self.keys, self.values
+
+    def _own(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The memory behind the views; taken anew when beam search has reordered them."""
+        if self._room is None or not self._is_ours(self._room[0]):
+            room = (self._allocate(key_states), self._allocate(value_states))
+            if self.get_seq_length():
+                length = self.get_seq_length()
+                room[0][..., :length, :] = self.keys
+                room[1][..., :length, :] = self.values
+            self._room = room
+        return self._room
+
+    def _is_ours(self, keys: torch.Tensor) -> bool:
+        return not self.get_seq_length() or self.keys.data_ptr() == keys.data_ptr()
+
+    def _allocate(self, like: torch.Tensor) -> torch.Tensor:
+        *front, _, dim = like.shape
+        return torch.empty((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
+
+
+def new_cache(config: Any, max_context: int) -> DynamicCache:
+    """The model's cache with its plain full-attention layers preallocated.
+
+    Sliding-window, recurrent and other special layers stay as transformers makes them.
+    """
+    cache = DynamicCache(config=config)
+    cache.layers = [
+        PreallocatedLayer(max_context) if type(layer) is DynamicLayer else layer
+        for layer in cache.layers
+    ]
+    return cache
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What a row of context costs, per kind of attention layer, in elements."""
+
+    per_token: int  # grows with every token: full-attention layers
+    windows: tuple[tuple[int, int], ...]  # (window, elements per token) of sliding layers
+    fixed: int  # recurrent and convolution states
+
+    @classmethod
+    def of(cls, meta: Any) -> KvShape:
+        """Read off the cache after one token went through the model on the meta device."""
+        cache = _cache_after_one_token(meta)
+        if cache is None:
+            return cls(_elements_by_config(meta.config.get_text_config()), (), 0)
+        per_token, windows, fixed = 0, [], 0
+        for layer in cache.layers:
+            elements = _kv_elements(layer)
+            window = getattr(layer, "sliding_window", None)
+            if window:
+                windows.append((int(window), elements))
+            else:
+                per_token += elements
+            fixed += _state_elements(layer)
+        return cls(per_token, tuple(windows), fixed)
+
+    def bytes_per_token(self, item_bytes: int) -> int:
+        return (self.per_token + sum(n for _, n in self.windows)) * item_bytes
+
+    def num_bytes(self, context: int, item_bytes: int) -> int:
+        """Bytes of one row of ``context`` tokens."""
+        sliding = sum(min(window, context) * n for window, n in self.windows)
+        return (self.per_token * context + sliding + self.fixed) * item_bytes
+
+
+def _cache_after_one_token(meta: Any) -> DynamicCache | None:
+    cache = DynamicCache(config=meta.config)
+    token = torch.zeros((1, 1), dtype=torch.long, device="meta")
+    try:
+        with torch.no_grad(), _experts_skipped(meta):
+            meta(input_ids=token, past_key_values=cache, use_cache=True)
+    except Exception:  # some families read values; their cache is taken from the config instead
+        _log.debug("no forward pass on the meta device", exc_info=True)
+        return None
+    return cache
+
+
+@contextlib.contextmanager
+def _experts_skipped(meta: Any) -> Iterator[None]:
+    """Let experts pass their input on: they may not look at values there are not."""
+    modules = [m for m in meta.modules() if hasattr(m, "is_concatenated")]
+    for module in modules:
+        module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _kv_elements(layer: Any) -> int:
+    tensors = [layer.keys, layer.values] if getattr(layer, "keys", None) is not None else []
+    tensors.append(getattr(layer, "indexer_keys", None))
+    return sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _state_elements(layer: Any) -> int:
+    states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+    flat = [s for state in states for s in (state.values() if isinstance(state, dict) else [state])]
+    return sum(s.numel() for s in flat if isinstance(s, torch.Tensor))
+
+
+def _elements_by_config(text: Any) -> int:
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_dim)

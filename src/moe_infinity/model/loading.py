@@ -1,0 +1,246 @@
+"""From a checkpoint to a model whose dense weights are in memory and whose experts are places."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
+from moe_infinity.checkpoint.expert_layout import (
+    ExpertTensors,
+    NameRule,
+    build_specs,
+    sort_tensors,
+)
+from moe_infinity.checkpoint.safetensors import ITEM_BYTES
+from moe_infinity.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedModelError,
+)
+from moe_infinity.kernels.formats import DTYPES, require_supported
+from moe_infinity.model.skeleton import (
+    ExpertsModule,
+    build_meta,
+    find_experts,
+    without_expert_weights,
+)
+from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
+
+EXPERTS_IMPLEMENTATION = "moe_infinity"
+_STORED_DTYPES = {
+    **DTYPES,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What headers and config say about a model; no weight was read for it."""
+
+    config: Any
+    meta: nn.Module  # the whole model on the meta device
+    experts: list[ExpertsModule]
+    shape: ExpertShape
+    dense: list[TensorEntry]
+    specs: dict[ExpertKey, ExpertSpec]
+    dtype: torch.dtype  # of the computation
+
+
+def read_config(path: Path) -> Any:
+    """The model's config. Raises CheckpointNotFoundError or CorruptCheckpointError."""
+    file = path / "config.json"
+    if not path.is_dir():
+        raise CheckpointNotFoundError(f"{path}: no such folder, expected a checkpoint's")
+    if not file.exists():
+        raise CheckpointNotFoundError(f"{path}: has no config.json, expected a model's folder")
+    try:
+        raw = json.loads(file.read_text())
+        config = transformers.AutoConfig.from_pretrained(path)
+    except ValueError as error:
+        known = "model_type" in str(error) or "does not recognize" in str(error)
+        kind = UnsupportedModelError if known else CorruptCheckpointError
+        raise kind(f"{file}: {str(error).splitlines()[0]}") from error
+    quantisation = raw.get("quantization_config")
+    if quantisation:
+        raise UnsupportedModelError(
+            f"{path}: the weights are quantised ({quantisation.get('quant_method')}); this version "
+            f"runs bf16, fp16 and fp32 checkpoints"
+        )
+    return config
+
+
+def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
+    """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
+    config = read_config(checkpoint.path)
+    meta = build_meta(config)
+    experts = find_experts(meta)
+    found = _sort(checkpoint, meta, experts)
+    specs: dict[ExpertKey, ExpertSpec] = {}
+    for layer, module in enumerate(experts):
+        params = {name: found.params[f"{module.name}.{name}"] for name in module.params}
+        for virtual_name, virtual in params.items():
+            for piece in virtual.pieces:
+                require_supported(f"{module.name}.{virtual_name}", piece.entry.format)
+        specs |= {spec.key: spec for spec in build_specs(layer, params, ITEM_BYTES)}
+    counts = tuple(module.num_experts for module in experts)
+    shape = ExpertShape(len(experts), max(counts), _top_k(config, max(counts)), counts)
+    dense = [checkpoint.tensors[name] for name in found.dense]
+    return Anatomy(config, meta, experts, shape, dense, specs, _compute_dtype(config, dense, dtype))
+
+
+def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.Module]]:
+    """Build the model with its dense weights in owned memory. Returns it and its experts modules.
+
+    Raises CorruptCheckpointError if a dense tensor is missing, ReadError if one cannot be read.
+    """
+    failures: list[CheckpointError] = []
+    lazy = {e.name: _LazyTensor(checkpoint, e, failures) for e in anatomy.dense}
+    with without_expert_weights(anatomy.experts), _quiet():
+        try:
+            model, info = type(anatomy.meta).from_pretrained(
+                None,
+                config=anatomy.config,
+                state_dict=lazy,
+                dtype=anatomy.dtype,
+                experts_implementation=EXPERTS_IMPLEMENTATION,
+                output_loading_info=True,
+            )
+        except Exception:
+            if failures:
+                raise failures[0] from None
+            raise
+    if failures:
+        raise failures[0]
+    if info["missing_keys"]:
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: lacks {len(info['missing_keys'])} tensors of its model (first: "
+            f"{min(info['missing_keys'])!r}); download the checkpoint again"
+        )
+    _set_generation_config(model, checkpoint.path)
+    return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+class _LazyTensor:
+    """Reads its tensor when the library's loader, on one of its threads, indexes it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, entry: TensorEntry, failures: list[CheckpointError]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._entry = entry
+        self._failures = failures
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        dtype = _STORED_DTYPES.get(self._entry.format)
+        try:
+            if dtype is None:
+                raise UnsupportedModelError(
+                    f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, "
+                    f"expected one of {', '.join(_STORED_DTYPES)}"
+                )
+            tensor = torch.empty(self._entry.shape, dtype=dtype)
+            if tensor.numel():
+                raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                self._checkpoint.read_tensor(self._entry, raw)
+        except CheckpointError as error:
+            self._failures.append(error)
+            raise
+        return tensor[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        return self._entry.format
+
+
+def _sort(checkpoint: Checkpoint, meta: nn.Module, experts: list[ExpertsModule]) -> ExpertTensors:
+    names = sorted(checkpoint.tensors, key=dot_natural_key)
+    expected = {f"{m.name}.{p}": shape for m in experts for p, shape in m.params.items()}
+    known = meta.state_dict().keys()
+    return sort_tensors((checkpoint.tensors[n] for n in names), _naming(meta), expected, known)
+
+
+def _naming(meta: Any) -> Callable[[str], NameRule]:
+    """The library's own renaming of checkpoint tensors, as its loader applies it."""
+    mapping = get_model_conversion_mapping(meta)
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    known = meta.state_dict()
+    prefix = meta.base_model_prefix
+
+    def rule(name: str) -> NameRule:
+        renamed, pattern = rename_source_key(name, renamings, converters, prefix, known)
+        if renamed not in known and name in known:
+            renamed, pattern = rename_source_key(name, [], [], prefix, known)
+        return NameRule(renamed, pattern, by_pattern[pattern] if pattern else None)
+
+    return rule
+
+
+def _top_k(config: Any, num_experts: int) -> int:
+    text = config.get_text_config()
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
+        value = getattr(text, name, None)
+        if isinstance(value, (list, tuple)):
+            value = max(value)
+        if isinstance(value, int) and 1 <= value <= num_experts:
+            return value
+    return min(num_experts, 8)
+
+
+def _compute_dtype(config: Any, dense: list[TensorEntry], wanted: str | None) -> torch.dtype:
+    if wanted not in (None, "auto"):
+        return getattr(torch, wanted)  # type: ignore[no-any-return]
+    stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    if isinstance(stored, torch.dtype):
+        return stored
+    floats = (DTYPES[entry.format] for entry in dense if entry.format in DTYPES)
+    return next(floats, torch.float32)
+
+
+def _set_generation_config(model: Any, path: Path) -> None:
+    if (path / "generation_config.json").exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+
+
+class _quiet:
+    """Silence the library's progress bar and load report; what is wrong is raised by name."""
+
+    def __enter__(self) -> None:
+        self._level = transformers.logging.get_verbosity()
+        self._bars = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        transformers.logging.set_verbosity(self._level)
+        if self._bars:
+            transformers.logging.enable_progress_bar()
+
+

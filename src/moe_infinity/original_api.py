@@ -1,0 +1,50 @@
+"""The original package's configuration keys, translated or named as having no meaning here."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from moe_infinity.errors import ConfigError
+
+_WITHOUT_MEANING = {
+    "offload_path": "experts are read from the checkpoint itself, nothing is copied",
+    "host_memory_ratio": "ram='8GiB' bounds the whole process",
+    "trace_capacity": "the size of the trace collection is fixed",
+    "trace_path": "traces are kept in the state directory",
+    "num_threads": "num_read_threads sets the readers",
+}
+_warned: set[str] = set()
+
+
+def translate(config: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``MoE`` for the original's dictionary; what has no meaning warns once, by name.
+
+    device_memory_ratio is a share of the GPU's memory, or of RAM where there is no GPU. Raises
+    ConfigError for a ratio outside 0 to 1.
+    """
+    options: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "device_memory_ratio":
+            options["ram"] = _share_of_ram(value)
+        elif key == "prefetch":
+            options["prefetch"] = value if isinstance(value, str) else "none"
+        else:
+            _warn_once(key)
+    return options
+
+
+def _share_of_ram(ratio: Any) -> int:
+    import psutil
+
+    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        raise ConfigError(f"device_memory_ratio: got {ratio!r}, expected a number in (0, 1]")
+    return int(psutil.virtual_memory().total * ratio)
+
+
+def _warn_once(key: str) -> None:
+    if key in _warned:
+        return
+    _warned.add(key)
+    reason = _WITHOUT_MEANING.get(key, "unknown key")
+    warnings.warn(f"MoE config key {key!r} has no meaning here: {reason}", stacklevel=4)

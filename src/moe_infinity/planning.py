@@ -1,0 +1,299 @@
+"""Will it fit, and how fast: the arithmetic of a memory budget, from headers and config alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_infinity.checkpoint.direct_io import align_up
+from moe_infinity.config import (
+    MAX_DEFAULT_CONTEXT,
+    PREFILL_CHUNK_TOKENS,
+    EngineConfig,
+    format_bytes,
+)
+from moe_infinity.errors import BudgetError
+from moe_infinity.machine import available_bytes, resident_bytes
+from moe_infinity.model.kv_cache import KvShape
+from moe_infinity.model.loading import Anatomy
+
+# Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
+# buffers, Python objects of a long run. Measured: 60-110 MB on models of 0.03 to 13 GB.
+RUNTIME_MARGIN_BYTES = 128 * 1024**2
+# With "auto" the system keeps this much, or a tenth of what is available, whichever is more.
+_AUTO_RESERVE_BYTES = 1024**3
+_AUTO_RESERVE_SHARE = 0.1
+_KV_SHARE = 0.25
+_SHORTEST_CONTEXT = 512
+_TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors
+
+
+@dataclass(frozen=True)
+class SizeClass:
+    """Slots of one size, and the layers that use them."""
+
+    slot_bytes: int
+    num_layers: int
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where every byte of the budget goes. All sizes in bytes."""
+
+    budget_bytes: int
+    dense_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    staging_bytes: int
+    runtime_bytes: int
+    slots_per_class: tuple[int, ...]
+    slot_bytes: tuple[int, ...]
+    class_of_layer: tuple[int, ...]
+    experts_total: int
+    expert_bytes_total: int
+    bytes_per_token: int  # expert weights one token uses in one pass
+    working_set: int  # experts one token uses in one pass
+    max_context: int
+    max_batch: int
+    smallest_budget_bytes: int
+
+    @property
+    def num_slots(self) -> int:
+        return sum(self.slots_per_class)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(n * b for n, b in zip(self.slots_per_class, self.slot_bytes, strict=True))
+
+    @property
+    def share_resident(self) -> float:
+        return self.num_slots / self.experts_total
+
+    @property
+    def holds_working_set(self) -> bool:
+        return self.num_slots >= self.working_set
+
+    @property
+    def used_bytes(self) -> int:
+        return self.cache_bytes + self.fixed_bytes
+
+    @property
+    def fixed_bytes(self) -> int:
+        return (
+            self.dense_bytes
+            + self.kv_bytes
+            + self.workspace_bytes
+            + self.staging_bytes
+            + self.runtime_bytes
+        )
+
+    def arithmetic(self) -> str:
+        """One line per term, for people."""
+        rows = [
+            ("dense weights", self.dense_bytes),
+            (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
+            ("activations and logits", self.workspace_bytes),
+            ("transfer staging", self.staging_bytes),
+            ("runtime", self.runtime_bytes),
+            (f"expert slots ({self.num_slots} of {self.experts_total})", self.cache_bytes),
+        ]
+        lines = [f"  {name:<40} {format_bytes(size):>12}" for name, size in rows]
+        lines.append(f"  {'sum, of ' + format_bytes(self.budget_bytes):<40} "
+                     f"{format_bytes(self.used_bytes):>12}")
+        return "\n".join(lines)
+
+
+def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
+    """Divide the budget. Raises BudgetError with the arithmetic if it cannot work."""
+    budget = config.ram_bytes or _auto_budget()
+    kv = KvShape.of(anatomy.meta)
+    runtime = resident_bytes() + RUNTIME_MARGIN_BYTES
+    classes, class_of_layer = _size_classes(anatomy)
+    dense = _dense_bytes(anatomy)
+    smallest_cache = _smallest_cache(anatomy, classes)
+
+    def fixed(context: int) -> int:
+        work = _workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype)
+        kv_bytes = kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch
+        return dense + kv_bytes + work + _TRANSFER_BYTES + runtime
+
+    context = _context(anatomy, config, kv, budget)
+    shortest = config.max_context or min(context, _SHORTEST_CONTEXT)
+    smallest_budget = fixed(shortest) + sum(n * c.slot_bytes for n, c in smallest_cache)
+    while config.max_context is None and context > shortest:
+        if fixed(context) + sum(n * c.slot_bytes for n, c in smallest_cache) <= budget:
+            break
+        context = max(shortest, context // 2)
+    slots = _divide(budget - fixed(context), classes, config.ram_slots)
+    plan = Plan(
+        budget_bytes=budget,
+        dense_bytes=dense,
+        kv_bytes=kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch,
+        workspace_bytes=_workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype),
+        staging_bytes=_TRANSFER_BYTES,
+        runtime_bytes=runtime,
+        slots_per_class=slots,
+        slot_bytes=tuple(c.slot_bytes for c in classes),
+        class_of_layer=class_of_layer,
+        experts_total=anatomy.shape.num_total,
+        expert_bytes_total=sum(s.weight_bytes for s in anatomy.specs.values()),
+        bytes_per_token=_bytes_per_token(anatomy),
+        working_set=anatomy.shape.working_set,
+        max_context=context,
+        max_batch=config.max_batch,
+        smallest_budget_bytes=smallest_budget,
+    )
+    _refuse_too_small(plan, smallest_cache, config)
+    return plan
+
+
+def _refuse_too_small(
+    plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig
+) -> None:
+    for slots, (needed, _) in zip(plan.slots_per_class, smallest, strict=True):
+        if slots >= needed:
+            continue
+        if config.ram_slots is not None and config.ram_slots < sum(n for n, _ in smallest):
+            raise BudgetError(
+                f"ram_slots: got {config.ram_slots}, expected at least "
+                f"{sum(n for n, _ in smallest)}: one token's experts of one layer"
+            )
+        raise BudgetError(
+            f"the model will not fit into ram={format_bytes(plan.budget_bytes)}:\n"
+            f"{plan.arithmetic()}\n"
+            f"at least {needed} expert slots are needed (one token's experts of one layer); the "
+            f"smallest budget that works is {format_bytes(plan.smallest_budget_bytes)}"
+            + ("" if config.max_context is None else "; a smaller max_context needs less")
+        )
+
+
+def _auto_budget() -> int:
+    """What the machine can spare, this process's present size included."""
+    available = available_bytes()
+    reserve = max(_AUTO_RESERVE_BYTES, int(available * _AUTO_RESERVE_SHARE))
+    return max(available - reserve, available // 2) + resident_bytes()
+
+
+def _size_classes(anatomy: Anatomy) -> tuple[list[SizeClass], tuple[int, ...]]:
+    by_layer = [0] * anatomy.shape.num_layers
+    for key, spec in anatomy.specs.items():
+        by_layer[key.layer] = max(by_layer[key.layer], align_up(spec.slot_bytes))
+    sizes = _merge_close(sorted(set(by_layer)))
+    class_of_layer = tuple(next(i for i, s in enumerate(sizes) if s >= size) for size in by_layer)
+    layers = Counter(class_of_layer)
+    experts: Counter[int] = Counter()
+    for layer, count in enumerate(anatomy.shape.experts_per_layer):
+        experts[class_of_layer[layer]] += count
+    return [SizeClass(s, layers[i], experts[i]) for i, s in enumerate(sizes)], class_of_layer
+
+
+def _merge_close(sizes: list[int]) -> list[int]:
+    """Sizes within an eighth of each other share a class: alignment alone makes them differ."""
+    kept: list[int] = []
+    for size in reversed(sizes):
+        if not kept or size < kept[-1] * 7 // 8:
+            kept.append(size)
+    return kept[::-1]
+
+
+def _smallest_cache(anatomy: Anatomy, classes: list[SizeClass]) -> list[tuple[int, SizeClass]]:
+    return [(min(anatomy.shape.top_k, c.num_experts), c) for c in classes]
+
+
+def _divide(room: int, classes: list[SizeClass], ram_slots: int | None) -> tuple[int, ...]:
+    """Slots per class: by bytes, each class in proportion to its experts' bytes."""
+    total = sum(c.num_experts * c.slot_bytes for c in classes)
+    experts = sum(c.num_experts for c in classes)
+    slots = []
+    for c in classes:
+        share = c.num_experts * c.slot_bytes / total
+        count = min(c.num_experts, max(0, int(room * share)) // c.slot_bytes)
+        if ram_slots is not None:
+            count = min(count, max(1, ram_slots * c.num_experts // experts))
+        slots.append(count)
+    return tuple(slots)
+
+
+def _dense_bytes(anatomy: Anatomy) -> int:
+    """Dense weights in the computation's dtype, tied ones once."""
+    owned = {id(p) for module in anatomy.experts for p in module.module.parameters(recurse=False)}
+    dense = (p for p in anatomy.meta.parameters() if id(p) not in owned)
+    return sum(p.numel() * anatomy.dtype.itemsize for p in dense)
+
+
+def _bytes_per_token(anatomy: Anatomy) -> int:
+    largest = [0] * anatomy.shape.num_layers
+    for key, spec in anatomy.specs.items():
+        largest[key.layer] = max(largest[key.layer], spec.weight_bytes)
+    return sum(largest) * anatomy.shape.top_k
+
+
+def _context(anatomy: Anatomy, config: EngineConfig, kv: KvShape, budget: int) -> int:
+    if config.max_context is not None:
+        return config.max_context
+    limit = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
+    context = min(limit or MAX_DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
+    per_token = kv.bytes_per_token(anatomy.dtype.itemsize) * config.max_batch
+    affordable = int(budget * _KV_SHARE) // per_token if per_token else context
+    return max(min(context, affordable), min(context, _SHORTEST_CONTEXT))
+
+
+def _workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtype) -> int:
+    """Activations of one prefill chunk, attention masks and the last row of logits."""
+    config: Any = meta.config  # type: ignore[assignment]
+    text = config.get_text_config()
+    item = dtype.itemsize
+    tokens = min(PREFILL_CHUNK_TOKENS, context) * rows
+    hidden = text.hidden_size
+    heads = getattr(text, "num_attention_heads", 1) or 1
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = max(
+        getattr(text, name, None) or 0
+        for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+        if not isinstance(getattr(text, name, None), (list, tuple))
+    )
+    top_k = getattr(text, "num_experts_per_tok", None) or 8
+    per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + 3 * top_k * hidden)
+    mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
+    logits = rows * text.vocab_size * 4 * 4
+    return tokens * per_token + mask + logits
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Decode speed to expect, and what it rests on."""
+
+    hit_rate_low: float
+    hit_rate: float
+    tokens_per_s_low: float
+    tokens_per_s: float
+    tokens_per_s_high: float
+    disk_gbps: float
+    matvec_gbps: float
+
+
+# Decode hit rate of `next_use` against the share of experts that is resident, on public routing
+# traces: the mean of Qwen3-30B-A3B and the bundled model's own at 12, 25 and 50%.
+_HIT_CURVE = ((0.0, 0.0), (0.05, 0.33), (0.12, 0.56), (0.25, 0.79), (0.5, 0.94), (1.0, 1.0))
+# Stock model without experts at batch one: seconds per layer and token.
+_LAYER_OVERHEAD_S = 0.35e-3
+
+
+def expected_hit_rate(share_resident: float) -> float:
+    """Hit rate of real routing at this share of resident experts; random routing has the share."""
+    for (x0, y0), (x1, y1) in zip(_HIT_CURVE, _HIT_CURVE[1:], strict=False):
+        if share_resident <= x1:
+            return y0 + (y1 - y0) * (share_resident - x0) / (x1 - x0)
+    return 1.0
+
+
+def decode_s(plan: Plan, num_layers: int, hit_rate: float, forecast: Forecast) -> float:
+    """Seconds per token at this hit rate: loads are waited for, computation comes on top."""
+    read_s = (1 - hit_rate) * plan.bytes_per_token / (forecast.disk_gbps * 1e9)
+    compute_s = (plan.bytes_per_token + plan.dense_bytes) / (forecast.matvec_gbps * 1e9)
+    return read_s + compute_s + num_layers * _LAYER_OVERHEAD_S

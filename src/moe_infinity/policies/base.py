@@ -1,0 +1,59 @@
+"""The contract of a replacement policy: a pure scorer of keys. Knows no tiers, bytes or locks."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infinity.tracing.event import Event
+from moe_infinity.types import ExpertKey, ExpertShape, Phase
+
+
+class CachePolicy(ABC):
+    """Says which experts are worth keeping; the cache decides who may go and asks for the worst.
+
+    A policy keeps small arrays over (layer, expert). It is told of every event, *before* that
+    event's victims are chosen, and all victims of an event are chosen at once. It is deterministic
+    given ``seed``. L: MoE layers, E: experts.
+    """
+
+    needs_router_logits = False  # set where on_event reads event.router_logits
+
+    def __init__(self, shape: ExpertShape, num_slots: int, seed: int = 0) -> None:
+        self.shape = shape
+        self.num_slots = num_slots
+        self.seed = seed
+        self.grid = (shape.num_layers, shape.num_experts)
+
+    def begin_request(self) -> None:
+        """A new request starts; what was learned before may stay."""
+
+    def end_request(self) -> None:
+        """The request is over."""
+
+    def begin_pass(self, phase: Phase) -> None:
+        """A forward pass over all layers starts."""
+
+    @abstractmethod
+    def on_event(self, event: Event) -> None:
+        """Learn from one layer's routing."""
+
+    def on_insert(self, key: ExpertKey) -> None:
+        """A load of ``key`` begins; misses of one event come by ascending id."""
+
+    def on_evict(self, key: ExpertKey) -> None:
+        """``key`` lost its slot."""
+
+    @abstractmethod
+    def keep_scores(self, layer: int) -> NDArray[np.float64]:
+        """[L, E] worth of keeping each key, seen from ``layer``; the lowest evictable one goes."""
+
+    def victims(self, candidates: NDArray[np.int64], count: int, layer: int) -> NDArray[np.int64]:
+        """``count`` of the evictable flat keys (layer * E + expert), least worth keeping first.
+
+        Ties go to the smallest key. List-structured policies may answer this directly.
+        """
+        scores = self.keep_scores(layer).ravel()[candidates]
+        return candidates[np.argsort(scores, kind="stable")[:count]]

@@ -1,0 +1,26 @@
+"""Least recently used, by events: the experts of one event are equally recent."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infinity.policies.base import CachePolicy
+from moe_infinity.tracing.event import Event
+from moe_infinity.types import ExpertShape
+
+
+class Policy(CachePolicy):
+    """Least recently used; collapses below one token's working set, for layers come in a cycle."""
+
+    def __init__(self, shape: ExpertShape, num_slots: int, seed: int = 0) -> None:
+        super().__init__(shape, num_slots, seed)
+        self._last_use = np.zeros(self.grid)
+        self._clock = 0
+
+    def on_event(self, event: Event) -> None:
+        self._clock += 1
+        self._last_use[event.layer, event.experts] = self._clock
+
+    def keep_scores(self, layer: int) -> NDArray[np.float64]:
+        return self._last_use

@@ -1,0 +1,133 @@
+"""Who is where: the state, slot and pins of every expert. Knows nothing of policies or bytes.
+
+One owner: the thread that computes. Others may read its arrays, for display only.
+"""
+
+from __future__ import annotations
+
+import heapq
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infinity.types import ExpertKey, ExpertShape
+
+NO_SLOT = -1
+
+
+class State(IntEnum):
+    ABSENT = 0
+    IN_FLIGHT = 1
+    RESIDENT = 2
+
+
+class Directory:
+    """Slots of one tier, in size classes; every class serves the layers assigned to it.
+
+    A load is two-phase: ``begin_load`` (slot taken, in flight) then ``complete`` or ``fail``.
+    Only resident, unpinned keys can be evicted. Arrays are over flat keys, layer * E + expert.
+    """
+
+    def __init__(
+        self, shape: ExpertShape, slots_per_class: tuple[int, ...], class_of_layer: tuple[int, ...]
+    ) -> None:
+        num_keys = shape.num_layers * shape.num_experts
+        self.shape = shape
+        self.slots_per_class = slots_per_class
+        self.class_of_layer = class_of_layer
+        self.states: NDArray[np.int8] = np.zeros(num_keys, dtype=np.int8)
+        self.slots: NDArray[np.int32] = np.full(num_keys, NO_SLOT, dtype=np.int32)
+        self.pins: NDArray[np.int16] = np.zeros(num_keys, dtype=np.int16)
+        self._class_of_key = np.repeat(np.array(class_of_layer, dtype=np.int16), shape.num_experts)
+        starts = np.concatenate([[0], np.cumsum(slots_per_class)])
+        self._free = [list(range(starts[c], starts[c + 1])) for c in range(len(slots_per_class))]
+
+    @property
+    def num_slots(self) -> int:
+        return sum(self.slots_per_class)
+
+    def flat(self, key: ExpertKey) -> int:
+        return key.layer * self.shape.num_experts + key.expert
+
+    def key(self, flat: int) -> ExpertKey:
+        return ExpertKey(*divmod(int(flat), self.shape.num_experts))
+
+    def state(self, key: ExpertKey) -> State:
+        return State(int(self.states[self.flat(key)]))
+
+    def slot(self, key: ExpertKey) -> int:
+        return int(self.slots[self.flat(key)])
+
+    def num_free(self, size_class: int) -> int:
+        return len(self._free[size_class])
+
+    def evictable(self, size_class: int) -> NDArray[np.int64]:
+        """Flat keys, ascending, that are resident and unpinned in this size class."""
+        loose = (self.states == State.RESIDENT) & (self.pins == 0)
+        return np.flatnonzero(loose & (self._class_of_key == size_class))
+
+    def begin_load(self, key: ExpertKey) -> int:
+        """Take the lowest free slot of the key's class; the key is in flight. Returns the slot."""
+        flat = self.flat(key)
+        assert self.states[flat] == State.ABSENT, f"{key} is {self.state(key).name}, not absent"
+        slot = heapq.heappop(self._free[self.class_of_layer[key.layer]])
+        self.states[flat] = State.IN_FLIGHT
+        self.slots[flat] = slot
+        return slot
+
+    def complete(self, key: ExpertKey) -> None:
+        """The bytes have arrived: in flight becomes resident."""
+        flat = self.flat(key)
+        assert self.states[flat] == State.IN_FLIGHT, f"{key} is {self.state(key).name}"
+        self.states[flat] = State.RESIDENT
+
+    def fail(self, key: ExpertKey) -> None:
+        """The load failed or was cancelled: its slot is free again, its pins are gone."""
+        flat = self.flat(key)
+        assert self.states[flat] == State.IN_FLIGHT, f"{key} is {self.state(key).name}"
+        self.pins[flat] = 0
+        self._vacate(key)
+
+    def evict(self, key: ExpertKey) -> None:
+        """Free the slot of a resident, unpinned key."""
+        flat = self.flat(key)
+        assert self.states[flat] == State.RESIDENT, f"{key} is {self.state(key).name}"
+        assert self.pins[flat] == 0, f"{key} is pinned {self.pins[flat]} times"
+        self._vacate(key)
+
+    def pin(self, key: ExpertKey) -> None:
+        self.pins[self.flat(key)] += 1
+
+    def unpin(self, key: ExpertKey) -> None:
+        flat = self.flat(key)
+        assert self.pins[flat] > 0, f"{key} is not pinned"
+        self.pins[flat] -= 1
+
+    def resident_keys(self) -> list[ExpertKey]:
+        return [self.key(flat) for flat in np.flatnonzero(self.states == State.RESIDENT)]
+
+    def check_integrity(self) -> None:
+        """Prove that every slot is free or holds exactly one key; raises AssertionError."""
+        for size_class, total in enumerate(self.slots_per_class):
+            mine = self._class_of_key == size_class
+            in_flight = int(((self.states == State.IN_FLIGHT) & mine).sum())
+            resident = int(((self.states == State.RESIDENT) & mine).sum())
+            free = len(self._free[size_class])
+            assert free + in_flight + resident == total, (
+                f"class {size_class}: free({free}) + in_flight({in_flight}) + "
+                f"resident({resident}) != slots({total})"
+            )
+        held = self.slots[self.states != State.ABSENT].tolist()
+        everyone = sorted(held + [slot for free in self._free for slot in free])
+        assert everyone == list(range(self.num_slots)), "a slot is lost or held twice"
+        absent = self.states == State.ABSENT
+        assert (self.slots[absent] == NO_SLOT).all(), "an absent expert has a slot"
+        assert (self.pins[absent] == 0).all(), "an absent expert is pinned"
+        assert (self.pins >= 0).all(), "an expert has a negative pin count"
+
+    def _vacate(self, key: ExpertKey) -> None:
+        flat = self.flat(key)
+        heapq.heappush(self._free[self.class_of_layer[key.layer]], int(self.slots[flat]))
+        self.states[flat] = State.ABSENT
+        self.slots[flat] = NO_SLOT

@@ -1,0 +1,67 @@
+"""The one file a run writes: measured bandwidths, by device. Written on close, atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from moe_infinity.config import state_dir
+from moe_infinity.machine import Bandwidths
+
+_VERSION = 1
+_log = logging.getLogger(__name__)
+
+
+class StateFile:
+    """Bandwidths measured before, per storage device. A file it cannot read is measured anew."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path or state_dir() / "machine.json"
+        self.bytes_written = 0
+        self._known: dict[str, dict[str, float]] = self._read()
+        self._changed = False
+
+    def bandwidths(self, device: str) -> Bandwidths | None:
+        entry = self._known.get(device)
+        try:
+            return Bandwidths(**entry) if entry else None
+        except TypeError:
+            return None
+
+    def set_bandwidths(self, device: str, measured: Bandwidths) -> None:
+        self._known[device] = asdict(measured)
+        self._changed = True
+
+    def save(self) -> None:
+        """Write what changed. A state directory that cannot be written costs only the memory."""
+        if not self._changed:
+            return
+        text = json.dumps({"version": _VERSION, "bandwidths": self._known}, indent=1)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text)
+            temporary.replace(self.path)
+        except OSError as error:
+            _log.warning("state file %s not written: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            return
+        self.bytes_written += len(text)
+        self._changed = False
+
+    def _read(self) -> dict[str, dict[str, float]]:
+        try:
+            raw = json.loads(self.path.read_text())
+            return dict(raw["bandwidths"]) if raw["version"] == _VERSION else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+
+def device_of(path: Path) -> str:
+    """Name of the storage device a file lies on, as the system numbers it."""
+    return str(os.stat(path).st_dev)

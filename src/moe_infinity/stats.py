@@ -1,0 +1,161 @@
+"""Counters that are fed while running, and the report that is made of them. Knows no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+
+from moe_infinity.types import Phase
+
+
+@dataclass(slots=True)
+class PhaseCounters:
+    """What one phase (prefill or decode) of one request did. Bytes and seconds."""
+
+    hits: int = 0  # experts resident when their event looked them up
+    late: int = 0  # in flight then: joined, but not a hit
+    misses: int = 0
+    demand_loads: int = 0
+    proactive_loads: int = 0  # loads begun before their event, right or wrong
+    wasted_loads: int = 0  # proactive loads that were disproved or evicted unused
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    wasted_prefetch_bytes: int = 0
+    stall_s: float = 0.0  # time the compute waited for loads
+    compute_s: float = 0.0  # time in expert computation
+    computed_bytes: int = 0  # expert weights read from memory to compute, dense weights aside
+    wall_s: float = 0.0
+    num_tokens: int = 0
+    num_passes: int = 0
+
+    def add(self, other: PhaseCounters) -> None:
+        for item in fields(self):
+            setattr(self, item.name, getattr(self, item.name) + getattr(other, item.name))
+
+
+@dataclass(slots=True)
+class Counters:
+    """The running request's counters; the phase is set at the start of every pass.
+
+    expert_bytes: bytes one load of an expert moves, by MoE layer.
+    """
+
+    expert_bytes: Sequence[int]
+    prefill: PhaseCounters = field(default_factory=PhaseCounters)
+    decode: PhaseCounters = field(default_factory=PhaseCounters)
+    phase: Phase = "decode"
+
+    @property
+    def now(self) -> PhaseCounters:
+        return self.prefill if self.phase == "prefill" else self.decode
+
+    def look_up(self, num_hits: int, num_late: int, num_misses: int) -> None:
+        self.now.hits += num_hits
+        self.now.late += num_late
+        self.now.misses += num_misses
+
+    def load(self, layer: int, proactive: bool) -> None:
+        if proactive:
+            self.now.proactive_loads += 1
+            self.now.prefetch_bytes += self.expert_bytes[layer]
+        else:
+            self.now.demand_loads += 1
+            self.now.demand_bytes += self.expert_bytes[layer]
+
+    def waste(self, layer: int) -> None:
+        self.now.wasted_loads += 1
+        self.now.wasted_prefetch_bytes += self.expert_bytes[layer]
+
+    def take(self) -> Counters:
+        """A copy of the counters so far; these start again from zero."""
+        taken = replace(self)
+        self.prefill, self.decode = PhaseCounters(), PhaseCounters()
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseStats:
+    """One phase of a request. Counts are experts per event, bytes are as moved from disk.
+
+    hit_rate: hits over hits, late and misses; None if nothing was looked up. limit_fraction: the
+    time our own missed and computed bytes need at measured bandwidths, perfectly overlapped, over
+    the time taken. belady_fraction: the same with the bytes that the offline optimum would have
+    missed on this routing. None where nothing was measured.
+    """
+
+    hits: int
+    misses: int
+    late: int
+    hit_rate: float | None
+    demand_bytes: int
+    prefetch_bytes: int
+    wasted_prefetch_bytes: int
+    stall_s: float
+    compute_s: float
+    wall_s: float
+    num_tokens: int
+    tokens_per_s: float | None
+    limit_fraction: float | None = None
+    belady_fraction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """The report of the last request, or of all since opening. Sizes in bytes, times in seconds.
+
+    The counts at the top are the sums of both phases. ttft_s: from the call to the first new
+    token. tpot_s and tokens_per_s: decode only. peak_rss_bytes: the process's largest resident
+    memory since it started. bytes_written: by this process to its state file. slots: capacity in
+    experts. bit_exact: nothing that was chosen can change the logits; lossy names what does.
+    """
+
+    prefill: PhaseStats
+    decode: PhaseStats
+    hits: int
+    misses: int
+    late: int
+    hit_rate: float | None
+    demand_bytes: int
+    prefetch_bytes: int
+    wasted_prefetch_bytes: int
+    stall_s: float
+    compute_s: float
+    ttft_s: float | None
+    tpot_s: float | None
+    tokens_per_s: float | None
+    peak_rss_bytes: int
+    bytes_written: int
+    slots: int
+    experts_total: int
+    limit_fraction: float | None
+    belady_fraction: float | None
+    bit_exact: bool = True
+    lossy: tuple[str, ...] = ()
+
+
+def hit_rate(counters: PhaseCounters) -> float | None:
+    looked_up = counters.hits + counters.late + counters.misses
+    return counters.hits / looked_up if looked_up else None
+
+
+def phase_stats(
+    counters: PhaseCounters, limit_fraction: float | None, belady_fraction: float | None
+) -> PhaseStats:
+    """The report of one phase's counters."""
+    rate = counters.num_tokens / counters.wall_s if counters.wall_s > 0 else None
+    return PhaseStats(
+        hits=counters.hits,
+        misses=counters.misses,
+        late=counters.late,
+        hit_rate=hit_rate(counters),
+        demand_bytes=counters.demand_bytes,
+        prefetch_bytes=counters.prefetch_bytes,
+        wasted_prefetch_bytes=counters.wasted_prefetch_bytes,
+        stall_s=counters.stall_s,
+        compute_s=counters.compute_s,
+        wall_s=counters.wall_s,
+        num_tokens=counters.num_tokens,
+        tokens_per_s=rate,
+        limit_fraction=limit_fraction,
+        belady_fraction=belady_fraction,
+    )

@@ -1,0 +1,43 @@
+"""Keeps the distinct experts of each event of a request, for the offline optimum and traces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infinity.tracing.event import Event
+from moe_infinity.types import Phase
+
+# About 200 bytes each. Beyond it the report says less; the memory budget is hard.
+_MAX_EVENTS = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One event, reduced to what a cache sees of it."""
+
+    phase: Phase
+    layer: int
+    experts: NDArray[np.int16]  # distinct, ascending
+
+
+@dataclass(slots=True)
+class Recorder:
+    """Records accesses until it is full; then the record is incomplete and says so."""
+
+    max_events: int = _MAX_EVENTS
+    accesses: list[Access] = field(default_factory=list)
+    is_complete: bool = True
+
+    def record(self, event: Event) -> None:
+        if len(self.accesses) >= self.max_events:
+            self.is_complete = False
+            return
+        access = Access(event.phase, event.layer, event.experts.astype(np.int16))
+        self.accesses.append(access)
+
+    def clear(self) -> None:
+        self.accesses.clear()
+        self.is_complete = True
