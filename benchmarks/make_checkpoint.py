@@ -256,7 +256,7 @@ def write_widened(
 ) -> int:
     """Write `source` (a Qwen3-MoE in one file) with F times its width and the same outputs.
 
-    Only embedding rows and the rows of attention's output are exact repetitions of each other:
+    Copies in the embedding, the norms and the rows of attention's output projection are exact:
     they have no replicated input to hide noise in. Returns bytes of weights.
     """
     if not (source / "model.safetensors").exists():

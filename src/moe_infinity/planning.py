@@ -18,6 +18,7 @@ from moe_infinity.config import (
 )
 from moe_infinity.errors import BudgetError
 from moe_infinity.machine import available_bytes, resident_bytes
+from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
 
@@ -236,7 +237,7 @@ def _bytes_per_token(anatomy: Anatomy) -> int:
 def _context(anatomy: Anatomy, config: EngineConfig, kv: KvShape, budget: int) -> int:
     if config.max_context is not None:
         return config.max_context
-    limit = getattr(anatomy.config.get_text_config(), "max_position_embeddings", None)
+    limit = first_number(anatomy.config.get_text_config(), "max_position_embeddings")
     context = min(limit or MAX_DEFAULT_CONTEXT, MAX_DEFAULT_CONTEXT)
     per_token = kv.bytes_per_token(anatomy.dtype.itemsize) * config.max_batch
     affordable = int(budget * _KV_SHARE) // per_token if per_token else context
@@ -249,18 +250,17 @@ def _workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtyp
     text = config.get_text_config()
     item = dtype.itemsize
     tokens = min(PREFILL_CHUNK_TOKENS, context) * rows
-    hidden = text.hidden_size
-    heads = getattr(text, "num_attention_heads", 1) or 1
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    hidden = first_number(text, "hidden_size", "d_model") or 1
+    heads = first_number(text, "num_attention_heads", "num_heads") or 1
+    head_dim = first_number(text, "head_dim", "v_head_dim", "d_kv") or hidden // heads
     inner = max(
-        getattr(text, name, None) or 0
+        first_number(text, name) or 0
         for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-        if not isinstance(getattr(text, name, None), (list, tuple))
     )
-    top_k = getattr(text, "num_experts_per_tok", None) or 8
+    top_k = first_number(text, "num_experts_per_tok") or 8
     per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + 3 * top_k * hidden)
     mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
-    logits = rows * text.vocab_size * 4 * 4
+    logits = rows * (first_number(text, "vocab_size") or 1) * 4 * 4
     return tokens * per_token + mask + logits
 
 

@@ -252,6 +252,7 @@ OVERRIDES: dict[str, dict[str, object]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
     },
     # Read by the modelling code, absent from the config class.
+    "Qwen3OmniMoeThinkerConfig": {"vision_start_token_id": VOCAB_SIZE - 1},
     "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
     "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 32},
     "Qwen4ExpTextConfig": {

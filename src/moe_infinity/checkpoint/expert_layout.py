@@ -128,18 +128,19 @@ class _Span:
 
 def _spec(key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes) -> ExpertSpec:
     pieces = [p for virtual in parts.values() for p in virtual.pieces]
-    spans = _join(_span(p, item_bytes) for p in pieces)
+    needed = _join([_span(p, item_bytes) for p in pieces], max_gap=0)
+    needed_bytes = sum(span.end - span.start for span in needed)
+    spans = _join(needed, max_gap=min(_JOIN_GAP_BYTES, needed_bytes // 8))
     ranges, slot_offset = [], 0
     for span in spans:
         start, end = align_down(span.start), align_up(span.end)
         ranges.append(ReadRange(span.file, start, end - start, span.end - start, slot_offset))
         slot_offset += end - start
     weight_bytes = sum(_num_items(p) * item_bytes[p.entry.format] for p in pieces)
-    if sum(span.end - span.start for span in spans) > _MAX_READ_AMPLIFICATION * weight_bytes:
+    if needed_bytes > _MAX_READ_AMPLIFICATION * weight_bytes:
         raise UnsupportedModelError(
-            f"{key}: its {weight_bytes} bytes lie scattered over "
-            f"{sum(span.end - span.start for span in spans)}; experts that are interleaved with "
-            f"one another cannot be streamed in place"
+            f"{key}: its {weight_bytes} bytes lie scattered over {needed_bytes}; experts that are "
+            f"interleaved with one another cannot be streamed in place"
         )
     built = tuple(_part(name, v, ranges, item_bytes) for name, v in parts.items())
     return ExpertSpec(key, built, tuple(ranges), weight_bytes)
@@ -194,11 +195,11 @@ def _span(piece: Piece, item_bytes: ItemBytes) -> _Span:
     return _Span(piece.entry.file, start, start + extent * item)
 
 
-def _join(spans: Iterable[_Span]) -> list[_Span]:
+def _join(spans: list[_Span], max_gap: int) -> list[_Span]:
     joined: list[_Span] = []
     for span in sorted(spans, key=lambda s: (s.file, s.start)):
         last = joined[-1] if joined else None
-        if last and last.file == span.file and span.start <= last.end + _JOIN_GAP_BYTES:
+        if last and last.file == span.file and span.start <= last.end + max_gap:
             joined[-1] = _Span(span.file, last.start, max(last.end, span.end))
         else:
             joined.append(span)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from moe_infinity.errors import PlanExceededError
+from moe_infinity.model.config_values import first_number
 
 _log = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ def _state_elements(layer: Any) -> int:
 
 
 def _elements_by_config(text: Any) -> int:
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_dim)
+    heads = first_number(text, "num_key_value_heads", "num_attention_heads", "num_heads") or 1
+    hidden = first_number(text, "hidden_size", "d_model") or 1
+    head_dim = first_number(text, "head_dim", "d_kv") or hidden // heads
+    return 2 * (first_number(text, "num_hidden_layers", "num_layers") or 1) * heads * head_dim

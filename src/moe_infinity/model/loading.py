@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
+from moe_infinity.model.config_values import first_number
 from moe_infinity.model.skeleton import (
     ExpertsModule,
     build_meta,
@@ -54,7 +54,8 @@ _STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_log = logging.getLogger(__name__)
+# Where a config does not say in a known word: more than most models use.
+_TOP_K_UNKNOWN = 8
 
 
 @dataclass(frozen=True)
@@ -204,14 +205,9 @@ def _naming(meta: Any) -> Callable[[str], NameRule]:
 
 
 def _top_k(config: Any, num_experts: int) -> int:
-    text = config.get_text_config()
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k"):
-        value = getattr(text, name, None)
-        if isinstance(value, (list, tuple)):
-            value = max(value)
-        if isinstance(value, int) and 1 <= value <= num_experts:
-            return value
-    return min(num_experts, 8)
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
+    found = first_number(config.get_text_config(), *names, "moe_num_active_experts", "top_k_experts")
+    return min(num_experts, found or _TOP_K_UNKNOWN)
 
 
 def _compute_dtype(config: Any, dense: list[TensorEntry], wanted: str | None) -> torch.dtype:

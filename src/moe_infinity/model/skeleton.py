@@ -46,7 +46,7 @@ def model_class(config: Any) -> Any:
     """The class named in the config's architectures, else the causal language model of its type."""
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
-        if found is not None and found.can_generate():
+        if found is not None:
             return found
     for auto in (
         transformers.AutoModelForCausalLM,
@@ -118,6 +118,10 @@ def _init_without(original: Any, names: set[str]) -> Any:
             original(self, *args, **kwargs)
         for name in names:
             delattr(self, name)
+            # Some families' initialisation reaches for the attribute; an empty tensor suits it.
+            empty = torch.empty(0, device="cpu")
+            empty._is_hf_initialized = True  # type: ignore[attr-defined]
+            setattr(self, name, empty)
         self._is_hf_initialized = True  # nothing left for the library to initialise
 
     return __init__
