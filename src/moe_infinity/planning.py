@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,20 +180,24 @@ def _auto_budget() -> int:
 
 
 def _size_classes(anatomy: Anatomy) -> tuple[list[SizeClass], tuple[int, ...]]:
-    by_layer = [0] * anatomy.shape.num_layers
+    """Layers whose experts have about the same size share slots."""
+    weight = [0] * anatomy.shape.num_layers
+    slot = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
-        by_layer[key.layer] = max(by_layer[key.layer], align_up(spec.slot_bytes))
-    sizes = _merge_close(sorted(set(by_layer)))
-    class_of_layer = tuple(next(i for i, s in enumerate(sizes) if s >= size) for size in by_layer)
-    layers = Counter(class_of_layer)
-    experts: Counter[int] = Counter()
-    for layer, count in enumerate(anatomy.shape.experts_per_layer):
-        experts[class_of_layer[layer]] += count
-    return [SizeClass(s, layers[i], experts[i]) for i, s in enumerate(sizes)], class_of_layer
+        weight[key.layer] = max(weight[key.layer], spec.weight_bytes)
+        slot[key.layer] = max(slot[key.layer], align_up(spec.slot_bytes))
+    bounds = _class_bounds(sorted(set(weight)))
+    class_of_layer = tuple(next(i for i, b in enumerate(bounds) if w <= b) for w in weight)
+    classes = []
+    for number in range(len(bounds)):
+        layers = [layer for layer, c in enumerate(class_of_layer) if c == number]
+        experts = sum(anatomy.shape.experts_per_layer[layer] for layer in layers)
+        classes.append(SizeClass(max(slot[layer] for layer in layers), len(layers), experts))
+    return classes, class_of_layer
 
 
-def _merge_close(sizes: list[int]) -> list[int]:
-    """Sizes within an eighth of each other share a class: alignment alone makes them differ."""
+def _class_bounds(sizes: list[int]) -> list[int]:
+    """Upper bounds of classes within which sizes differ by less than an eighth."""
     kept: list[int] = []
     for size in reversed(sizes):
         if not kept or size < kept[-1] * 7 // 8:

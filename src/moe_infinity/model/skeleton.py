@@ -77,6 +77,11 @@ def find_experts(model: nn.Module) -> list[ExpertsModule]:
                 f"{name}: got expert parameters {shapes}, expected all stacked by expert"
             )
         found.append(ExpertsModule(name, module, shapes))
+        if len({id(next(f.module.parameters(recurse=False))) for f in found}) != len(found):
+            raise UnsupportedModelError(
+                f"{name} shares its experts with another module; models whose encoder and decoder "
+                f"share experts cannot be run by this version"
+            )
     if not found:
         raise _no_experts(model)
     return found
