@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
+from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
 # buffers, Python objects of a long run. Measured: 60-110 MB on models of 0.03 to 13 GB.
@@ -57,6 +59,7 @@ class Plan:
     experts_total: int
     expert_bytes_total: int
     bytes_per_token: int  # expert weights one token uses in one pass
+    read_bytes_per_token: int  # what reading all of them moves, alignment included
     working_set: int  # experts one token uses in one pass
     max_context: int
     max_batch: int
@@ -142,7 +145,8 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         class_of_layer=class_of_layer,
         experts_total=anatomy.shape.num_total,
         expert_bytes_total=sum(s.weight_bytes for s in anatomy.specs.values()),
-        bytes_per_token=_bytes_per_token(anatomy),
+        bytes_per_token=_per_token(anatomy, lambda spec: spec.weight_bytes),
+        read_bytes_per_token=_per_token(anatomy, lambda spec: spec.read_bytes),
         working_set=anatomy.shape.working_set,
         max_context=context,
         max_batch=config.max_batch,
@@ -230,10 +234,11 @@ def _dense_bytes(anatomy: Anatomy) -> int:
     return sum(p.numel() * anatomy.dtype.itemsize for p in dense)
 
 
-def _bytes_per_token(anatomy: Anatomy) -> int:
+def _per_token(anatomy: Anatomy, size: Callable[[ExpertSpec], int]) -> int:
+    """Sum over layers of the largest expert's bytes, times top-k."""
     largest = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
-        largest[key.layer] = max(largest[key.layer], spec.weight_bytes)
+        largest[key.layer] = max(largest[key.layer], size(spec))
     return sum(largest) * anatomy.shape.top_k
 
 
@@ -265,38 +270,3 @@ def _workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtyp
     mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
     logits = rows * (first_number(text, "vocab_size") or 1) * 4 * 4
     return tokens * per_token + mask + logits
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Decode speed to expect, and what it rests on."""
-
-    hit_rate_low: float
-    hit_rate: float
-    tokens_per_s_low: float
-    tokens_per_s: float
-    tokens_per_s_high: float
-    disk_gbps: float
-    matvec_gbps: float
-
-
-# Decode hit rate of `next_use` against the share of experts that is resident, on public routing
-# traces: the mean of Qwen3-30B-A3B and the bundled model's own at 12, 25 and 50%.
-_HIT_CURVE = ((0.0, 0.0), (0.05, 0.33), (0.12, 0.56), (0.25, 0.79), (0.5, 0.94), (1.0, 1.0))
-# Stock model without experts at batch one: seconds per layer and token.
-_LAYER_OVERHEAD_S = 0.35e-3
-
-
-def expected_hit_rate(share_resident: float) -> float:
-    """Hit rate of real routing at this share of resident experts; random routing has the share."""
-    for (x0, y0), (x1, y1) in zip(_HIT_CURVE, _HIT_CURVE[1:], strict=False):
-        if share_resident <= x1:
-            return y0 + (y1 - y0) * (share_resident - x0) / (x1 - x0)
-    return 1.0
-
-
-def decode_s(plan: Plan, num_layers: int, hit_rate: float, forecast: Forecast) -> float:
-    """Seconds per token at this hit rate: loads are waited for, computation comes on top."""
-    read_s = (1 - hit_rate) * plan.bytes_per_token / (forecast.disk_gbps * 1e9)
-    compute_s = (plan.bytes_per_token + plan.dense_bytes) / (forecast.matvec_gbps * 1e9)
-    return read_s + compute_s + num_layers * _LAYER_OVERHEAD_S

@@ -45,3 +45,12 @@ def _download(model: str) -> Path:
             f"({str(error).strip().splitlines()[0]}); check the name, the connection, and the "
             f"token if the model is gated"
         ) from error
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether this is no path here but has the form of a hub id."""
+    return not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(str(model)))
+
+
+def headers_only(model: str, folder: Path) -> Path:
+    raise NotImplementedError

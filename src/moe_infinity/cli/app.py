@@ -1,0 +1,22 @@
+"""Gathers the commands."""
+
+from __future__ import annotations
+
+import typer
+
+from moe_infinity.cli import chat, doctor, plan, run
+
+_HELP = """Run Mixture-of-Experts models that do not fit into memory: exact, under a hard memory
+budget, experts streamed from disk. MODEL is a checkpoint's folder or a Hugging Face id; without
+one the small bundled model is used."""
+
+
+def build_app() -> typer.Typer:
+    app = typer.Typer(
+        help=_HELP, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    )
+    app.command()(run.run)
+    app.command()(chat.chat)
+    app.command()(plan.plan)
+    app.command()(doctor.doctor)
+    return app

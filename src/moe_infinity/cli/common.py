@@ -1,0 +1,97 @@
+"""Options and output that commands share; the options' defaults are EngineConfig's."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_infinity.checkpoint.hub import bundled_model_path
+from moe_infinity.config import EngineConfig, format_bytes
+from moe_infinity.policies import policy_names
+from moe_infinity.predictors import predictor_names
+from moe_infinity.stats import PhaseStats, Stats
+
+DEFAULTS = EngineConfig()
+
+Ram = Annotated[
+    str, typer.Option(help="Memory for the whole process: a size such as 8GiB, or auto.")
+]
+RamSlots = Annotated[
+    int | None, typer.Option(help="Capacity in experts, all layers together. Default: what fits.")
+]
+MaxContext = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer. Default: what fits, at most 32768.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the checkpoint says.")
+]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu.")]
+Policy = Annotated[
+    str, typer.Option(help=f"Which experts stay: {', '.join(policy_names())}, or module:Class.")
+]
+Prefetch = Annotated[
+    str, typer.Option(help=f"What is loaded ahead: {', '.join(predictor_names())}.")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
+
+
+def split_positionals(first: str | None, second: str | None) -> tuple[str, str | None]:
+    """MODEL and PROMPT. A lone positional is the prompt unless it is an existing folder."""
+    if second is not None:
+        return first or str(bundled_model_path()), second
+    if first is not None and Path(first).expanduser().is_dir():
+        return first, None
+    return str(bundled_model_path()), first
+
+
+def print_json(value: dict[str, Any]) -> None:
+    json.dump(value, sys.stdout)
+    sys.stdout.write("\n")
+
+
+def stats_dict(stats: Stats) -> dict[str, Any]:
+    return dataclasses.asdict(stats)
+
+
+def print_stats(stats: Stats) -> None:
+    """The small table after an answer, on standard error so that text can be piped."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "tokens/s", "hit rate", "hits", "misses", "read from disk", "waited", "limit"):
+        table.add_column(title, justify="left" if not title else "right")
+    for name, phase in (("prefill", stats.prefill), ("decode", stats.decode)):
+        if phase.num_tokens:
+            table.add_row(name, *_phase_cells(phase))
+    console = Console(stderr=True)
+    console.print()
+    console.print(table)
+    console.print(
+        f"{stats.slots} of {stats.experts_total} experts fit in memory | first token after "
+        f"{_number(stats.ttft_s, 2)} s | peak memory {format_bytes(stats.peak_rss_bytes)} | "
+        f"written {stats.bytes_written} B | "
+        + ("bit-exact" if stats.bit_exact else f"lossy: {', '.join(stats.lossy)}"),
+        highlight=False,
+    )
+
+
+def _phase_cells(phase: PhaseStats) -> list[str]:
+    return [
+        _number(phase.tokens_per_s, 1),
+        "-" if phase.hit_rate is None else f"{phase.hit_rate:.1%}",
+        str(phase.hits),
+        str(phase.misses + phase.late),
+        format_bytes(phase.demand_bytes + phase.prefetch_bytes),
+        f"{phase.stall_s:.2f} s",
+        "-" if phase.limit_fraction is None else f"{phase.limit_fraction:.0%}",
+    ]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

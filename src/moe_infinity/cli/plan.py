@@ -1,0 +1,114 @@
+"""``moe-infinity plan``: will it fit, and how fast, from headers and config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moe_infinity.checkpoint.hub import bundled_model_path, headers_only, is_hub_id, resolve
+from moe_infinity.cli import common
+from moe_infinity.cli.common import DEFAULTS
+from moe_infinity.config import EngineConfig, format_bytes, parse_size
+
+
+def plan(
+    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id.")] = None,
+    ram: common.Ram = str(DEFAULTS.ram),
+    ram_slots: common.RamSlots = None,
+    max_context: common.MaxContext = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
+    dtype: common.Dtype = None,
+    hit_rate: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="Known hit rate, instead of a typical.")
+    ] = None,
+    disk_gbps: Annotated[
+        float | None, typer.Option(min=0.001, help="Direct reads, 1e9 B/s. Default: measured.")
+    ] = None,
+    json: common.Json = False,
+) -> None:
+    """Show where the memory goes and how fast decode will be, before loading anything."""
+    name = model or str(bundled_model_path())
+    config = EngineConfig(
+        ram=ram if ram == "auto" else parse_size(ram, "--ram"),
+        ram_slots=ram_slots,
+        max_context=max_context,
+        max_batch=max_batch,
+        dtype=dtype,
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        remote = is_hub_id(name)
+        path = headers_only(name, Path(scratch)) if remote else resolve(name)
+        report = _report(path, config, hit_rate, disk_gbps, measure_here=not remote)
+    if json:
+        common.print_json(report)
+    else:
+        _print(name, report)
+
+
+def _report(
+    path: Path,
+    config: EngineConfig,
+    hit_rate: float | None,
+    disk_gbps: float | None,
+    measure_here: bool,
+) -> dict[str, Any]:
+    from moe_infinity.assembly import open_checkpoint
+    from moe_infinity.forecast import forecast, verdict
+    from moe_infinity.machine import measure
+    from moe_infinity.model.loading import examine
+    from moe_infinity.planning import make_plan
+
+    checkpoint = open_checkpoint(path)
+    anatomy = examine(checkpoint, config.dtype)
+    made = make_plan(anatomy, config)
+    read_bytes = next(iter(anatomy.specs.values())).read_bytes
+    files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
+    speeds = measure(files, read_bytes)
+    if disk_gbps is not None:
+        speeds = dataclasses.replace(speeds, disk_gbps=disk_gbps)
+    expected = forecast(made, anatomy.shape.num_layers, speeds, hit_rate)
+    checkpoint.close()
+    return {
+        **dataclasses.asdict(made),
+        "slots": made.num_slots,
+        "share_resident": made.share_resident,
+        "cache_bytes": made.cache_bytes,
+        "used_bytes": made.used_bytes,
+        "holds_working_set": made.holds_working_set,
+        "num_layers": anatomy.shape.num_layers,
+        "top_k": anatomy.shape.top_k,
+        "arithmetic": made.arithmetic(),
+        "verdict": verdict(made, expected),
+        "forecast": dataclasses.asdict(expected),
+    }
+
+
+def _print(name: str, report: dict[str, Any]) -> None:
+    speed = report["forecast"]
+    print(f"{name}: {report['verdict']}\n")
+    print(f"memory for the whole process, {format_bytes(report['budget_bytes'])}:")
+    print(report["arithmetic"])
+    print(f"  {'smallest budget that works':<40} {format_bytes(report['smallest_budget_bytes']):>12}")
+    print()
+    print(
+        f"experts: {report['experts_total']} in {report['num_layers']} layers, "
+        f"{format_bytes(report['expert_bytes_total'])} in all; {report['share_resident']:.0%} fit"
+    )
+    print(
+        f"one token: {report['working_set']} experts, {format_bytes(report['bytes_per_token'])} of "
+        f"their weights" + ("" if report["holds_working_set"] else "  <- more than fit at once")
+    )
+    print(
+        f"decode: about {speed['tokens_per_s']:.1f} tokens/s if {speed['hit_rate']:.0%} of the "
+        f"experts are found in memory (typical routing); {speed['tokens_per_s_low']:.1f} if routing "
+        f"is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} once all hit"
+    )
+    bandwidths = speed["bandwidths"]
+    print(
+        f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, expert products "
+        f"{bandwidths['matvec_gbps']:.1f} GB/s"
+    )
