@@ -266,7 +266,7 @@ def _workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtyp
         for name in ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
     )
     top_k = first_number(text, "num_experts_per_tok") or 8
-    per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + 3 * top_k * hidden)
+    per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + (top_k + 3) * hidden)
     mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
     logits = rows * (first_number(text, "vocab_size") or 1) * 4 * 4
     return tokens * per_token + mask + logits

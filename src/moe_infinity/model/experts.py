@@ -21,6 +21,9 @@ from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.recorder import Recorder
 from moe_infinity.types import ExpertKey
 
+# Tokens whose weighted outputs are held at once beside the outputs themselves.
+_COMBINE_TOKENS = 256
+
 
 @dataclass
 class Runtime:
@@ -89,8 +92,9 @@ class ExpertsLayer:
         event = self._event(ids, weights, rows, routed)
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute)
-        weighted = out * weights.reshape(-1, 1)  # [T * K, H]
-        return weighted.view(num_tokens, top_k, -1).sum(dim=1).to(x.dtype)
+        out = out.view(num_tokens, top_k, -1)
+        sums = [_combine(out[s], weights[s], x.dtype) for s in _slices(num_tokens, _COMBINE_TOKENS)]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     def _event(
         self,
@@ -144,6 +148,11 @@ def _places_by_expert(
         for expert, group in zip(experts, groups, strict=True)
         if routed.ravel()[group[0]]
     }
+
+
+def _combine(out: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """out [T, K, H], weights [T, K] -> [T, H]: the sum over slots, in their order."""
+    return (out * weights[..., None]).sum(dim=1).to(dtype)
 
 
 def _slices(total: int, size: int) -> list[slice]:
