@@ -32,12 +32,14 @@ def parse_size(value: int | str, name: str = "size") -> int:
         return value
     match = _SIZE.fullmatch(str(value))
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
-    if match is None or match[2].lower() not in units or float(match[1]) <= 0:
+    factor = units.get(match[2].lower(), 0) if match else 0
+    num_bytes = int(float(match[1]) * factor) if match else 0
+    if num_bytes < 1:
         raise ConfigError(
             f"{name}: got {value!r}, expected a size such as 8GiB, 512MiB, 2.5GB or a positive "
             f"number of bytes"
         )
-    return int(float(match[1]) * units[match[2].lower()])
+    return num_bytes
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -53,7 +55,8 @@ def state_dir() -> Path:
     base = os.environ.get("MOE_INFINITY_STATE_DIR")
     if base:
         return Path(base)
-    return Path(os.environ.get("XDG_STATE_HOME", Path.home() / ".local/state")) / "moe-infinity"
+    shared = os.environ.get("XDG_STATE_HOME") or Path("~/.local/state")
+    return Path(os.path.expanduser(shared)) / "moe-infinity"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,5 +104,5 @@ def _choice(name: str, got: str | None, known: tuple[str | None, ...]) -> None:
 
 
 def _positive(name: str, got: int | None) -> None:
-    if got is not None and (not isinstance(got, int) or got < 1):
+    if got is not None and (not isinstance(got, int) or isinstance(got, bool) or got < 1):
         raise ConfigError(f"{name}: got {got!r}, expected a whole number of at least 1")

@@ -16,10 +16,12 @@ import torch
 from moe_infinity.assembly import build_hierarchy, open_checkpoint
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig, format_bytes
-from moe_infinity.errors import CheckpointNotFoundError, ConfigError, PlanExceededError
+from moe_infinity.errors import ConfigError, PlanExceededError
+from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.kernels.reference import Kernel
 from moe_infinity.machine import Bandwidths, measure
-from moe_infinity.model.experts import ExpertsLayer, Runtime, register
+from moe_infinity.model.experts import ExpertsLayer, Runtime
+from moe_infinity.model.inputs import as_batch, context_tokens, load_tokenizer
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import Anatomy, examine, load
 from moe_infinity.model.rules import KeepRouting
@@ -40,6 +42,7 @@ class _Request:
     """The request that runs, or the last one that ran."""
 
     start_s: float
+    prefill_end_s: float | None = None
     first_token_s: float | None = None
     end_s: float | None = None
     counters: Counters | None = None
@@ -78,6 +81,7 @@ class MoE:
         self._state = StateFile()
         self._bandwidths: Bandwidths | None = None
         self._running = threading.Lock()
+        self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
         self._request = _Request(time.perf_counter())
         self._tokenizer: Any = None
@@ -93,9 +97,13 @@ class MoE:
 
         Raises PlanExceededError beyond the planned rows, context or room for logits.
         """
-        ids = _as_batch(input_ids)
+        ids = as_batch(input_ids)
         self._check_plan(ids.shape[0], ids.shape[1], "input_ids")
-        self._check_logits(ids, kwargs.get("logits_to_keep", 0))
+        scored = ids
+        if kwargs.get("decoder_input_ids") is not None:
+            scored = kwargs["decoder_input_ids"] = as_batch(kwargs["decoder_input_ids"])
+            self._check_plan(scored.shape[0], scored.shape[1], "decoder_input_ids")
+        self._check_logits(scored, kwargs.get("logits_to_keep", 0))
         with self._requesting(generates=False), torch.inference_mode():
             kwargs.setdefault("use_cache", "past_key_values" in kwargs)
             return self.model(input_ids=ids, **kwargs)
@@ -106,15 +114,18 @@ class MoE:
         input_ids: [rows, length] or [length]. Returns [rows, length + new] token ids. Raises
         PlanExceededError beyond the planned rows or context, CancelledError after ``cancel``.
         """
-        ids = _as_batch(input_ids)
+        ids = as_batch(input_ids)
         rows = ids.shape[0] * kwargs.get("num_beams", 1) * kwargs.get("num_return_sequences", 1)
-        self._check_plan(rows, ids.shape[1] + max_new_tokens, "prompt and new tokens")
+        config = self.model.config
+        length = context_tokens(config, ids, max_new_tokens, kwargs)
+        self._check_plan(rows, length, "prompt and new tokens")
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
         kwargs.setdefault("past_key_values", self.new_cache())
-        if ids.shape[1] > PREFILL_CHUNK_TOKENS:
+        if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
             kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
         with self._requesting(generates=True), torch.inference_mode():
-            return self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
+            tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
+        return tokens
 
     def new_cache(self) -> Any:
         """An empty KV cache of the planned context, for ``past_key_values``."""
@@ -131,7 +142,7 @@ class MoE:
         Raises CheckpointNotFoundError if it has none; token ids work without.
         """
         if self._tokenizer is None:
-            self._tokenizer = _load_tokenizer(self.path)
+            self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
 
     def stats(self, total: bool = False) -> Stats:
@@ -156,7 +167,7 @@ class MoE:
         return build_stats(counters, facts, ttft if request.generates else None, routing)
 
     def residency(self) -> list[dict[str, list[int]]]:
-        """For every MoE layer, which experts are in which tier: ``[{"ram": [...], "disk": ...}]``."""
+        """For every MoE layer, which experts are in which tier: ``{"ram": [...], "disk": ...}``."""
         layers = []
         for layer, count in enumerate(self._shape.experts_per_layer):
             tiers: dict[str, list[int]] = {"ram": [], "disk": []}
@@ -181,20 +192,24 @@ class MoE:
 
     def close(self) -> None:
         """Stop every thread, close files, write the state file. Idempotent."""
+        self._closed = True
         self.cancel()
         with self._running:
             self._cleanup.close()
         self._state.save()
 
     def _load(self, anatomy: Anatomy) -> Any:
-        register()
         model, modules = load(self.checkpoint, anatomy)
         self._runtime = Runtime(
             self._hierarchy, Kernel(), KeepRouting(), self._recorder, step=Step(0, "decode", 1, 1)
         )
+        adapter = anatomy.adapter
         for layer, module in enumerate(modules):
             count = anatomy.shape.experts_per_layer[layer]
-            ExpertsLayer(module, layer, count, self._runtime)
+            experts = ExpertsLayer(
+                layer, count, adapter.math(module), self._runtime, adapter.routes_padding
+            )
+            adapter.attach(module, experts.forward)
         self._tap = StepTap(model, self._begin_step, self._end_step)
         return model
 
@@ -206,33 +221,45 @@ class MoE:
         now.num_tokens += step.num_rows * step.length
 
     def _end_step(self) -> None:
-        request = self._request
-        if request.end_s is None and self._runtime.step.phase == "prefill":
-            request.first_token_s = time.perf_counter()  # of the last chunk, in the end
+        request, step, now_s = self._request, self._runtime.step, time.perf_counter()
+        if request.end_s is not None:
+            return
+        if step.phase == "prefill":
+            request.prefill_end_s = now_s  # of the last chunk, in the end
+        yields_first = step.phase == "prefill" or request.first_token_s is None
+        if yields_first and not step.is_encoder:
+            request.first_token_s = now_s
 
     @contextlib.contextmanager
     def _requesting(self, generates: bool) -> Iterator[None]:
         """Everything between the start and the end of one request."""
         if not self._running.acquire(blocking=False):
             raise ConfigError("a request is running; one at a time, or cancel() it first")
-        counters = self._hierarchy.counters
-        counters.take()
+        try:
+            self._hierarchy.cancelled.clear()
+            if self._closed:
+                raise ConfigError("the model is closed; open it again")
+            with deferred_interrupt(self.cancel):
+                self._begin_request(generates)
+                try:
+                    yield
+                finally:
+                    self._hierarchy.end_request()
+                    self._finish(self._request, self._hierarchy.counters)
+        finally:
+            self._running.release()
+
+    def _begin_request(self, generates: bool) -> None:
+        self._hierarchy.counters.take()
         self._recorder.clear()
-        self._hierarchy.cancelled.clear()
         resident = frozenset(self._hierarchy.resident_flat())
         self._request = _Request(time.perf_counter(), initial=resident, generates=generates)
         self._hierarchy.begin_request()
-        try:
-            yield
-        finally:
-            self._hierarchy.end_request()
-            self._finish(self._request, counters)
-            self._running.release()
 
     def _finish(self, request: _Request, counters: Counters) -> None:
         request.end_s = time.perf_counter()
-        first = request.first_token_s if request.generates else None
-        split = first or (request.end_s if counters.prefill.num_passes else request.start_s)
+        prefilled = request.prefill_end_s if request.generates else None
+        split = prefilled or (request.end_s if counters.prefill.num_passes else request.start_s)
         counters.prefill.wall_s = split - request.start_s
         counters.decode.wall_s = request.end_s - split if counters.decode.num_passes else 0.0
         request.counters = counters.take()
@@ -255,7 +282,9 @@ class MoE:
 
     def _check_logits(self, ids: torch.Tensor, logits_to_keep: Any) -> None:
         """Logits of every position may outgrow the workspace; they are refused, not swapped."""
-        kept = logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else ids.shape[1]
+        kept = (
+            logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else ids.shape[1]
+        )
         vocab = self.model.config.get_text_config().vocab_size
         needed = ids.shape[0] * kept * vocab * 4
         room = self.plan.workspace_bytes + self.plan.budget_bytes - self.plan.used_bytes
@@ -264,24 +293,3 @@ class MoE:
                 f"logits of {kept} positions need {format_bytes(needed)}, expected at most "
                 f"{format_bytes(room)}; pass logits_to_keep=1, or open with more ram"
             )
-
-
-def _as_batch(input_ids: Any) -> torch.Tensor:
-    """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat."""
-    ids = torch.as_tensor(input_ids, dtype=torch.long)
-    ids = ids[None] if ids.dim() == 1 else ids
-    if ids.dim() != 2 or not ids.numel():
-        raise ConfigError(f"input_ids: got shape {list(ids.shape)}, expected [rows, length]")
-    return ids
-
-
-def _load_tokenizer(path: Path) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointNotFoundError(
-            f"{path}: has no tokenizer that can be loaded "
-            f"({str(error).strip().splitlines()[0][:120]}); pass token ids instead"
-        ) from error

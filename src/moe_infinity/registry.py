@@ -44,6 +44,8 @@ def find_class(package: ModuleType, name: str, class_name: str, base: type[_T]) 
 
 
 def _find_spec(module_name: str) -> object:
+    if not module_name or module_name.startswith("."):
+        return None
     try:
         return importlib.util.find_spec(module_name)
     except ModuleNotFoundError:

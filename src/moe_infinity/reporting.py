@@ -62,7 +62,7 @@ def build_stats(
         stall_s=total.stall_s,
         compute_s=total.compute_s,
         ttft_s=ttft_s,
-        tpot_s=1 / decode.tokens_per_s if decode.tokens_per_s else None,
+        tpot_s=_per_pass_s(counters.decode),
         tokens_per_s=decode.tokens_per_s,
         peak_rss_bytes=peak_resident_bytes(),
         bytes_written=facts.bytes_written,
@@ -73,6 +73,12 @@ def build_stats(
         bit_exact=not facts.lossy,
         lossy=facts.lossy,
     )
+
+
+def _per_pass_s(decode: PhaseCounters) -> float | None:
+    """Time per output token of one row: rows of a batch get theirs in the same pass."""
+    timed = decode.num_passes and decode.wall_s > 0
+    return decode.wall_s / decode.num_passes if timed else None
 
 
 def _limit_fraction(phase: PhaseCounters, loaded_bytes: int, facts: RunFacts) -> float | None:

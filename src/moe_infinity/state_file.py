@@ -28,7 +28,8 @@ class StateFile:
     def bandwidths(self, device: str) -> Bandwidths | None:
         entry = self._known.get(device)
         try:
-            return Bandwidths(**entry) if entry else None
+            known = Bandwidths(**entry) if entry else None
+            return known if known and all(v > 0 for v in asdict(known).values()) else None
         except TypeError:
             return None
 

@@ -22,6 +22,8 @@ class PhaseCounters:
     prefetch_bytes: int = 0
     wasted_prefetch_bytes: int = 0
     stall_s: float = 0.0  # time the compute waited for loads
+    read_busy_s: float = 0.0  # time in which reads were under way
+    read_bytes: int = 0  # bytes that arrived in it
     compute_s: float = 0.0  # time in expert computation
     computed_bytes: int = 0  # expert weights read from memory to compute, dense weights aside
     wall_s: float = 0.0
@@ -79,7 +81,8 @@ class PhaseStats:
 
     hit_rate: hits over hits, late and misses; None if nothing was looked up. limit_fraction: the
     time our own missed and computed bytes need at measured bandwidths, perfectly overlapped, over
-    the time taken. belady_fraction: the same with the bytes that the offline optimum would have
+    the time taken. read_gbps: what the disk delivered while reads were under way, 1e9 bytes/s.
+    belady_fraction: the same with the bytes that the offline optimum would have
     missed on this routing. None where nothing was measured.
     """
 
@@ -91,6 +94,7 @@ class PhaseStats:
     prefetch_bytes: int
     wasted_prefetch_bytes: int
     stall_s: float
+    read_gbps: float | None
     compute_s: float
     wall_s: float
     num_tokens: int
@@ -152,6 +156,7 @@ def phase_stats(
         prefetch_bytes=counters.prefetch_bytes,
         wasted_prefetch_bytes=counters.wasted_prefetch_bytes,
         stall_s=counters.stall_s,
+        read_gbps=_gbps(counters.read_bytes, counters.read_busy_s),
         compute_s=counters.compute_s,
         wall_s=counters.wall_s,
         num_tokens=counters.num_tokens,
@@ -159,3 +164,7 @@ def phase_stats(
         limit_fraction=limit_fraction,
         belady_fraction=belady_fraction,
     )
+
+
+def _gbps(num_bytes: int, seconds: float) -> float | None:
+    return num_bytes / seconds / 1e9 if seconds > 0 else None

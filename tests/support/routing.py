@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moe_infinity.policies import find_policy
-from moe_infinity.residency.directory import Directory
+from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.residency import Load, Lookup, Residency
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
@@ -75,21 +75,73 @@ def new_residency(
     return Residency(directory, chosen, counters)
 
 
-def serve(residency: Residency, event: Event) -> tuple[Lookup, list[Load]]:
-    """Run one event with a disk that is infinitely fast. Returns the look-up and all its loads."""
-    found = residency.begin_event(event)
-    loads: list[Load] = []
-    pending: list[ExpertKey] = found.hits + found.late
-    for key in found.late:
-        residency.complete(key)
-    while not residency.is_done:
-        begun = residency.admit()
-        assert begun or pending, "no progress: nothing to compute and nothing admitted"
-        for load in begun:
-            residency.complete(load.key)
-        loads += begun
-        pending += [load.key for load in begun]
-        residency.finish(pending.pop(0))
-        residency.directory.check_integrity()
-    residency.end_event()
-    return found, loads
+class Driver:
+    """Serves events like the live tier, with a disk that completes loads in an order of its own.
+
+    rng None: loads are complete as soon as they begin. log: every decision, in order.
+    """
+
+    def __init__(self, residency: Residency, rng: np.random.Generator | None = None) -> None:
+        self.residency = residency
+        self.rng = rng
+        self.in_flight: list[ExpertKey] = []
+        self.log: list[Load] = []
+        self.lookups: list[Lookup] = []
+
+    def run(self, event: Event, prefetch: Iterable[ExpertKey] = ()) -> Lookup:
+        """One event from look-up to end; members are computed in the order the tier would."""
+        residency = self.residency
+        found = residency.begin_event(event)
+        self.lookups.append(found)
+        for key in found.disproved:
+            self.in_flight.remove(key)
+            residency.fail(key)
+        pending = sorted(found.hits + found.late)
+        pending += self._admit()
+        self._begin(residency.prefetch(prefetch, event.layer))
+        computed = []
+        while not residency.is_done:
+            pending += self._admit()
+            key = self._next_ready(pending, event.phase)
+            if key is None:
+                assert self.in_flight, "no progress: nothing to compute and nothing in flight"
+                self._complete_some(at_least=1)
+                continue
+            pending.remove(key)
+            residency.finish(key)
+            computed.append(key)
+            self._complete_some()
+            residency.directory.check_integrity()
+        residency.end_event()
+        assert sorted(computed) == event.keys, "a member was computed twice or never"
+        return found
+
+    def _admit(self) -> list[ExpertKey]:
+        members = self.residency.admit()
+        self._begin(members)
+        self._begin(self.residency.stream_ahead())
+        return [load.key for load in members]
+
+    def _begin(self, loads: list[Load]) -> None:
+        self.log += loads
+        self.in_flight += [load.key for load in loads]
+        if self.rng is None:
+            self._complete_some(at_least=len(self.in_flight))
+
+    def _complete_some(self, at_least: int = 0) -> None:
+        count = at_least
+        if self.rng is not None:
+            self.rng.shuffle(self.in_flight)  # type: ignore[arg-type]
+            count = max(at_least, int(self.rng.integers(len(self.in_flight) + 1)))
+        done, self.in_flight = self.in_flight[:count], self.in_flight[count:]
+        for key in done:
+            self.residency.complete(ExpertKey(*key))
+
+    def _next_ready(self, pending: list[ExpertKey], phase: Phase) -> ExpertKey | None:
+        state = self.residency.directory.state
+        ready = [k for k in pending if state(k) is State.RESIDENT]
+        if phase == "prefill":
+            return pending[0] if pending and pending[0] in ready else None
+        if not ready:
+            return None
+        return ready[0 if self.rng is None else int(self.rng.integers(len(ready)))]

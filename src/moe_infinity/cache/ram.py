@@ -21,7 +21,6 @@ from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority, TierName
 
-
 # A miss rule: of the missing members of an event, those to load.
 ChooseMisses = Callable[[Event, list[ExpertKey]], list[ExpertKey]]
 
@@ -50,6 +49,8 @@ class RamHierarchy(Hierarchy):
         self._engine = engine
         self._choose_misses = choose_misses
         self._in_flight: dict[ExpertKey, Transfer] = {}
+        self._pending: list[ExpertKey] = []  # members of the event that have a slot, uncomputed
+        self._is_clean = True  # False while an event runs, or was given up halfway
         self._views: dict[ExpertKey, dict[str, list[torch.Tensor]]] = {}
 
     @property
@@ -68,8 +69,12 @@ class RamHierarchy(Hierarchy):
         self.residency.begin_pass(phase)
 
     def run_event(self, event: Event, compute: Compute) -> None:
+        if not self._is_clean:  # a second interrupt struck while the first was seen to
+            self._abort()
         try:
+            self._is_clean = False
             self._run_event(event, compute)
+            self._is_clean = True
         except BaseException:
             self._abort()
             raise
@@ -84,9 +89,10 @@ class RamHierarchy(Hierarchy):
 
     def check_integrity(self) -> None:
         self.residency.directory.check_integrity()
-        flying = [k for k, t in self._in_flight.items() if not t.is_settled]
-        for key in flying:
-            assert self.residency.directory.state(key) is State.IN_FLIGHT, f"{key} flies unknown"
+        in_flight = set(self.residency.directory.keys_in(State.IN_FLIGHT))
+        assert in_flight == self._in_flight.keys(), (
+            f"in flight without a transfer, or the reverse: {in_flight ^ self._in_flight.keys()}"
+        )
 
     def close(self) -> None:
         self._engine.close()
@@ -102,27 +108,31 @@ class RamHierarchy(Hierarchy):
             self._engine.cancel(self._in_flight[key])
         for key in found.late:
             self._engine.promote(self._in_flight[key])
-        pending = found.hits + found.late + self._admit()
+        self._pending = sorted(found.hits + found.late)
+        self._admit()
         coming = self._planner.plan(event.layer)
         self._start(self.residency.prefetch(coming, event.layer), Priority.PREFETCH)
         while not self.residency.is_done:
-            pending += self._admit()
-            key = self._next_ready(pending, in_order=event.phase == "prefill")
-            if key is None:
+            self._collect()
+            self._admit()
+            ready = self._next_ready(in_order=event.phase == "prefill")
+            if ready is None:
                 self.counters.now.stall_s += self._engine.wait_any()
-                self._collect()
                 continue
-            pending.remove(key)
-            self._compute(key, compute)
-            self.residency.finish(key)
+            self._pending.remove(ready)
+            self._compute(ready, compute)
+            self.residency.finish(ready)
         self.residency.end_event()
+        busy_s, num_bytes = self._engine.take_activity()
+        self.counters.now.read_busy_s += busy_s
+        self.counters.now.read_bytes += num_bytes
 
-    def _admit(self) -> list[ExpertKey]:
+    def _admit(self) -> None:
         """Begin what can begin: members first, then what is worth loading ahead."""
         loads = self.residency.admit()
         self._start(loads, Priority.DEMAND)
+        self._pending += [load.key for load in loads]
         self._start(self.residency.stream_ahead(), Priority.PREFETCH)
-        return [load.key for load in loads]
 
     def _start(self, loads: list[Load], priority: Priority) -> None:
         for load in loads:
@@ -131,26 +141,32 @@ class RamHierarchy(Hierarchy):
             buffer = self._arena.buffer(load.slot)
             self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
 
-    def _next_ready(self, pending: list[ExpertKey], in_order: bool) -> ExpertKey | None:
+    def _next_ready(self, in_order: bool) -> ExpertKey | None:
         """A member that is here. Prefill takes them in order, so that which slot comes free when
         does not depend on the disk; decode takes whichever is here first."""
-        self._collect()
         state = self.residency.directory.state
-        for key in pending[:1] if in_order else pending:
+        for key in self._pending[:1] if in_order else self._pending:
             if state(key) is State.RESIDENT:
                 return key
         return None
 
     def _collect(self) -> None:
-        """Make resident what has arrived. Raises the error of a load that an event waits for."""
+        """Make resident what has arrived. Raises the error of a load that an event waits for.
+
+        A member whose prefetch failed, or was cancelled before the router asked for it again, is
+        loaded once more on demand.
+        """
         error: BaseException | None = None
         for transfer in self._engine.take_settled():
-            del self._in_flight[transfer.key]
+            key = transfer.key
+            del self._in_flight[key]
             if transfer.state is TransferState.DONE:
-                self.residency.complete(transfer.key)
+                self.residency.complete(key)
                 continue
-            self.residency.fail(transfer.key)
-            if transfer.priority is Priority.DEMAND:  # a failed prefetch is tried again on demand
+            self.residency.fail(key)
+            if key in self._pending:
+                self._pending.remove(key)
+            if transfer.priority is Priority.DEMAND:
                 error = error or transfer.error
         if error is not None:
             raise error
@@ -173,12 +189,11 @@ class RamHierarchy(Hierarchy):
         return views
 
     def _abort(self) -> None:
-        """Leave nothing pinned or in flight behind a failed event."""
+        """Leave nothing pinned or in flight behind a failed event, wherever it was interrupted."""
+        self._is_clean = False
+        self._engine.drain()
         self.residency.abort_event()
-        for transfer in self._in_flight.values():
-            self._engine.cancel(transfer)
-        while self._in_flight:
-            self._engine.wait_any()
-            for transfer in self._engine.take_settled():
-                del self._in_flight[transfer.key]
-                self.residency.fail(transfer.key)
+        self._in_flight.clear()
+        self._pending.clear()
+        self._views.clear()  # an interrupted eviction may have left one of a lost slot
+        self._is_clean = True

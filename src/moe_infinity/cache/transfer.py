@@ -29,7 +29,7 @@ class TransferState(Enum):
 class Transfer:
     """One expert on its way into a buffer. Its fields belong to the engine's lock."""
 
-    __slots__ = ("_buffer", "_pending", "_unclaimed", "error", "key", "priority", "state", "wanted")
+    __slots__ = ("_buffer", "_reading", "_unclaimed", "error", "key", "priority", "state", "wanted")
 
     def __init__(
         self, key: ExpertKey, buffer: memoryview, chunks: Iterable[ReadRange], priority: Priority
@@ -41,7 +41,7 @@ class Transfer:
         self.wanted = True  # False once cancelled; chunks already being read still finish
         self._buffer = buffer
         self._unclaimed = list(chunks)[::-1]
-        self._pending = len(self._unclaimed)
+        self._reading = 0  # chunks that workers are reading now
 
     @property
     def is_settled(self) -> bool:
@@ -72,8 +72,12 @@ class TransferEngine:
         self._settled = threading.Condition(self._lock)
         self._queue: list[tuple[Priority, int, Transfer]] = []
         self._order = itertools.count()
+        self._unsettled: set[Transfer] = set()
         self._finished: list[Transfer] = []
         self._closing = False
+        self._busy_since_s = 0.0  # while something is unsettled
+        self._busy_s = 0.0
+        self._bytes_read = 0
         self._threads = [
             threading.Thread(target=self._serve, name=f"moe-infinity-read-{i}", daemon=True)
             for i in range(num_threads)
@@ -88,6 +92,9 @@ class TransferEngine:
         with self._lock:
             if self._closing:
                 raise RuntimeError("the transfer engine is closed")
+            if not self._unsettled:
+                self._busy_since_s = self._clock()
+            self._unsettled.add(transfer)
             self._enqueue(transfer)
         return transfer
 
@@ -101,13 +108,17 @@ class TransferEngine:
     def cancel(self, transfer: Transfer) -> None:
         """Read no further chunk of it; it settles when those being read have ended."""
         with self._lock:
-            if transfer.is_settled:
-                return
-            transfer.wanted = False
-            transfer._pending -= len(transfer._unclaimed)
-            transfer._unclaimed.clear()
-            if transfer._pending == 0:
-                self._settle(transfer, TransferState.CANCELLED)
+            self._cancel(transfer)
+
+    def drain(self) -> None:
+        """Cancel every transfer and wait until no thread touches a buffer; forget them all."""
+        with self._lock:
+            for transfer in list(self._unsettled):
+                self._cancel(transfer)
+            while not all(transfer.is_settled for transfer in self._unsettled):
+                self._settled.wait()
+            self._unsettled.clear()
+            self._finished.clear()
 
     def take_settled(self) -> list[Transfer]:
         """Transfers that settled since the last call, in the order in which they did."""
@@ -115,9 +126,21 @@ class TransferEngine:
             finished, self._finished = self._finished, []
             return finished
 
+    def take_activity(self) -> tuple[float, int]:
+        """Seconds in which reads were under way, and bytes read, since the last call."""
+        with self._lock:
+            if self._unsettled:
+                self._count_busy()
+            taken = self._busy_s, self._bytes_read
+            self._busy_s, self._bytes_read = 0.0, 0
+            return taken
+
     def wait_any(self) -> float:
         """Wait until some transfer has settled and was not taken. Returns the seconds waited."""
         with self._lock:
+            assert self._finished or self._unsettled, (
+                "nothing is in flight: this would wait forever"
+            )
             if self._finished:
                 return 0.0
             start = self._clock()
@@ -129,7 +152,8 @@ class TransferEngine:
         """Drop what is queued, let chunks being read end, join every thread. Idempotent."""
         with self._lock:
             self._closing = True
-            self._queue.clear()
+            for transfer in list(self._unsettled):
+                self._cancel(transfer)
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
@@ -152,7 +176,7 @@ class TransferEngine:
                 self._store.read_into(transfer.key, buffer, chunk)
             except BaseException as caught:  # raised again in the call that needs the expert
                 error = caught
-            self._finish_chunk(transfer, error)
+            self._finish_chunk(transfer, chunk.num_bytes, error)
 
     def _claim(self) -> tuple[Transfer, ReadRange] | None:
         with self._lock:
@@ -160,28 +184,45 @@ class TransferEngine:
                 while self._queue:
                     transfer = heapq.heappop(self._queue)[2]
                     if transfer._unclaimed:  # else promoted or cancelled: a stale entry
+                        transfer._reading += 1
                         return transfer, transfer._unclaimed.pop()
                 if self._closing:
                     return None
                 self._work.wait()
 
-    def _finish_chunk(self, transfer: Transfer, error: BaseException | None) -> None:
+    def _finish_chunk(
+        self, transfer: Transfer, num_bytes: int, error: BaseException | None
+    ) -> None:
         with self._lock:
-            transfer._pending -= 1
-            if error is not None and transfer.error is None:
-                transfer.error = error
-                transfer._pending -= len(transfer._unclaimed)
+            self._bytes_read += num_bytes
+            transfer._reading -= 1
+            if error is not None:
+                transfer.error = transfer.error or error
                 transfer._unclaimed.clear()
-            if transfer._pending == 0:
-                self._settle(transfer, self._outcome(transfer))
+            self._settle_if_over(transfer)
+
+    def _cancel(self, transfer: Transfer) -> None:
+        transfer.wanted = False
+        transfer._unclaimed.clear()
+        self._settle_if_over(transfer)
+
+    def _settle_if_over(self, transfer: Transfer) -> None:
+        if transfer.is_settled or transfer._reading or transfer._unclaimed:
+            return
+        transfer.state = self._outcome(transfer)
+        self._unsettled.discard(transfer)
+        if not self._unsettled:
+            self._count_busy()
+        self._finished.append(transfer)
+        self._settled.notify_all()
+
+    def _count_busy(self) -> None:
+        now = self._clock()
+        self._busy_s += now - self._busy_since_s
+        self._busy_since_s = now
 
     @staticmethod
     def _outcome(transfer: Transfer) -> TransferState:
         if transfer.error is not None:
             return TransferState.FAILED
         return TransferState.DONE if transfer.wanted else TransferState.CANCELLED
-
-    def _settle(self, transfer: Transfer, state: TransferState) -> None:
-        transfer.state = state
-        self._finished.append(transfer)
-        self._settled.notify_all()

@@ -26,7 +26,11 @@ def align_up(value: int) -> int:
 
 def allocate(num_bytes: int) -> mmap.mmap:
     """Page-aligned anonymous memory; pages cost nothing before they are touched."""
-    memory = mmap.mmap(-1, max(align_up(num_bytes), ALIGNMENT_BYTES))
+    size = max(align_up(num_bytes), ALIGNMENT_BYTES)
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return mmap.mmap(-1, size)
+    # Private: shared anonymous memory is a file to the kernel, and is counted as page cache.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages serves small ones
             memory.madvise(mmap.MADV_HUGEPAGE)
@@ -62,7 +66,7 @@ class DirectFile:
         done = 0
         while done < needed_bytes:
             done += self._read_once(buffer[done:], offset + done, needed_bytes - done)
-            if done < needed_bytes and done % ALIGNMENT_BYTES:
+            if self.is_direct and done < needed_bytes and done % ALIGNMENT_BYTES:
                 # A short direct read ends off the grid only at the end of the file.
                 raise ReadError(self._short(offset, done, needed_bytes))
         if not self.is_direct and hasattr(os, "posix_fadvise"):
@@ -82,10 +86,11 @@ class DirectFile:
             self._fd = -1
 
     def _read_once(self, buffer: memoryview, offset: int, missing: int) -> int:
+        was_direct = self.is_direct
         try:
             num_read = _pread_into(self._fd, buffer, offset)
         except OSError as error:
-            if error.errno == errno.EINVAL and self.is_direct:
+            if error.errno == errno.EINVAL and was_direct:
                 self._fall_back()
                 return self._read_once(buffer, offset, missing)
             raise ReadError(
@@ -97,10 +102,12 @@ class DirectFile:
         return num_read
 
     def _fall_back(self) -> None:
-        """The file system took O_DIRECT at opening but refuses it at reading."""
-        buffered = os.open(self.path, os.O_RDONLY)
-        os.dup2(buffered, self._fd)
-        os.close(buffered)
+        """The file system took O_DIRECT at opening but refuses it at reading. Several threads may
+        find that out at once."""
+        import fcntl  # where there is O_DIRECT there is this
+
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
         self.is_direct = False
 
     def _short(self, offset: int, got: int, needed: int) -> str:

@@ -75,7 +75,12 @@ def _convert(
     expected: Mapping[str, tuple[int, ...]],
 ) -> list[tuple[str, Virtual]]:
     if converter is None:
-        (parts,) = collected.values()
+        parts = [part for found in collected.values() for part in found]
+        if len(parts) > 1:
+            raise CorruptCheckpointError(
+                f"expert parameter {parameter!r} is in the checkpoint {len(parts)} times "
+                f"({', '.join(sorted(collected)[:3])}); expected it once"
+            )
         return [(parameter, parts[0])]
     results = run_operations(
         converter.operations,
@@ -94,14 +99,15 @@ def _refuse_incomplete(
     missing = [name for name in expected if name not in params]
     if missing:
         raise CorruptCheckpointError(
-            f"got no tensors for {len(missing)} expert parameters (first: {missing[0]!r}), expected "
-            f"all {len(expected)}; is a shard missing, or is this not the checkpoint of its config?"
+            f"got no tensors for {len(missing)} expert parameters (first: {missing[0]!r}), "
+            f"expected all {len(expected)}; is a shard missing, or is this not the checkpoint of "
+            f"its config?"
         )
     for name, shape in expected.items():
         if params[name].shape != shape:
             raise CorruptCheckpointError(
-                f"expert parameter {name!r} has shape {list(params[name].shape)} in the checkpoint, "
-                f"expected {list(shape)} from its config"
+                f"expert parameter {name!r} has shape {list(params[name].shape)} in the "
+                f"checkpoint, expected {list(shape)} from its config"
             )
 
 
@@ -146,10 +152,10 @@ def _spec(key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes) -
     return ExpertSpec(key, built, tuple(ranges), weight_bytes)
 
 
-def _part(
-    name: str, virtual: Virtual, ranges: list[ReadRange], item_bytes: ItemBytes
-) -> Part:
-    moving = [d for d in range(len(virtual.shape)) if len({p.origin[d] for p in virtual.pieces}) > 1]
+def _part(name: str, virtual: Virtual, ranges: list[ReadRange], item_bytes: ItemBytes) -> Part:
+    moving = [
+        d for d in range(len(virtual.shape)) if len({p.origin[d] for p in virtual.pieces}) > 1
+    ]
     formats = {p.entry.format for p in virtual.pieces}
     if len(moving) > 1 or len(formats) > 1:
         raise UnsupportedModelError(

@@ -1,15 +1,62 @@
-"""From what the user named to a folder on disk: a path, or a hub id that is downloaded first."""
+"""From what the user named to a folder on disk: a path, or a hub id that is downloaded first.
+
+Knows files, sizes and the hub's protocol (through huggingface_hub); nothing about tensors.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import os
 import re
-from pathlib import Path
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
 
-from moe_infinity.errors import CheckpointNotFoundError
+import huggingface_hub  # loads its parts on first use: commands that need no hub do not pay
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "*.txt"]
-_HEADERS_ONLY = ["*.json", "*.jinja", "tokenizer*"]
+from moe_infinity.config import format_bytes
+from moe_infinity.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+
+_log = logging.getLogger(__name__)
+
+_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+_SMALL_FILE = re.compile(
+    r"[^/]+\.(json|jinja|model|tiktoken|txt)|tokenizer[^/]*|additional_chat_templates/[^/]+\.jinja"
+)
+_INDEX = "model.safetensors.index.json"
+_DESCRIPTION = ("config.json", "generation_config.json", _INDEX)
+_MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+_MAX_HTTP_BYTES = 50_000_000_000  # the hub serves larger files by its own protocol only
+_NUM_CONNECTIONS = 8  # these two as in huggingface_hub
+_MAX_FAILURES = 5  # attempts in a row that bring nothing
+_TIMEOUT_S = 10.0
+
+
+class DiskSpaceError(CheckpointError):
+    """The download is larger than the free space of the disk it would go to."""
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What the hub says a model consists of at one commit."""
+
+    repo: str
+    revision: str | None
+    commit: str
+    sizes: dict[str, int]  # bytes of each file
+    etags: dict[str, str]  # hashes of the contents
+
+    def url(self, name: str) -> str:
+        return huggingface_hub.hf_hub_url(self.repo, name, revision=self.commit)
+
+
+# ---- what others call ------------------------------------------------------------------------
 
 
 def bundled_model_path() -> Path:
@@ -17,40 +64,355 @@ def bundled_model_path() -> Path:
     return Path(__file__).resolve().parent.parent / "bundled"
 
 
-def resolve(model: str | Path) -> Path:
-    """The checkpoint's folder; a hub id is downloaded (resuming) into the hub's own cache.
-
-    Raises CheckpointNotFoundError for what is neither a folder nor a reachable hub id.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    if not _HUB_ID.fullmatch(str(model)):
-        raise CheckpointNotFoundError(
-            f"{model}: got neither an existing folder nor a hub id, expected a checkpoint's folder "
-            f"or an id such as Qwen/Qwen3-30B-A3B"
-        )
-    return _download(str(model))
-
-
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_WANTED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        raise CheckpointNotFoundError(
-            f"{model}: no such folder here, and as a hub id it cannot be downloaded "
-            f"({str(error).strip().splitlines()[0]}); check the name, the connection, and the "
-            f"token if the model is gated"
-        ) from error
-
-
 def is_hub_id(model: str | Path) -> bool:
-    """Whether this is no path here but has the form of a hub id."""
+    """Whether this is no path here but has the form of a hub id, ``@revision`` included."""
     return not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(str(model)))
 
 
+def resolve(model: str | Path) -> Path:
+    """The checkpoint's folder; ``org/name`` or ``org/name@revision`` is downloaded first.
+
+    Downloads go to the hub's own cache and go on where an earlier one stopped. When the hub
+    cannot be reached, a complete earlier download is used as it is.
+
+    Raises CheckpointNotFoundError for what is neither a folder nor a model on the hub that can
+    be reached and read, DiskSpaceError before a download that would not fit.
+    """
+    if Path(model).expanduser().is_dir():
+        return Path(model).expanduser()
+    with _explained(model):
+        found = _ask(*_parse(model))
+        return found if isinstance(found, Path) else _download(found)
+
+
 def headers_only(model: str, folder: Path) -> Path:
-    raise NotImplementedError
+    """A folder that describes a hub model without its weights: config, index, tensor headers.
+
+    Its weight files have their true header and length but no data: they are sparse, a few KB on
+    disk. Returns ``folder``; or, when the hub cannot be reached, that of a complete earlier
+    download. Raises as ``resolve`` does.
+    """
+    with _explained(model):
+        found = _ask(*_parse(model))
+        if isinstance(found, Path):
+            return found
+        progress = _Progress()
+        for name in _DESCRIPTION:
+            if name in found.sizes:
+                _extend(folder / name, found.url(name), found.sizes[name], progress)
+        names = _weight_files(found, folder)
+        progress.run(partial(_copy_header, found, name, folder, progress) for name in names)
+    return folder
+
+
+# ---- names and listings ----------------------------------------------------------------------
+
+
+def _parse(model: str | Path) -> tuple[str, str | None]:
+    if Path(model).expanduser().exists():
+        raise CheckpointNotFoundError(
+            f"{model}: got a file, expected a checkpoint's folder; name the folder it is in"
+        )
+    match = _HUB_ID.fullmatch(str(model))
+    if match is None:
+        raise CheckpointNotFoundError(
+            f"{model}: got neither an existing folder nor a hub id, expected a checkpoint's folder "
+            f"or an id such as Qwen/Qwen3-30B-A3B or Qwen/Qwen3-30B-A3B@revision"
+        )
+    return match[1], match[2]
+
+
+def _ask(repo: str, revision: str | None) -> _Listing | Path:
+    """What the hub has; if it does not say, the folder of a complete earlier download."""
+    try:
+        return _list(repo, revision)
+    except _hub_errors() as error:
+        folder = _downloaded_before(repo, revision)
+        if folder is None:
+            raise
+        _log.warning("%s: %s; using the copy in %s", repo, _reason(error), folder)
+        return folder
+
+
+def _list(repo: str, revision: str | None) -> _Listing:
+    info = huggingface_hub.HfApi().model_info(
+        repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+    )
+    sizes, etags = {}, {}
+    for file in info.siblings or []:
+        name = PurePosixPath(file.rfilename)
+        if not name.is_absolute() and ".." not in name.parts:
+            sizes[file.rfilename] = file.size or 0
+            etags[file.rfilename] = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
+    return _Listing(repo, revision, info.sha or "main", sizes, etags)
+
+
+def _downloaded_before(repo: str, revision: str | None) -> Path | None:
+    """The cached folder if it is complete. Weights are linked last, so they tell."""
+    try:
+        cached = huggingface_hub.snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns="config.json"
+        )
+        folder = Path(cached)
+        names = _choose_weights([file.name for file in folder.iterdir()], folder)
+    except (OSError, CheckpointError):
+        return None
+    return folder if names and all((folder / name).exists() for name in names) else None
+
+
+def _weight_files(listing: _Listing, folder: Path) -> list[str]:
+    """The names of the weight files; ``folder`` has the index if there is one."""
+    names = _choose_weights(listing.sizes, folder)
+    if not names:
+        raise CheckpointNotFoundError(
+            f"{listing.repo}: got no *.safetensors file on the hub, expected model.safetensors or "
+            f"{_INDEX}; choose a repository of this model that has them"
+        )
+    absent = [name for name in names if name not in listing.sizes]
+    if absent:
+        raise CorruptCheckpointError(
+            f"{listing.repo}: {len(absent)} of the {len(names)} files in {_INDEX} are not on the "
+            f"hub (first: {absent[0]}); tell its authors, or choose another revision"
+        )
+    return names
+
+
+def _choose_weights(names: Iterable[str], folder: Path) -> list[str]:
+    """As SafetensorsCheckpoint chooses: the index's files, else model.safetensors, else all."""
+    index = folder / _INDEX
+    if index.exists():
+        try:
+            return sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptCheckpointError(
+                f"{index}: got no table 'weight_map' ({error}), expected tensor names and files"
+            ) from error
+    found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors"))
+    return ["model.safetensors"] if "model.safetensors" in found else found
+
+
+# ---- downloads -------------------------------------------------------------------------------
+
+
+def _download(listing: _Listing) -> Path:
+    """What is small by huggingface_hub alone, then the weights, each linked when it is whole."""
+    small = [name for name in listing.sizes if _SMALL_FILE.fullmatch(name)]
+    snapshot = huggingface_hub.snapshot_download(
+        listing.repo, revision=listing.revision, allow_patterns=small
+    )
+    folder = Path(snapshot)
+    names = _weight_files(listing, folder)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        _download_weights(listing, missing, folder)
+    return folder
+
+
+def _download_weights(listing: _Listing, names: list[str], folder: Path) -> None:
+    from huggingface_hub.utils import WeakFileLock, tqdm  # type: ignore[attr-defined]
+
+    storage = folder.parents[1]
+    lock = storage.parent / ".locks" / storage.name / "moe-infinity.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        total = sum(listing.sizes[name] for name in names)
+        done = sum(_num_bytes(_unfinished(storage, listing.etags[name])) for name in names)
+        _require_space(listing.repo, total - done, storage)
+        with tqdm(  # type: ignore[no-untyped-call]
+            desc="weights", total=total, initial=done, unit="B", unit_scale=True
+        ) as bar:
+            progress = _Progress(bar.update)
+            progress.run(partial(_fetch, listing, name, storage, progress) for name in names)
+
+
+def _require_space(repo: str, needed_bytes: int, folder: Path) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise DiskSpaceError(
+            f"{repo}: the download needs {format_bytes(needed_bytes)}, got "
+            f"{format_bytes(free_bytes)} free in {folder}; free some, or set HF_HOME to a folder "
+            f"on a larger disk"
+        )
+
+
+def _fetch(listing: _Listing, name: str, storage: Path, progress: _Progress) -> None:
+    """Put a weight file into the hub's cache: its content, then the link that names it.
+
+    huggingface_hub forgets what it has of a file when it is interrupted: it downloads to a random
+    name. So the content is brought here, resumably, to the place where it then finds it.
+    """
+    url = listing.url(name)
+    remote = huggingface_hub.get_hf_file_metadata(url)
+    if remote.etag and remote.size and remote.size <= _MAX_HTTP_BYTES:
+        _fetch_content(url, remote.etag, remote.size, storage, progress)
+    huggingface_hub.hf_hub_download(listing.repo, name, revision=listing.commit)
+
+
+def _fetch_content(
+    url: str, etag: str, size_bytes: int, storage: Path, progress: _Progress
+) -> None:
+    content, unfinished = storage / "blobs" / etag, _unfinished(storage, etag)
+    if content.exists():
+        return
+    content.parent.mkdir(exist_ok=True)
+    resumed = _num_bytes(unfinished) > 0
+    _extend(unfinished, url, size_bytes, progress)
+    # A power failure may have left holes in what was there; the etag of a large file is its hash.
+    if resumed and len(etag) == 64 and _sha256(unfinished) != etag:
+        _log.warning("%s: the interrupted download is damaged, starting it again", unfinished)
+        unfinished.unlink()
+        _extend(unfinished, url, size_bytes, progress)
+    unfinished.replace(content)
+
+
+def _unfinished(storage: Path, etag: str) -> Path:
+    return storage / "blobs" / f"{etag}.incomplete"  # `hf cache prune` knows this name
+
+
+def _copy_header(listing: _Listing, name: str, folder: Path, progress: _Progress) -> None:
+    """Make a sparse file of the true length that begins with the true header."""
+    file, url, size_bytes = folder / name, listing.url(name), listing.sizes[name]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _extend(file, url, min(8, size_bytes), progress)
+    end = 8 + int.from_bytes(file.read_bytes(), "little")
+    if end <= min(size_bytes, _MAX_HEADER_BYTES):  # else the reader of headers will complain
+        _extend(file, url, end, progress)
+    os.truncate(file, size_bytes)
+
+
+# ---- bytes -----------------------------------------------------------------------------------
+
+
+class _Progress:
+    """One bar for all files, and how a failure or Ctrl-C in one thread stops the others."""
+
+    def __init__(self, show: Callable[[int], object] = lambda num_bytes: None) -> None:
+        self._show = show
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+
+    def add(self, num_bytes: int) -> None:
+        self.pause(0)
+        with self._lock:
+            self._show(num_bytes)
+
+    def pause(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise CancelledError
+
+    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
+        """Run all in threads. The first failure is raised and stops the rest at their next byte."""
+        with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            finally:
+                self._stopped.set()
+                pool.shutdown(cancel_futures=True)
+
+
+def _extend(file: Path, url: str, end: int, progress: _Progress) -> None:
+    """Download what a file lacks of the first ``end`` bytes, through broken connections."""
+    file.touch()
+    failures = 0
+    while (start := _num_bytes(file)) < end:
+        reason: Exception = ConnectionError(f"no data from {url}")
+        try:
+            with file.open("r+b") as opened:
+                opened.seek(start)
+                for data in _stream(url, start, end):
+                    opened.write(data)
+                    progress.add(len(data))
+        except _hub_errors() as error:
+            if isinstance(error, OSError):  # the hub said no, or the disk is full
+                raise
+            reason = error
+        failures = 0 if _num_bytes(file) > start else failures + 1
+        if failures > _MAX_FAILURES:
+            raise reason
+        progress.pause(failures)
+
+
+def _stream(url: str, start: int, end: int) -> Iterator[bytes]:
+    """Bytes start to end of a remote file, as they come.
+
+    A server that ignores ranges is read from the beginning, and left at ``end``.
+    """
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        build_hf_headers,
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
+
+    asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    with http_stream_backoff(
+        "GET", url, headers=build_hf_headers() | asked, timeout=_TIMEOUT_S, retry_on_exceptions=()
+    ) as response:
+        hf_raise_for_status(response)
+        position = start if response.status_code == 206 else 0
+        for data in response.iter_bytes():
+            wanted = data[max(start - position, 0) : end - position]
+            position += len(data)
+            if wanted:
+                yield wanted
+            if position >= end:
+                return
+
+
+def _num_bytes(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
+
+
+def _sha256(file: Path) -> str:
+    from huggingface_hub.utils.sha import sha_fileobj
+
+    with file.open("rb") as opened:
+        return sha_fileobj(opened).hex()
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _explained(model: str | Path) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one error that says what to do."""
+    try:
+        yield
+    except _hub_errors() as error:
+        raise CheckpointNotFoundError(f"{model}: {_reason(error)}") from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+    return (HTTPError, OSError, ValueError)
+
+
+def _reason(error: Exception) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    log_in = "log in with 'hf auth login' or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        return f"the model is gated; accept its terms on its page on the hub, then {log_in}"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the hub has this model but not this revision; expected a branch, tag or commit"
+    if isinstance(error, errors.HFValidationError):
+        return f"neither a folder here nor a possible hub id ({said})"
+    if isinstance(error, errors.HfHubHTTPError):
+        status = error.response.status_code
+        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+            return (
+                f"neither a folder here nor a model on the hub that you may read; check the "
+                f"spelling, and if the model is private {log_in}"
+            )
+        return f"the hub answered {status} ({said}); try again later"
+    if isinstance(error, (OSError, ValueError)) and not isinstance(error, ConnectionError):
+        return f"the download failed ({said}); solve this and run again: it goes on from there"
+    return (
+        f"no folder of this name here, no complete earlier download, and no connection to the hub "
+        f"({said}); check it and run again: a download goes on where it stopped"
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import os
 import struct
 import threading
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ ITEM_BYTES |= {"I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F
 ITEM_BYTES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _INDEX = "model.safetensors.index.json"
+_MAX_SIZE = 2**63 - 1
 _SCRATCH_BYTES = 8 * 1024**2
 
 
@@ -101,18 +104,16 @@ class FileStore(ExpertStore):
 def read_header(path: Path, number: int) -> list[TensorEntry]:
     """The tensors of one safetensors file, every claim of its header checked.
 
-    Raises CorruptCheckpointError naming the file, what was got and what was expected.
+    Raises CorruptCheckpointError naming the file, what was got and what was expected, and
+    CheckpointNotFoundError if it cannot be opened.
     """
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
-            raise CorruptCheckpointError(
-                f"{path}: got a header of {length} bytes in a file of {file_bytes}, expected 2 to "
-                f"{max(file_bytes - 8, 2)}; the file is truncated or not safetensors"
-            )
-        raw = file.read(length)
+    try:
+        raw, file_bytes = _read_raw_header(path)
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            f"{path}: got {error.strerror}, expected a readable safetensors file; is the "
+            f"checkpoint whole?"
+        ) from error
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -120,9 +121,24 @@ def read_header(path: Path, number: int) -> list[TensorEntry]:
     if not isinstance(header, dict):
         raise CorruptCheckpointError(f"{path}: the header is {type(header).__name__}, not a table")
     header.pop("__metadata__", None)
-    entries = [_entry(path, number, n, v, 8 + length, file_bytes) for n, v in header.items()]
+    start = 8 + len(raw)
+    entries = [_entry(path, number, n, v, start, file_bytes) for n, v in header.items()]
     _refuse_overlaps(path, entries)
     return entries
+
+
+def _read_raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's bytes and the size of the whole file."""
+    with path.open("rb") as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if not 2 <= length <= min(_MAX_HEADER_BYTES, file_bytes - 8):
+            raise CorruptCheckpointError(
+                f"{path}: got a header of {length} bytes in a file of {file_bytes}, expected 2 to "
+                f"{max(file_bytes - 8, 2)}; the file is truncated or not safetensors"
+            )
+        return file.read(length), file_bytes
 
 
 def _entry(
@@ -131,10 +147,10 @@ def _entry(
     try:
         dtype, shape = info["dtype"], tuple(info["shape"])
         begin, end = info["data_offsets"]
-        wanted = math.prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
-        numbers = (*shape, begin, end)
-        if not all(type(n) is int and n >= 0 for n in numbers) or not isinstance(dtype, str):
-            raise TypeError("a size is not a whole number of at least 0")
+        if not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end)):
+            raise TypeError(f"a size is not a whole number from 0 to {_MAX_SIZE}")
+        if not isinstance(dtype, str):
+            raise TypeError("dtype is not a name")
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptCheckpointError(
             f"{path}: tensor {name!r} is described by {str(info)[:200]}, expected dtype, shape and "
@@ -145,17 +161,17 @@ def _entry(
             f"{path}: tensor {name!r} claims bytes {begin} to {end} of the "
             f"{file_bytes - data_start} there are; the file is truncated: download it again"
         )
-    if end - begin != wanted:
+    if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CorruptCheckpointError(
-            f"{path}: tensor {name!r} has {end - begin} bytes, expected {wanted} for {dtype} of "
-            f"shape {list(shape)}"
+            f"{path}: tensor {name!r} has {end - begin} bytes, expected those of {dtype} with "
+            f"shape {str(list(shape))[:200]}"
         )
     return TensorEntry(name, dtype, shape, number, data_start + begin, end - begin)
 
 
 def _refuse_overlaps(path: Path, entries: list[TensorEntry]) -> None:
     ordered = sorted((e for e in entries if e.num_bytes), key=lambda e: e.offset)
-    for first, second in zip(ordered, ordered[1:], strict=False):
+    for first, second in itertools.pairwise(ordered):
         if first.offset + first.num_bytes > second.offset:
             raise CorruptCheckpointError(
                 f"{path}: tensors {first.name!r} and {second.name!r} overlap; the header lies"
@@ -181,17 +197,18 @@ def _find_files(path: Path) -> tuple[list[Path], list[str]]:
 
 def _indexed_files(index: Path) -> tuple[list[Path], list[str]]:
     try:
-        places = json.loads(index.read_text())["weight_map"]
-        names, promised = sorted(set(places.values())), list(places)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        places = json.loads(index.read_bytes())["weight_map"]
+        files = [index.parent / name for name in sorted(set(places.values()))]
+        if not files:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCheckpointError(
             f"{index}: got no table 'weight_map' ({error}), expected tensor names and their files"
         ) from error
-    files = [index.parent / str(name) for name in names]
-    missing = [file.name for file in files if not file.exists()]
+    missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
         raise CorruptCheckpointError(
             f"{index.parent}: {len(missing)} of {len(files)} shards are missing "
             f"({', '.join(missing[:3])}); download them again"
         )
-    return files, promised
+    return files, list(places)

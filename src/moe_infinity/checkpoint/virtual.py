@@ -81,6 +81,8 @@ class Virtual:
     def deinterleave(self, dim: int) -> Virtual:
         """Even indices of ``dim`` first, odd ones after them."""
         half = self.shape[dim] // 2
+        if self.shape[dim] % 2:
+            raise ValueError(f"{self.shape[dim]} rows cannot be de-interleaved")
         pieces = []
         for p in self.pieces:
             if p.shape[dim] != self.shape[dim]:
@@ -117,7 +119,9 @@ def concatenate(parts: Sequence[Virtual], dim: int) -> Virtual:
         raise ValueError(f"cannot concatenate shapes {[part.shape for part in parts]} along {dim}")
     pieces, start = [], 0
     for part in parts:
-        pieces += [replace(p, origin=_with(p.origin, dim, p.origin[dim] + start)) for p in part.pieces]
+        pieces += [
+            replace(p, origin=_with(p.origin, dim, p.origin[dim] + start)) for p in part.pieces
+        ]
         start += part.shape[dim]
     return Virtual(_with(parts[0].shape, dim, start), tuple(pieces))
 
@@ -147,11 +151,12 @@ def run_operations(
                 f"{', '.join(sorted(_STEPS))}"
             )
         try:
-            if getattr(operation, "check_dims", False):
-                if _single(collected).shape == expected_shape:
-                    continue
-            collected = step(operation, collected, sources, targets)
-        except ValueError as error:
+            checks = getattr(operation, "check_dims", False)
+            if checks and _single(collected).shape == expected_shape:
+                collected = {targets[0]: [_single(collected)]}
+            else:
+                collected = step(operation, collected, sources, targets)
+        except (ValueError, IndexError) as error:
             raise UnsupportedModelError(
                 f"{type(operation).__name__} cannot be done in place on these experts: {error}"
             ) from error
@@ -172,7 +177,7 @@ def _concat(op: Any, collected: Collected, sources: list[str], targets: list[str
 def _transpose(op: Any, collected: Collected, sources: list[str], targets: list[str]) -> Collected:
     part = _single(collected)
     name = sources[0] if len(targets) > 1 else targets[0]
-    return {name: [part.transpose(op.dim0 % len(part.shape), op.dim1 % len(part.shape))]}
+    return {name: [part.transpose(op.dim0, op.dim1)]}
 
 
 def _interleave(op: Any, collected: Collected, sources: list[str], targets: list[str]) -> Collected:
@@ -198,9 +203,10 @@ def _split_modalities(
     _expect_first(op.stack_dim)
     split: Collected = {target: [] for target in targets}
     for name in sources:
-        size = -(-len(collected[name]) // len(targets))
+        parts = collected.get(name, [])
+        size = -(-len(parts) // len(targets))
         for number, target in enumerate(targets):
-            split[target].append(stack(collected[name][number * size : (number + 1) * size]))
+            split[target].append(stack(parts[number * size : (number + 1) * size]))
     return {name: [concatenate(parts, op.concat_dim)] for name, parts in split.items()}
 
 
@@ -227,5 +233,7 @@ def _single(collected: Collected) -> Virtual:
 
 
 def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    if not -len(values) <= index < len(values):
+        raise ValueError(f"got {len(values)} dimensions, expected one numbered {index}")
     index %= len(values)
     return (*values[:index], value, *values[index + 1 :])

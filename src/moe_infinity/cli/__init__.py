@@ -16,30 +16,25 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     try:
-        import click
         import typer
     except ImportError as error:
-        print(f"error: {error}; install the command line with: pip install typer rich",
-              file=sys.stderr)
+        print(
+            f"error: {error}; install the command line with: pip install typer rich",
+            file=sys.stderr,
+        )
         return 2
     _quieten()
     from moe_infinity.cli.app import build_app
 
     command = typer.main.get_command(build_app())
     try:
-        result = command.main(arguments, prog_name="moe-infinity", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        return 130
-    except click.exceptions.ClickException as error:
-        error.show()
-        return 2
+        command.main(arguments, prog_name="moe-infinity")
+    except SystemExit as end:  # typer's own: 0, 2 for usage, 130 for Ctrl-C, 1 for a closed pipe
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except MoEInfinityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader left; say nothing more
-        return 141
+    return 0
 
 
 def _quieten() -> None:

@@ -25,7 +25,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: common.Seed = 0,
 ) -> None:
     """Talk to a model. Ctrl-C stops the answer, Ctrl-D ends the program."""
     import torch
@@ -33,7 +33,7 @@ def chat(
     from moe_infinity.cli.conversation import Conversation
     from moe_infinity.engine import MoE
 
-    options = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
+    options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
     options |= {"policy": policy, "prefetch": prefetch, "seed": seed}
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -43,7 +43,10 @@ def chat(
         talk = Conversation(moe, system, max_new_tokens, sampling)
         print(_HELP)
         while (line := _ask()) is not None:
-            _serve(moe, talk, line.strip())
+            try:
+                _serve(moe, talk, line.strip())
+            except KeyboardInterrupt:  # between two answers' own handling of it
+                print()
 
 
 def _ask() -> str | None:

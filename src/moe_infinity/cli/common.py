@@ -37,6 +37,7 @@ Policy = Annotated[
 Prefetch = Annotated[
     str, typer.Option(help=f"What is loaded ahead: {', '.join(predictor_names())}.")
 ]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
 
 
@@ -44,9 +45,16 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
     """MODEL and PROMPT. A lone positional is the prompt unless it is an existing folder."""
     if second is not None:
         return first or str(bundled_model_path()), second
-    if first is not None and Path(first).expanduser().is_dir():
+    if first and _is_folder(first):
         return first, None
     return str(bundled_model_path()), first
+
+
+def _is_folder(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_dir()
+    except (OSError, RuntimeError):  # too long for a path, or a home that nobody has
+        return False
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -64,7 +72,16 @@ def print_stats(stats: Stats) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "tokens/s", "hit rate", "hits", "misses", "read from disk", "waited", "limit"):
+    for title in (
+        "",
+        "tokens/s",
+        "hit rate",
+        "hits",
+        "misses",
+        "read from disk",
+        "waited",
+        "limit",
+    ):
         table.add_column(title, justify="left" if not title else "right")
     for name, phase in (("prefill", stats.prefill), ("decode", stats.decode)):
         if phase.num_tokens:

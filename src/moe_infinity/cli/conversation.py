@@ -35,14 +35,14 @@ class Conversation:
 
     def answer(self, text: str) -> str:
         """Stream the answer to standard output; Ctrl-C keeps what was said so far."""
-        self._messages.append({"role": "user", "content": text})
-        prompt = self._prompt_ids()
+        messages = [*self._messages, {"role": "user", "content": text}]
+        prompt = self._prompt_ids(messages)
         new_tokens = min(self._max_new_tokens, self._moe.plan.max_context - len(prompt))
         if new_tokens < 1:
-            self._messages.pop()
             print(f"error: {self._too_long(len(prompt))}", file=sys.stderr)
             return ""
         self._reuse(prompt)
+        self._cached_ids = []  # unknown until the answer is there
         printer = _Printer(self._moe.tokenizer)
         try:
             self._moe.generate(
@@ -56,15 +56,24 @@ class Conversation:
             print(" [stopped]")
             self._cache = None  # the step was cut between two layers: their lengths may differ
         said = self._moe.tokenizer.decode(printer.token_ids, skip_special_tokens=True)
-        self._messages.append({"role": "assistant", "content": said})
+        self._messages = [*messages, {"role": "assistant", "content": said}]
         length = self._cache.get_seq_length() if self._cache is not None else 0
         self._cached_ids = (prompt + printer.token_ids)[:length]
         return str(said)
 
-    def _prompt_ids(self) -> list[int]:
-        encoded = self._moe.tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_dict=True
-        )
+    def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            encoded = self._moe.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=True
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"{self._moe.path}: its chat template refuses messages of {roles} ({error}); "
+                f"try without --system"
+            ) from error
         return list(encoded["input_ids"])
 
     def _reuse(self, prompt: list[int]) -> None:
@@ -78,7 +87,10 @@ class Conversation:
         if length == 0 or shared == 0 or (shared < length and not self._cache.is_croppable):
             self._cache = self._moe.new_cache()
         elif shared < length:
-            self._cache.crop(shared - length)
+            try:
+                self._cache.crop(shared - length)
+            except RuntimeError:  # a sliding window has let go of what would be needed again
+                self._cache = self._moe.new_cache()
 
     def _too_long(self, length: int) -> str:
         plan = self._moe.plan.max_context

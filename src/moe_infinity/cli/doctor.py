@@ -69,7 +69,9 @@ def _examine(folder: Path) -> dict[str, Any]:
 
 def _readable_files(folder: Path) -> list[Path]:
     files = sorted(f for f in folder.glob("*.safetensors")) if folder.is_dir() else []
-    files = files or [f for f in folder.glob("*") if f.is_file() and f.stat().st_size > _PROBE_BYTES]
+    files = files or [
+        f for f in folder.glob("*") if f.is_file() and f.stat().st_size > _PROBE_BYTES
+    ]
     if not files:
         raise CheckpointNotFoundError(
             f"{folder}: got no file to read, expected a folder with *.safetensors files or any "

@@ -92,7 +92,9 @@ def _print(name: str, report: dict[str, Any]) -> None:
     print(f"{name}: {report['verdict']}\n")
     print(f"memory for the whole process, {format_bytes(report['budget_bytes'])}:")
     print(report["arithmetic"])
-    print(f"  {'smallest budget that works':<40} {format_bytes(report['smallest_budget_bytes']):>12}")
+    print(
+        f"  {'smallest budget that works':<40} {format_bytes(report['smallest_budget_bytes']):>12}"
+    )
     print()
     print(
         f"experts: {report['experts_total']} in {report['num_layers']} layers, "

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moe_infinity.checkpoint.hub import bundled_model_path
 from moe_infinity.cli import common
 from moe_infinity.cli.common import DEFAULTS
 from moe_infinity.errors import ConfigError
@@ -31,16 +32,15 @@ def run(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0: all.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: common.Seed = 0,
     ignore_eos: Annotated[bool, typer.Option(help="Do not stop at the end token.")] = False,
     json: common.Json = False,
 ) -> None:
     """Continue a prompt: streams text, then a table of speed, hits, bytes and memory."""
     from moe_infinity.engine import MoE
 
-    path, text = common.split_positionals(model, prompt)
-    text = sys.stdin.read() if text == "-" else text
-    options = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
+    path, text = _model_and_prompt(model, prompt, ids)
+    options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
     options |= {"device": device, "policy": policy, "prefetch": prefetch, "seed": seed}
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens)
     with MoE(path, **options) as moe:
@@ -54,8 +54,32 @@ def run(
             common.print_stats(moe.stats())
 
 
+def _model_and_prompt(
+    model: str | None, prompt: str | None, ids: str | None
+) -> tuple[str, str | None]:
+    """With --ids there is no text to give, so a lone positional is MODEL even if it is missing."""
+    if ids is None:
+        path, text = common.split_positionals(model, prompt)
+        return path, _stdin() if text == "-" else text
+    if prompt is not None:
+        raise ConfigError(f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them")
+    return model or str(bundled_model_path()), None
+
+
+def _stdin() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"-: got bytes that are no text ({error}), expected UTF-8") from error
+
+
 def _generate(
-    moe: Any, input_ids: list[int], sampling: dict[str, Any], seed: int, ignore_eos: bool, stream: bool
+    moe: Any,
+    input_ids: list[int],
+    sampling: dict[str, Any],
+    seed: int,
+    ignore_eos: bool,
+    stream: bool,
 ) -> list[int]:
     import torch
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def first_number(config: Any, *names: str) -> int | None:
@@ -15,7 +15,7 @@ def first_number(config: Any, *names: str) -> int | None:
         if isinstance(value, (list, tuple)):
             value = max((v for v in value if _is_count(v)), default=None)
         if _is_count(value):
-            return int(value)
+            return value
     return None
 
 
@@ -24,5 +24,5 @@ def _layers(config: Any) -> list[Any]:
     return list(layers.values()) if isinstance(layers, dict) else list(layers)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
-from moe_infinity.model.loading import EXPERTS_IMPLEMENTATION
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
 from moe_infinity.tracing.event import Event
@@ -37,31 +33,38 @@ class Runtime:
 
 
 class ExpertsLayer:
-    """Computes one MoE layer through the cache. Hung on the model's experts module.
+    """Computes one MoE layer through the cache; an adapter makes the model call ``forward``.
 
     T: tokens, K: top-k, H: hidden size. Each expert's output goes to its own (token, slot) place
     and the sum over slots is taken in their order, so the result does not depend on which expert
     arrived first.
     """
 
-    def __init__(self, module: nn.Module, layer: int, num_experts: int, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        layer: int,
+        num_experts: int,
+        math: ExpertMath,
+        runtime: Runtime,
+        routes_padding: bool = False,
+    ) -> None:
         self.layer = layer
         self.num_experts = num_experts
+        self._math = math
         self._runtime = runtime
-        self._math = math_of(module)
-        module._moe_infinity = self  # type: ignore[assignment]
+        self._routes_padding = routes_padding
 
     def forward(
         self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """x [T, H], top_k_index and top_k_weights [T, K] -> [T, H]."""
+        """x [T, H], top_k_index (no expert: outside 0..E-1) and top_k_weights [T, K] -> [T, H]."""
         top_k_index, top_k_weights = self._runtime.routing.select(
             self.layer, top_k_index, top_k_weights
         )
         num_tokens = x.shape[0]
         step = self._runtime.step
         ids = top_k_index.numpy(force=True).astype(np.int64)
-        real = step.real_tokens(num_tokens)
+        real = None if self._routes_padding else step.real_tokens(num_tokens)
         if real is not None:
             ids = np.where(real[:, None], ids, -1)
         rows = step.request_rows(num_tokens)
@@ -111,33 +114,7 @@ class ExpertsLayer:
         return Event(step.number, step.phase, self.layer, rows, ids, values, self.num_experts)
 
 
-def math_of(module: Any) -> ExpertMath:
-    """How a module of the experts interface computes, from its flags and its own functions."""
-    return ExpertMath(
-        has_gate=module.has_gate,
-        has_bias=module.has_bias,
-        is_transposed=module.is_transposed,
-        gate=module._apply_gate if module.has_gate else module.act_fn,
-        post=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None,
-    )
-
-
-def register() -> None:
-    """Make the function known to transformers; registering again changes nothing."""
-    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _experts_forward)
-
-
-def _experts_forward(
-    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
-    with torch.no_grad():
-        layer: ExpertsLayer = self._moe_infinity
-        return layer.forward(hidden_states, top_k_index, top_k_weights)
-
-
-def _places_by_expert(
-    ids: NDArray[np.int64], routed: NDArray[np.bool_]
-) -> dict[int, torch.Tensor]:
+def _places_by_expert(ids: NDArray[np.int64], routed: NDArray[np.bool_]) -> dict[int, torch.Tensor]:
     """For each expert, the ascending flat (token, slot) places that chose it."""
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")

@@ -6,14 +6,16 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.model.config_values import first_number
+from moe_infinity.model.skeleton import find_experts
 
 _log = logging.getLogger(__name__)
 
@@ -71,11 +73,15 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         return torch.empty((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
 
 
-def new_cache(config: Any, max_context: int) -> DynamicCache:
+def new_cache(config: Any, max_context: int) -> Cache:
     """The model's cache with its plain full-attention layers preallocated.
 
-    Sliding-window, recurrent and other special layers stay as transformers makes them.
+    Sliding-window, recurrent and other special layers stay as transformers makes them, and so does
+    a decoder's view of its encoder: it is written once.
     """
+    if config.is_encoder_decoder:
+        own = Cache(layer_class_to_replicate=partial(PreallocatedLayer, max_context))
+        return EncoderDecoderCache(own, DynamicCache())
     cache = DynamicCache(config=config)
     cache.layers = [
         PreallocatedLayer(max_context) if type(layer) is DynamicLayer else layer
@@ -86,7 +92,10 @@ def new_cache(config: Any, max_context: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class KvShape:
-    """What a row of context costs, per kind of attention layer, in elements."""
+    """What a row of context costs, per kind of attention layer, in elements.
+
+    Of an encoder-decoder model: a row of as many encoder tokens and as many decoder tokens.
+    """
 
     per_token: int  # grows with every token: full-attention layers
     windows: tuple[tuple[int, int], ...]  # (window, elements per token) of sliding layers
@@ -95,11 +104,11 @@ class KvShape:
     @classmethod
     def of(cls, meta: Any) -> KvShape:
         """Read off the cache after one token went through the model on the meta device."""
-        cache = _cache_after_one_token(meta)
-        if cache is None:
+        layers = _layers_after_one_token(meta)
+        if layers is None:
             return cls(_elements_by_config(meta.config.get_text_config()), (), 0)
         per_token, windows, fixed = 0, [], 0
-        for layer in cache.layers:
+        for layer in layers:
             elements = _kv_elements(layer)
             window = getattr(layer, "sliding_window", None)
             if window:
@@ -118,22 +127,28 @@ class KvShape:
         return (self.per_token * context + sliding + self.fixed) * item_bytes
 
 
-def _cache_after_one_token(meta: Any) -> DynamicCache | None:
-    cache = DynamicCache(config=meta.config)
+def _layers_after_one_token(meta: Any) -> list[Any] | None:
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
+    inputs = {"input_ids": token}
+    caches = [DynamicCache(config=meta.config)]
+    cache: Cache = caches[0]
+    if meta.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token
+        caches = [DynamicCache(), DynamicCache()]
+        cache = EncoderDecoderCache(*caches)
     try:
         with torch.no_grad(), _experts_skipped(meta):
-            meta(input_ids=token, past_key_values=cache, use_cache=True)
+            meta(**inputs, past_key_values=cache, use_cache=True)
     except Exception:  # some families read values; their cache is taken from the config instead
         _log.debug("no forward pass on the meta device", exc_info=True)
         return None
-    return cache
+    return [layer for part in caches for layer in part.layers]
 
 
 @contextlib.contextmanager
 def _experts_skipped(meta: Any) -> Iterator[None]:
     """Let experts pass their input on: they may not look at values there are not."""
-    modules = [m for m in meta.modules() if hasattr(m, "is_concatenated")]
+    modules: list[Any] = [experts.module for experts in find_experts(meta)]
     for module in modules:
         module.forward = lambda hidden_states, *args, **kwargs: hidden_states
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    dot_natural_key,
     rename_source_key,
 )
 
@@ -34,16 +34,12 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
+from moe_infinity.model.adapters import _interface, find_adapter
+from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.skeleton import (
-    ExpertsModule,
-    build_meta,
-    find_experts,
-    without_expert_weights,
-)
+from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
 
-EXPERTS_IMPLEMENTATION = "moe_infinity"
 _STORED_DTYPES = {
     **DTYPES,
     "F64": torch.float64,
@@ -63,7 +59,8 @@ class Anatomy:
     """What headers and config say about a model; no weight was read for it."""
 
     config: Any
-    meta: nn.Module  # the whole model on the meta device
+    meta: Any  # the whole model on the meta device
+    adapter: Adapter
     experts: list[ExpertsModule]
     shape: ExpertShape
     dense: list[TensorEntry]
@@ -98,8 +95,9 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
     config = read_config(checkpoint.path)
     meta = build_meta(config)
+    adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
-    found = _sort(checkpoint, meta, experts)
+    found = _sort(checkpoint, meta, adapter, experts)
     specs: dict[ExpertKey, ExpertSpec] = {}
     for layer, module in enumerate(experts):
         params = {name: found.params[f"{module.name}.{name}"] for name in module.params}
@@ -108,9 +106,11 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
                 require_supported(f"{module.name}.{virtual_name}", piece.entry.format)
         specs |= {spec.key: spec for spec in build_specs(layer, params, ITEM_BYTES)}
     counts = tuple(module.num_experts for module in experts)
-    shape = ExpertShape(len(experts), max(counts), _top_k(config, max(counts)), counts)
+    top_k = min(adapter.top_k or _top_k(config), max(counts))
+    shape = ExpertShape(len(experts), max(counts), top_k, counts)
     dense = [checkpoint.tensors[name] for name in found.dense]
-    return Anatomy(config, meta, experts, shape, dense, specs, _compute_dtype(config, dense, dtype))
+    computed = _compute_dtype(config, dense, dtype)
+    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed)
 
 
 def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.Module]]:
@@ -118,16 +118,17 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
 
     Raises CorruptCheckpointError if a dense tensor is missing, ReadError if one cannot be read.
     """
+    _interface.register()
     failures: list[CheckpointError] = []
     lazy = {e.name: _LazyTensor(checkpoint, e, failures) for e in anatomy.dense}
-    with without_expert_weights(anatomy.experts), _quiet():
+    with without_expert_weights(anatomy.adapter, anatomy.experts), _quiet():
         try:
             model, info = type(anatomy.meta).from_pretrained(
                 None,
                 config=anatomy.config,
                 state_dict=lazy,
                 dtype=anatomy.dtype,
-                experts_implementation=EXPERTS_IMPLEMENTATION,
+                experts_implementation=_interface.IMPLEMENTATION,
                 output_loading_info=True,
             )
         except Exception:
@@ -165,7 +166,7 @@ class _LazyTensor:
                 )
             tensor = torch.empty(self._entry.shape, dtype=dtype)
             if tensor.numel():
-                raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+                raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
                 self._checkpoint.read_tensor(self._entry, raw)
         except CheckpointError as error:
             self._failures.append(error)
@@ -179,16 +180,24 @@ class _LazyTensor:
         return self._entry.format
 
 
-def _sort(checkpoint: Checkpoint, meta: nn.Module, experts: list[ExpertsModule]) -> ExpertTensors:
-    names = sorted(checkpoint.tensors, key=dot_natural_key)
+def _sort(
+    checkpoint: Checkpoint, meta: nn.Module, adapter: Adapter, experts: list[ExpertsModule]
+) -> ExpertTensors:
+    entries = (checkpoint.tensors[name] for name in sorted(checkpoint.tensors, key=_natural_key))
     expected = {f"{m.name}.{p}": shape for m in experts for p, shape in m.params.items()}
     known = meta.state_dict().keys()
-    return sort_tensors((checkpoint.tensors[n] for n in names), _naming(meta), expected, known)
+    return sort_tensors(entries, _naming(meta, adapter), expected, known)
 
 
-def _naming(meta: Any) -> Callable[[str], NameRule]:
+def _natural_key(name: str) -> list[int | str]:
+    """Numbers in a name count as numbers: expert_2 comes before expert_10, as it is loaded."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if number % 2 else part for number, part in enumerate(parts)]
+
+
+def _naming(meta: Any, adapter: Adapter) -> Callable[[str], NameRule]:
     """The library's own renaming of checkpoint tensors, as its loader applies it."""
-    mapping = get_model_conversion_mapping(meta)
+    mapping = [*get_model_conversion_mapping(meta), *adapter.converters]
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -204,10 +213,12 @@ def _naming(meta: Any) -> Callable[[str], NameRule]:
     return rule
 
 
-def _top_k(config: Any, num_experts: int) -> int:
+def _top_k(config: Any) -> int:
     names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k")
-    found = first_number(config.get_text_config(), *names, "moe_num_active_experts", "top_k_experts")
-    return min(num_experts, found or _TOP_K_UNKNOWN)
+    found = first_number(
+        config.get_text_config(), *names, "moe_num_active_experts", "top_k_experts"
+    )
+    return found or _TOP_K_UNKNOWN
 
 
 def _compute_dtype(config: Any, dense: list[TensorEntry], wanted: str | None) -> torch.dtype:
@@ -238,5 +249,3 @@ class _quiet:
         transformers.logging.set_verbosity(self._level)
         if self._bars:
             transformers.logging.enable_progress_bar()
-
-

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from moe_infinity.types import Phase
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: its phase and which tokens of its [rows, length] grid are real."""
+    """One forward pass: its phase and which tokens of its [rows, length] grid are real.
+
+    Of an encoder-decoder model, encoder and decoder each make steps of their own.
+    """
 
     number: int
     phase: Phase
     num_rows: int
     length: int
     is_real: NDArray[np.bool_] | None = None  # [rows * length]; None: all are
+    is_encoder: bool = False
 
     def real_tokens(self, num_tokens: int) -> NDArray[np.bool_] | None:
         """The mask if it is about these tokens; a layer that sees others (images) has none."""
@@ -36,33 +42,45 @@ class Step:
 
 
 class StepTap:
-    """Follows the top-level model's forward calls; ``step`` is the one that is running."""
+    """Follows the model's forward calls; ``step`` is the one that is running.
+
+    An encoder-decoder model is followed in its two halves: ``generate`` calls the encoder alone.
+    """
 
     def __init__(
-        self, model: nn.Module, on_begin: Callable[[Step], None], on_end: Callable[[], None]
+        self, model: Any, on_begin: Callable[[Step], None], on_end: Callable[[], None]
     ) -> None:
         self.step = Step(0, "prefill", 1, 1)
         self._on_begin = on_begin
         self._on_end = on_end
-        self._handles = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
+        self._handles: list[RemovableHandle] = []
+        if model.config.is_encoder_decoder:
+            self._follow(model.get_encoder(), is_encoder=True)
+            self._follow(model.get_decoder())
+        else:
+            self._follow(model)
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _follow(self, module: nn.Module, is_encoder: bool = False) -> None:
+        before = partial(self._before, is_encoder)
+        self._handles += [
+            module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def _before(
+        self, is_encoder: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
-        if kwargs.get("decoder_input_ids") is not None:
-            tokens = kwargs["decoder_input_ids"]
         rows, length = tokens.shape
-        phase: Phase = "decode" if length == 1 else "prefill"
+        phase: Phase = "decode" if length == 1 and not is_encoder else "prefill"
         mask = _real(kwargs.get("attention_mask"), rows, length)
-        self.step = Step(self.step.number + 1, phase, rows, length, mask)
+        self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder)
         self._on_begin(self.step)
 
     def _after(self, *_: Any) -> None:

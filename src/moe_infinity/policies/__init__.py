@@ -14,4 +14,4 @@ def policy_names() -> list[str]:
 
 def find_policy(name: str) -> type[CachePolicy]:
     """The policy class of that name or 'package.module:Class'; raises UnknownNameError."""
-    return find_class(sys.modules[__name__], name, "Policy", CachePolicy)
+    return find_class(sys.modules[__name__], name, "Policy", CachePolicy)  # type: ignore[type-abstract]

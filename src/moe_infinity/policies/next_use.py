@@ -30,7 +30,7 @@ class Policy(CachePolicy):
         self._cycles = np.full(self.grid, 1.0 / _MIN_P)
         self._decay = np.array([_FAST, _SLOW])
         self._floor = _BASE_FLOOR * shape.top_k / shape.num_experts
-        self._ids = np.arange(shape.num_layers)
+        self._ids = np.arange(shape.num_layers, dtype=np.float64)
 
     def on_event(self, event: Event) -> None:
         row = event.layer

@@ -14,4 +14,4 @@ def predictor_names() -> list[str]:
 
 def find_predictor(name: str) -> type[ExpertPredictor]:
     """The predictor class of that name or 'package.module:Class'; raises UnknownNameError."""
-    return find_class(sys.modules[__name__], name, "Predictor", ExpertPredictor)
+    return find_class(sys.modules[__name__], name, "Predictor", ExpertPredictor)  # type: ignore[type-abstract]

@@ -6,6 +6,7 @@ One owner: the thread that computes. Others may read its arrays, for display onl
 from __future__ import annotations
 
 import heapq
+import itertools
 from enum import IntEnum
 
 import numpy as np
@@ -40,8 +41,8 @@ class Directory:
         self.slots: NDArray[np.int32] = np.full(num_keys, NO_SLOT, dtype=np.int32)
         self.pins: NDArray[np.int16] = np.zeros(num_keys, dtype=np.int16)
         self._class_of_key = np.repeat(np.array(class_of_layer, dtype=np.int16), shape.num_experts)
-        starts = np.concatenate([[0], np.cumsum(slots_per_class)])
-        self._free = [list(range(starts[c], starts[c + 1])) for c in range(len(slots_per_class))]
+        self._free: list[list[int]] = []
+        self._rebuild_free()
 
     @property
     def num_slots(self) -> int:
@@ -59,6 +60,12 @@ class Directory:
     def slot(self, key: ExpertKey) -> int:
         return int(self.slots[self.flat(key)])
 
+    def class_of(self, key: ExpertKey) -> int:
+        return self.class_of_layer[key.layer]
+
+    def is_pinned(self, key: ExpertKey) -> bool:
+        return bool(self.pins[self.flat(key)])
+
     def num_free(self, size_class: int) -> int:
         return len(self._free[size_class])
 
@@ -71,7 +78,7 @@ class Directory:
         """Take the lowest free slot of the key's class; the key is in flight. Returns the slot."""
         flat = self.flat(key)
         assert self.states[flat] == State.ABSENT, f"{key} is {self.state(key).name}, not absent"
-        slot = heapq.heappop(self._free[self.class_of_layer[key.layer]])
+        slot = heapq.heappop(self._free[self.class_of(key)])
         self.states[flat] = State.IN_FLIGHT
         self.slots[flat] = slot
         return slot
@@ -104,8 +111,19 @@ class Directory:
         assert self.pins[flat] > 0, f"{key} is not pinned"
         self.pins[flat] -= 1
 
-    def resident_keys(self) -> list[ExpertKey]:
-        return [self.key(flat) for flat in np.flatnonzero(self.states == State.RESIDENT)]
+    def abandon(self) -> list[ExpertKey]:
+        """Forget every load and every pin; what is resident stays. Returns the keys that were in
+        flight. Puts right whatever an exception left half done, so it trusts only ``states``."""
+        lost = self.keys_in(State.IN_FLIGHT)
+        gone = self.states != State.RESIDENT
+        self.states[gone] = State.ABSENT
+        self.slots[gone] = NO_SLOT
+        self.pins[:] = 0
+        self._rebuild_free()
+        return lost
+
+    def keys_in(self, state: State) -> list[ExpertKey]:
+        return [self.key(int(flat)) for flat in np.flatnonzero(self.states == state)]
 
     def check_integrity(self) -> None:
         """Prove that every slot is free or holds exactly one key; raises AssertionError."""
@@ -126,8 +144,16 @@ class Directory:
         assert (self.pins[absent] == 0).all(), "an absent expert is pinned"
         assert (self.pins >= 0).all(), "an expert has a negative pin count"
 
+    def _rebuild_free(self) -> None:
+        held = set(self.slots[self.states != State.ABSENT].tolist())
+        starts = [0, *itertools.accumulate(self.slots_per_class)]
+        self._free = [
+            [slot for slot in range(start, end) if slot not in held]
+            for start, end in itertools.pairwise(starts)
+        ]
+
     def _vacate(self, key: ExpertKey) -> None:
         flat = self.flat(key)
-        heapq.heappush(self._free[self.class_of_layer[key.layer]], int(self.slots[flat]))
+        heapq.heappush(self._free[self.class_of(key)], int(self.slots[flat]))
         self.states[flat] = State.ABSENT
         self.slots[flat] = NO_SLOT

@@ -18,14 +18,17 @@ class PrefetchPlanner:
     def __init__(self, predictor: ExpertPredictor, directory: Directory) -> None:
         self.predictor = predictor
         self.directory = directory
+        shape = directory.shape
+        counts = np.array(shape.experts_per_layer)[:, None]
+        self._exists = np.arange(shape.num_experts) < counts  # [L, E]
 
     def plan(self, layer: int) -> list[ExpertKey]:
-        """Absent keys worth prefetching, seen from ``layer``, best first; nearer layers win ties."""
+        """Absent keys worth loading, seen from ``layer``, best first; nearer layers win ties."""
         scores = self.predictor.predict()
         if scores is None:
             return []
         absent = (self.directory.states == State.ABSENT).reshape(scores.shape)
-        worth = np.flatnonzero((absent & (scores >= _MIN_SCORE)).ravel())
+        worth = np.flatnonzero((absent & self._exists & (scores >= _MIN_SCORE)).ravel())
         num_layers, num_experts = scores.shape
         distance = (worth // num_experts - layer - 1) % num_layers
         order = np.lexsort((worth, distance, -scores.ravel()[worth]))

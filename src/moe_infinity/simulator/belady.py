@@ -1,7 +1,8 @@
 """The offline optimum on a recorded routing: the misses no cache of this size can avoid.
 
 Belady's rule (L. A. Belady, 1966), event by event: an event is looked up whole, then its misses
-are admitted, and the residents needed again last make room. Forced admission, equal sizes.
+are admitted, and the residents needed again last make room. Forced admission, equal sizes: an event
+that fits is resident whole when it is over; of a larger one, what is needed soonest stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def optimal_misses(
 ) -> list[int]:
     """Misses of every event. events: (layer, distinct experts), in order.
 
-    initial: flat keys (layer * num_experts + expert) resident at the start. Of an event larger than the cache, what does not fit is missed and passes through.
+    initial: flat keys (layer * num_experts + expert) resident at the start.
     """
     keys = [layer * num_experts + experts.astype(np.int64) for layer, experts in events]
     next_use, first_use = _next_uses(keys)
@@ -34,26 +35,25 @@ def optimal_misses(
     misses = []
     for members, needed in zip(keys, next_use, strict=True):
         wanted = members.tolist()
-        missing = [key for key in wanted if key not in resident]
-        misses.append(len(missing))
-        _make_room(resident, heap, num_slots - len(missing), set(wanted))
+        misses.append(sum(key not in resident for key in wanted))
         for key, when in zip(wanted, needed, strict=True):
-            if key in resident or len(resident) < num_slots:
-                resident[key] = when
-                heapq.heappush(heap, (-when, key))
+            resident[key] = when
+            heapq.heappush(heap, (-when, key))
+        staying = set(wanted) if len(wanted) <= num_slots else set()
+        _make_room(resident, heap, num_slots, staying)
     return misses
 
 
 def _make_room(
-    resident: dict[int, int], heap: list[tuple[int, int]], limit: int, members: set[int]
+    resident: dict[int, int], heap: list[tuple[int, int]], limit: int, staying: set[int]
 ) -> None:
-    """Evict non-members needed last until at most ``limit`` keys are left."""
+    """Evict the keys needed last, ``staying`` aside, until at most ``limit`` are left."""
     spared = []
-    while len(resident) > max(limit, 0) and heap:
+    while len(resident) > limit:
         when, key = heapq.heappop(heap)
         if resident.get(key) != -when:
             continue
-        if key in members:
+        if key in staying:
             spared.append((when, key))
             continue
         del resident[key]

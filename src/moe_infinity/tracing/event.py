@@ -47,7 +47,8 @@ class Event:
         flat = self.top_k_index.ravel()
         used = (flat >= 0) & (flat < self.num_experts)
         weights = self.top_k_weights.ravel()[used]
-        return np.bincount(flat[used], weights=weights, minlength=self.num_experts)
+        counts = np.bincount(flat[used], weights=weights, minlength=self.num_experts)
+        return counts.astype(np.float64)
 
     @property
     def keys(self) -> list[ExpertKey]:

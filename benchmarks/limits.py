@@ -1,0 +1,159 @@
+"""Runs a child process under a kernel memory limit and reads what it used. Linux, root."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_V1 = Path("/sys/fs/cgroup/memory")
+_V2 = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the kernel counted for a limited group. Bytes."""
+
+    peak_bytes: int
+    page_cache_bytes: int  # the largest seen while it ran, sampled
+    limit_hits: int
+
+
+class MemoryLimit:
+    """A control group (v1 or v2) with a memory limit; swap is not allowed either."""
+
+    def __init__(self, name: str, limit_bytes: int) -> None:
+        self._is_v1 = (_V1 / "memory.limit_in_bytes").exists()
+        self._folder = (_V1 if self._is_v1 else _V2) / name
+        self._folder.mkdir(exist_ok=True)
+        limit = "memory.limit_in_bytes" if self._is_v1 else "memory.max"
+        (self._folder / limit).write_text(str(limit_bytes))
+
+    def run(self, command: list[str], env: dict[str, str] | None = None) -> tuple[int, str, Usage]:
+        """Exit code, standard output and usage of a command run inside the limit."""
+
+        def enter() -> None:
+            (self._folder / "cgroup.procs").write_text(str(os.getpid()))
+
+        cached = 0
+        with _started(command, enter, env) as child:
+            while child.poll() is None:
+                cached = max(cached, self._stat("cache" if self._is_v1 else "file"))
+                time.sleep(0.2)
+            out = child.stdout.read() if child.stdout else ""
+        return child.returncode, out, Usage(self._peak(), cached, self._failures())
+
+    def close(self) -> None:
+        for _ in range(50):
+            try:
+                self._folder.rmdir()
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    def _peak(self) -> int:
+        name = "memory.max_usage_in_bytes" if self._is_v1 else "memory.peak"
+        return int((self._folder / name).read_text())
+
+    def _failures(self) -> int:
+        if self._is_v1:
+            return int((self._folder / "memory.failcnt").read_text())
+        events = dict(line.split() for line in (self._folder / "memory.events").open())
+        return int(events["max"])
+
+    def _stat(self, field: str) -> int:
+        for line in (self._folder / "memory.stat").read_text().splitlines():
+            name, value = line.split()
+            if name == field:
+                return int(value)
+        return 0
+
+
+@contextlib.contextmanager
+def _started(command: list[str], enter: object, env: dict[str, str] | None) -> Iterator:
+    out = Path(f"/tmp/limited-{os.getpid()}.out")
+    with out.open("w+") as sink:
+        child = subprocess.Popen(command, preexec_fn=enter, stdout=sink, env=env, text=True)
+        try:
+            yield _Child(child, out)
+        finally:
+            child.kill()
+            child.wait()
+            out.unlink()
+
+
+class _Child:
+    def __init__(self, process: subprocess.Popen, out: Path) -> None:
+        self._process = process
+        self.stdout = out.open()
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    @property
+    def returncode(self) -> int:
+        return self._process.returncode
+
+
+def direct_read_gbps(file: Path, num_bytes: int = 2 * 1024**3) -> float:
+    """What ``dd iflag=direct bs=4M`` reads from ``file``, in 1e9 bytes per second."""
+    count = min(num_bytes, file.stat().st_size) // (4 * 1024**2)
+    start = time.perf_counter()
+    subprocess.run(
+        ["dd", f"if={file}", "of=/dev/null", "bs=4M", "iflag=direct", f"count={count}"],
+        check=True,
+        stderr=subprocess.DEVNULL,
+    )
+    return count * 4 * 1024**2 / (time.perf_counter() - start) / 1e9
+
+
+_TEXT = (
+    "Question: A farmer has 12 cows and buys 5 more, then sells a third of them for 40 dollars "
+    "each. How much money does the farmer get? Answer: The farmer"
+)
+
+
+def prompt_ids(checkpoint: Path) -> list[int]:
+    """About 40 tokens of text where there is a tokenizer, else some ids."""
+    if not (checkpoint / "tokenizer.json").exists():
+        return list(range(100, 132))
+    from transformers import AutoTokenizer
+
+    return list(AutoTokenizer.from_pretrained(checkpoint)(_TEXT).input_ids)
+
+
+def provenance(argv: list[str] | None = None) -> dict[str, str]:
+    """Command, commit, machine and date, for every result file."""
+    from moe_infinity.machine import cpu_name, num_cores
+
+    root = Path(__file__).resolve().parent.parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
+    ).stdout.strip()
+    shown = argv or ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
+    return {
+        "command": " ".join(_anonymous(word) for word in shown),
+        "commit": commit,
+        "machine": f"{cpu_name()}, {num_cores()} cores, virtual SSD",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _anonymous(word: str) -> str:
+    """Folders of one machine mean nothing on another: only their last name is kept."""
+    return Path(word).name if word.startswith("/") else word
+
+
+def save(name: str, result: dict) -> Path:
+    """Write a result as JSON into benchmarks/results."""
+    folder = Path(__file__).resolve().parent / "results"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path

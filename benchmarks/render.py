@@ -1,0 +1,129 @@
+"""Writes the tables of README.md and docs/families.md from the checked-in results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_GIB, _GB = 1024**3, 1e9
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text()))
+    (ROOT / "docs" / "families.md").write_text(families_page(load("families")))
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def fill(text: str) -> str:
+    """Replace what stands between ``<!-- table: NAME -->`` and ``<!-- end -->``."""
+    pattern = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return pattern.sub(lambda m: m[1] + TABLES[m[2]]() + m[3], text)
+
+
+def budget_table() -> str:
+    rows = ["| checkpoint | limit | system | tokens/s | hit rate | peak memory | read/token | wrote |",
+            "|---|---|---|---|---|---|---|---|"]
+    notes = []
+    for name in ("widened16", "olmoe_random"):
+        result = load(f"budget_{name}")
+        for system, s in result["summary"].items():
+            rows.append(_budget_row(result, system, s))
+        notes.append(_provenance(result))
+    return "\n".join(rows) + "\n\n" + "\n".join(dict.fromkeys(notes)) + "\n"
+
+
+def _budget_row(result: dict, system: str, s: dict) -> str:
+    size, limit = result["checkpoint_bytes"] / _GB, result["limit_bytes"] / _GB
+    if "tokens_per_s" not in s:
+        return f"| {result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system} | failed | | | | |"
+    hits = f"{s['hit_rate']:.0%}" if "hit_rate" in s else "-"
+    read = f"{s['decode_read_bytes_per_token'] / _GB:.2f} GB" if "hit_rate" in s else "-"
+    peak = s.get("peak_rss_bytes", s["group_peak_bytes"]) / _GB
+    wrote = "0" if s["written_bytes"] == 0 else f"{s['written_bytes'] / _GB:.2f} GB"
+    return (f"| {result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system} | "
+            f"{s['tokens_per_s']:.2f} | {hits} | {peak:.2f} GB | {read} | {wrote} |")
+
+
+def depth_table() -> str:
+    result = load("depth")
+    rows = ["| tokens of context | ms per token |", "|---|---|"]
+    rows += [f"| {p['depth']} | {p['ms_per_token']:.1f} |" for p in result["points"]]
+    return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
+
+
+def plan_table() -> str:
+    result = load("plan_accuracy")
+    rows = ["| model | budget | slots | hit rate assumed / found | tokens/s planned / planned at the "
+            "hit rate found / measured | error |", "|---|---|---|---|---|---|"]
+    for p in result["points"]:
+        rows.append(
+            f"| {p['model']} | {p['ram']} | {p['slots']} | {p['hit_assumed']:.0%} / "
+            f"{p['hit_found']:.0%} | {p['planned']:.2f} / {p['planned_at_hit']:.2f} / "
+            f"{p['measured']:.2f} | {p['error']:+.0%} |"
+        )
+    return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
+
+
+def families_page(result: dict) -> str:
+    """docs/families.md, whole."""
+    good = [r for r in result["families"] if r["runs"] and all(x["is_within"] for x in r["runs"])]
+    refused = [r for r in result["families"] if "refused" in r]
+    lines = [
+        "# Model families",
+        "",
+        f"{len(good)} of the {len(result['families'])} families whose experts use transformers' "
+        f"experts interface ({result['modelling_files']} modelling files of transformers "
+        f"{result['transformers']}) were built small with random weights, saved, and run from their "
+        "files. *difference*: largest difference of logits from stock's eager implementation with "
+        "routing forced equal; *spread*: the same between stock's own implementations. "
+        "*settings*: policies, capacities from the smallest to everything and 1 and 8 reader "
+        "threads, whose logits were bit-identical.",
+        "",
+        "| family | fp32 difference / spread | bf16 difference / spread | settings |",
+        "|---|---|---|---|",
+        *(_family_row(row) for row in good),
+        "",
+        "## Not run, by a named error",
+        "",
+        *(f"- `{r['family']}`: {r['refused']}" for r in refused),
+        *(f"- `{r['family']}`: differs from stock" for r in result["families"]
+          if r not in good and r not in refused),
+        "",
+        "Outside the experts interface: `switch_transformers` and `nllb_moe` run through adapters "
+        "(tests/model/test_adapters.py); other families are refused by a named error.",
+        "",
+        _provenance(result),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _family_row(row: dict) -> str:
+    cells = [f"{x['difference']:.1e} / {x['spread']:.1e}" for x in row["runs"]]
+    same = all(x["bit_identical"] for x in row["runs"])
+    count = row["runs"][0]["num_settings"]
+    return f"| {row['family']} | {cells[0]} | {cells[1]} | {count if same else 'NOT identical'} |"
+
+
+def _provenance(result: dict) -> str:
+    return (f"*`{result['command']}` at {result['commit']}, {result['machine']}, "
+            f"{result['date']}.*")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "budget": budget_table,
+    "depth": depth_table,
+    "plan": plan_table,
+}
+
+if __name__ == "__main__":
+    main()

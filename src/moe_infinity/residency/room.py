@@ -1,0 +1,123 @@
+"""Who makes room for a load: the streaming rings, and the order in which residents may go.
+
+Chooses and remembers; begins and evicts nothing itself. Knows nothing of events.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_infinity.policies.base import CachePolicy
+from moe_infinity.residency.directory import Directory, State
+from moe_infinity.types import ExpertKey
+
+# Prefill streams through at most this many slots, and never through more than an eighth of them:
+# a few reads in flight keep an SSD busy, the rest stays with what decode has warmed.
+_MAX_RING_SLOTS = 16
+_RING_SHARE = 8
+
+
+class Room(NamedTuple):
+    """Room for a load: the key to evict for it, None where a slot is free."""
+
+    victim: ExpertKey | None
+
+
+class RoomFinder:
+    """Finds room in one Directory by the word of one CachePolicy.
+
+    Every size class has a ring: the few slots through which experts are streamed, oldest first.
+    ahead: keys loaded before their event, neither used nor disproved yet. A load ahead never
+    evicts another one; a member of an event does when nothing else is left.
+    """
+
+    def __init__(self, directory: Directory, policy: CachePolicy) -> None:
+        shares = [max(1, slots // _RING_SHARE) for slots in directory.slots_per_class]
+        self.ring_slots = [min(_MAX_RING_SLOTS, share) for share in shares]
+        self.ahead: set[ExpertKey] = set()
+        self._directory = directory
+        self._policy = policy
+        self._rings: list[deque[ExpertKey]] = [deque() for _ in shares]
+
+    def in_ring(self, key: ExpertKey, spare_ahead: bool) -> Room | None:
+        """Room for a streamed expert, which joins the ring: its oldest member's or, while the ring
+        is short, a free slot or the policy's victim's. None: wait."""
+        size_class = self._directory.class_of(key)
+        ring = self._rings[size_class]
+        if len(ring) >= self.ring_slots[size_class]:
+            room = self._oldest(ring, spare_ahead)
+        else:
+            room = self.by_policy(key, key.layer, spare_ahead)
+        if room is not None:
+            if room.victim is not None:
+                self.leave_ring([room.victim])
+            ring.append(key)
+        return room
+
+    def by_policy(self, key: ExpertKey, layer: int, spare_ahead: bool) -> Room | None:
+        """A free slot or one victim's, seen from ``layer``. None: there is none now."""
+        size_class = self._directory.class_of(key)
+        if self._directory.num_free(size_class):
+            return Room(None)
+        victims = self.victims(size_class, 1, layer, spare_ahead)
+        return Room(victims[0]) if victims else None
+
+    def victims(
+        self, size_class: int, count: int, layer: int, spare_ahead: bool = False
+    ) -> deque[ExpertKey]:
+        """Up to ``count`` keys to evict: what only streamed through, then by the policy's word;
+        what was loaded ahead and not yet used goes only when nothing else is left."""
+        if count == 0:
+            return deque()
+        loose = self._directory.evictable(size_class)
+        passing = [k for k in self._rings[size_class] if self._is_passing(k)][:count]
+        ahead = [k for k in sorted(self.ahead) if self._is_loose(k, size_class)]
+        spoken_for = [self._directory.flat(k) for k in (*passing, *ahead)]
+        others = np.setdiff1d(loose, spoken_for, assume_unique=True)
+        wanted = min(count - len(passing), len(others))
+        ranked = list(passing)
+        if wanted > 0:
+            chosen = self._policy.victims(others, wanted, layer)
+            ranked += [self._directory.key(int(flat)) for flat in chosen]
+        return deque(ranked if spare_ahead else (ranked + ahead)[:count])
+
+    def leave_ring(self, keys: Iterable[ExpertKey]) -> None:
+        """These are residents like others from now on."""
+        for key in keys:
+            ring = self._rings[self._directory.class_of(key)]
+            if key in ring:
+                ring.remove(key)
+
+    def forget(self, key: ExpertKey) -> None:
+        """``key`` has lost its slot."""
+        self.ahead.discard(key)
+        self.leave_ring([key])
+
+    def reset(self) -> None:
+        """Nothing is loaded ahead any more, and rings hold only what is resident."""
+        self.ahead.clear()
+        state = self._directory.state
+        self._rings = [
+            deque(key for key in ring if state(key) is State.RESIDENT) for ring in self._rings
+        ]
+
+    def _oldest(self, ring: deque[ExpertKey], spare_ahead: bool) -> Room | None:
+        """The ring's first member that nothing pins. One in flight is waited for: who goes next
+        must not depend on which load is faster."""
+        for key in ring:
+            if self._directory.is_pinned(key) or (spare_ahead and key in self.ahead):
+                continue
+            return Room(key) if self._directory.state(key) is State.RESIDENT else None
+        return None
+
+    def _is_passing(self, key: ExpertKey) -> bool:
+        return key not in self.ahead and self._is_loose(key, self._directory.class_of(key))
+
+    def _is_loose(self, key: ExpertKey, size_class: int) -> bool:
+        resident = self._directory.state(key) is State.RESIDENT
+        in_class = self._directory.class_of(key) == size_class
+        return resident and in_class and not self._directory.is_pinned(key)
