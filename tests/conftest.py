@@ -17,10 +17,13 @@ settings.register_profile(
 settings.load_profile("stable")
 
 
-@pytest.fixture(autouse=True)
-def _private_state(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing a test does may reach the state folder of whoever runs it."""
-    monkeypatch.setenv("MOE_INFINITY_STATE_DIR", str(tmp_path_factory.getbasetemp() / "state"))
+@pytest.fixture(autouse=True, scope="session")
+def _private_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing a test does may reach the state folder of whoever runs it. Of the session, for
+    models that a whole module shares are opened before any single test begins."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_INFINITY_STATE_DIR", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

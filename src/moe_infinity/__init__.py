@@ -26,4 +26,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'moe_infinity' has no attribute {name!r}")
     import importlib
 
+    if name == "MoE":
+        from moe_infinity.config import let_idle_threads_sleep
+
+        let_idle_threads_sleep()
     return getattr(importlib.import_module(f"moe_infinity.{_HOMES[name]}"), name)

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,18 @@ import torch
 from moe_infinity.assembly import build_hierarchy, open_checkpoint
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig, format_bytes
-from moe_infinity.errors import ConfigError, PlanExceededError
+from moe_infinity.errors import CheckpointError, ConfigError, PlanExceededError
 from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.kernels.reference import Kernel
 from moe_infinity.machine import Bandwidths, measure
 from moe_infinity.model.experts import ExpertsLayer, Runtime
-from moe_infinity.model.inputs import as_batch, context_tokens, load_tokenizer
+from moe_infinity.model.inputs import (
+    as_batch,
+    context_tokens,
+    load_tokenizer,
+    num_rows,
+    tokens_left,
+)
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import Anatomy, examine, load
 from moe_infinity.model.rules import KeepRouting
@@ -32,7 +38,7 @@ from moe_infinity.reporting import Routing, RunFacts, build_stats
 from moe_infinity.state_file import StateFile, device_of
 from moe_infinity.stats import Counters, PhaseCounters, Stats
 from moe_infinity.tracing.recorder import Recorder
-from moe_infinity.types import ExpertKey
+from moe_infinity.types import ExpertKey, Phase
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +54,15 @@ class _Request:
     counters: Counters | None = None
     initial: frozenset[int] = frozenset()
     generates: bool = True
+    prompt_left: int | None = None  # tokens not yet through; None: a step's length tells its phase
+
+    def phase_of(self, step: Step) -> Phase:
+        """Also a prompt's last chunk of one token is prefill, and several drafted ones are not."""
+        if self.prompt_left is None or self.end_s is not None:
+            return step.phase
+        phase: Phase = "prefill" if self.prompt_left > 0 else "decode"
+        self.prompt_left -= step.length
+        return phase
 
 
 class MoE:
@@ -97,15 +112,17 @@ class MoE:
 
         Raises PlanExceededError beyond the planned rows, context or room for logits.
         """
-        ids = as_batch(input_ids)
+        ids = scored = as_batch(input_ids)
+        config = self.model.config
         self._check_plan(ids.shape[0], ids.shape[1], "input_ids")
-        scored = ids
         if kwargs.get("decoder_input_ids") is not None:
             scored = kwargs["decoder_input_ids"] = as_batch(kwargs["decoder_input_ids"])
             self._check_plan(scored.shape[0], scored.shape[1], "decoder_input_ids")
         self._check_logits(scored, kwargs.get("logits_to_keep", 0))
         with self._requesting(generates=False), torch.inference_mode():
-            kwargs.setdefault("use_cache", "past_key_values" in kwargs)
+            if not (config.is_encoder_decoder and "past_key_values" in kwargs):
+                # Their encoders refuse to be told to use a cache.
+                kwargs.setdefault("use_cache", "past_key_values" in kwargs)
             return self.model(input_ids=ids, **kwargs)
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **kwargs: Any) -> torch.Tensor:
@@ -115,15 +132,16 @@ class MoE:
         PlanExceededError beyond the planned rows or context, CancelledError after ``cancel``.
         """
         ids = as_batch(input_ids)
-        rows = ids.shape[0] * kwargs.get("num_beams", 1) * kwargs.get("num_return_sequences", 1)
         config = self.model.config
+        rows = num_rows(self.model.generation_config, ids, kwargs)
         length = context_tokens(config, ids, max_new_tokens, kwargs)
         self._check_plan(rows, length, "prompt and new tokens")
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
         kwargs.setdefault("past_key_values", self.new_cache())
         if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
             kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
-        with self._requesting(generates=True), torch.inference_mode():
+        left = None if config.is_encoder_decoder else tokens_left(ids, kwargs["past_key_values"])
+        with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
             tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
         return tokens
 
@@ -149,13 +167,16 @@ class MoE:
         """The report of the last request (or the running one), or of all since opening."""
         request = self._request
         counters = request.counters or self._hierarchy.counters
+        bandwidths = None
+        with contextlib.suppress(CheckpointError, OSError):  # a report outlives its disk
+            bandwidths = self.bandwidths()
         facts = RunFacts(
             shape=self._shape,
             num_slots=self.plan.num_slots,
             dense_bytes=self.plan.dense_bytes,
             bytes_written=self._state.bytes_written,
             lossy=(),
-            bandwidths=self.bandwidths(),
+            bandwidths=bandwidths,
         )
         if total:
             summed = Counters(counters.expert_bytes, *self._total)
@@ -214,8 +235,8 @@ class MoE:
         return model
 
     def _begin_step(self, step: Step) -> None:
-        self._runtime.step = step
-        self._hierarchy.begin_pass(step.phase)
+        self._runtime.step = replace(step, phase=self._request.phase_of(step))
+        self._hierarchy.begin_pass(self._runtime.step.phase)
         now = self._hierarchy.counters.now
         now.num_passes += 1
         now.num_tokens += step.num_rows * step.length
@@ -231,7 +252,7 @@ class MoE:
             request.first_token_s = now_s
 
     @contextlib.contextmanager
-    def _requesting(self, generates: bool) -> Iterator[None]:
+    def _requesting(self, generates: bool, prompt_left: int | None = None) -> Iterator[None]:
         """Everything between the start and the end of one request."""
         if not self._running.acquire(blocking=False):
             raise ConfigError("a request is running; one at a time, or cancel() it first")
@@ -240,7 +261,7 @@ class MoE:
             if self._closed:
                 raise ConfigError("the model is closed; open it again")
             with deferred_interrupt(self.cancel):
-                self._begin_request(generates)
+                self._begin_request(generates, prompt_left)
                 try:
                     yield
                 finally:
@@ -249,11 +270,13 @@ class MoE:
         finally:
             self._running.release()
 
-    def _begin_request(self, generates: bool) -> None:
+    def _begin_request(self, generates: bool, prompt_left: int | None) -> None:
         self._hierarchy.counters.take()
         self._recorder.clear()
         resident = frozenset(self._hierarchy.resident_flat())
-        self._request = _Request(time.perf_counter(), initial=resident, generates=generates)
+        self._request = _Request(
+            time.perf_counter(), initial=resident, generates=generates, prompt_left=prompt_left
+        )
         self._hierarchy.begin_request()
 
     def _finish(self, request: _Request, counters: Counters) -> None:

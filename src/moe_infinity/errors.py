@@ -9,7 +9,8 @@ MoEInfinityError
 │   ├── UnsupportedModelError    an MoE family or layout this version cannot run
 │   ├── CorruptCheckpointError   truncated, missing or contradictory files
 │   ├── CheckpointChangedError   files changed after they were opened
-│   └── ReadError                the disk failed or delivered too little
+│   ├── ReadError                the disk failed or delivered too little
+│   └── DiskSpaceError           a download would not fit on the disk
 ├── BudgetError              the plan does not fit the memory budget
 ├── PlanExceededError        rows or context beyond what was planned
 └── CancelledError           the request was cancelled
@@ -65,6 +66,10 @@ class CheckpointChangedError(CheckpointError):
 
 class ReadError(CheckpointError):
     """The disk failed or delivered fewer bytes than the file should have."""
+
+
+class DiskSpaceError(CheckpointError):
+    """A download would not fit on the disk; the message says what is needed and free."""
 
 
 class BudgetError(MoEInfinityError):

@@ -59,16 +59,19 @@ def test_logits_equal_stock_whatever_the_cache(family: Family, saved: Saved) -> 
     stock = load_stock(path)
     inputs = padded(stock)
     expected, first = logits(stock, inputs), None
-    for policy in ("lru", "next_use"):
-        for slots in (family.top_k, None):
-            for threads in (1, 8):
-                options = {"policy": policy, "ram_slots": slots, "num_read_threads": threads}
-                with open_moe(path, **options) as moe:
-                    assert moe.plan.num_slots == slots or slots is None
-                    cold, warm = logits(moe, inputs), logits(moe, inputs)
-                    moe.check_integrity()
-                first = cold if first is None else first
-                assert torch.equal(first, cold) and torch.equal(first, warm), options
+    for policy, slots, threads in (
+        ("lru", family.top_k, 1),
+        ("lru", None, 8),
+        ("next_use", family.top_k, 8),
+        ("next_use", None, 1),
+    ):
+        options = {"policy": policy, "ram_slots": slots, "num_read_threads": threads}
+        with open_moe(path, **options) as moe:
+            assert moe.plan.num_slots == (slots or moe.plan.experts_total)
+            cold, warm = logits(moe, inputs), logits(moe, inputs)
+            moe.check_integrity()
+        first = cold if first is None else first
+        assert torch.equal(first, cold) and torch.equal(first, warm), options
     assert_equals_stock(first, expected)
 
 
@@ -82,6 +85,15 @@ def test_dropped_tokens_are_routed_to_nothing(family: Family, saved: Saved, side
     assert not torch.allclose(expected, logits(roomy, inputs)), "nothing was dropped"
     with open_moe(path, ram_slots=family.top_k) as moe:
         assert_equals_stock(logits(moe, inputs), expected)
+
+
+def test_padding_takes_room_where_it_does_in_stock(family: Family, saved: Saved) -> None:
+    path = saved(**family.tight, **family.crowded)
+    stock = load_stock(path)
+    with open_moe(path) as moe:
+        for num_padding in (5, 6):
+            inputs = padded(stock, "left", num_padding)
+            assert_equals_stock(logits(moe, inputs), logits(stock, inputs))
 
 
 def test_a_layer_may_drop_every_token(tmp_path: Path) -> None:
@@ -175,7 +187,9 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 def _unsupported() -> Iterator[object]:
     dbrx = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 32, "vocab_size": VOCAB}
     ffn = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}
-    yield transformers.DbrxConfig(**dbrx, ffn_config=ffn, attn_config={"kv_n_heads": 2})
+    yield transformers.DbrxConfig(
+        **dbrx, ffn_config=ffn, attn_config={"kv_n_heads": 2, "rope_theta": 1e4}
+    )
     yield transformers.JetMoeConfig(**SMALL, kv_channels=8, num_key_value_heads=2)
     yield transformers.Llama4TextConfig(**SMALL, **HEADS, head_dim=8, num_local_experts=4)
 

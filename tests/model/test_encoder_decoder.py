@@ -5,12 +5,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from moe_infinity import MoE, engine
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.skeleton import build_meta
-from support.encoder_decoder import FAMILIES, Family, load_stock, padded, save, switch, tokens
+from moe_infinity.model.taps import Step, StepTap
+from support.encoder_decoder import (
+    FAMILIES,
+    VOCAB,
+    Family,
+    load_stock,
+    logits,
+    padded,
+    save,
+    switch,
+    tokens,
+)
 
 Saved = Callable[..., Path]
 
@@ -59,6 +71,35 @@ def test_a_long_prompt_is_not_chunked(
     expected = load_stock(path).generate(tokens(1, 11), max_new_tokens=5)
     with open_moe(path) as moe:
         assert torch.equal(moe.generate(tokens(1, 11), max_new_tokens=5), expected)
+
+
+def test_each_half_is_a_step_with_its_own_padding() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "vocab_size": VOCAB}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).eval()
+    steps: list[Step] = []
+    tap = StepTap(model, steps.append, lambda: None)
+    inputs = padded(model)
+    logits(model, inputs)
+    encoder, decoder = steps
+    assert (encoder.is_encoder, encoder.phase, encoder.length) == (True, "prefill", 9)
+    assert encoder.real_tokens(18).sum() == inputs["attention_mask"].sum()
+    assert (decoder.is_encoder, decoder.phase, decoder.length) == (False, "prefill", 7)
+    assert decoder.real_tokens(14) is None
+    model(tokens(1, 1), decoder_input_ids=tokens(1, 1))
+    assert [step.phase for step in steps[2:]] == ["prefill", "decode"]
+    tap.close()
+
+
+def test_a_cache_goes_from_call_to_call(family: Family, saved: Saved) -> None:
+    with open_moe(saved()) as moe:
+        ids, decoded = tokens(1, 6), tokens(1, 5, seed=1)
+        whole = moe(ids, decoder_input_ids=decoded).logits
+        cache = moe.new_cache()
+        parts = [
+            moe(ids, decoder_input_ids=part, past_key_values=cache).logits
+            for part in decoded.split([3, 2], dim=1)
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_encoder_and_decoder_have_a_context_each(family: Family, saved: Saved) -> None:

@@ -44,8 +44,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.totals = dict.fromkeys(("members", "demand", "proactive", "used", "bytes"), 0)
 
     @precondition(lambda self: not running(self))
-    @rule(data=st.data(), phase=st.sampled_from(["prefill", "decode"]))
-    def begin(self, data: st.DataObject, phase: str) -> None:
+    @rule(data=st.data(), phase=st.sampled_from(["prefill", "decode"]), at_once=st.booleans())
+    def begin(self, data: st.DataObject, phase: str, at_once: bool) -> None:
         layer = data.draw(st.integers(0, self.shape.num_layers - 1))
         total = self.shape.experts_per_layer[layer]
         chosen = data.draw(
@@ -70,6 +70,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         self.ahead -= of_layer
         self.totals["members"] += len(self.members)
         self.pending = sorted(found.hits + found.late)
+        if at_once:
+            self.run_to_the_end()
 
     @precondition(running)
     @rule()
@@ -146,10 +148,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def run_to_the_end(self) -> None:
         """From any state the event can be ended, whatever the order of the steps before."""
-        for _ in range(10 * MANY):
-            if self.residency.is_done:
-                break
+        while not self.residency.is_done:
             self.admit()
+            self.stream_ahead()
             if ready := self.ready():
                 self.pending.remove(ready[0])
                 self.computed.append(ready[0])

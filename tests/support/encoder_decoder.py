@@ -37,15 +37,23 @@ class Family:
     top_k: int
     tight: dict[str, object]  # config in which experts overflow
     roomy: dict[str, object]  # and in which they do not
+    crowded: dict[str, object]  # with ``tight``: padding takes room in several layers
 
 
 FAMILIES = {
-    "switch_transformers": Family(switch, 1, {"expert_capacity": 2}, {"expert_capacity": 99}),
+    "switch_transformers": Family(
+        switch,
+        1,
+        {"expert_capacity": 2},
+        {"expert_capacity": 99},
+        {"num_experts": 3, "num_sparse_encoder_layers": 4},
+    ),
     "nllb_moe": Family(
         nllb,
         2,
         {"moe_eval_capacity_token_fraction": 0.2},
         {"moe_eval_capacity_token_fraction": 1.0},
+        {"router_ignore_padding_tokens": True, "encoder_layers": 4},
     ),
 }
 
@@ -89,11 +97,13 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCAB, (rows, length), generator=generator)
 
 
-def padded(model: transformers.PreTrainedModel, side: str = "right") -> dict[str, torch.Tensor]:
-    """Two rows of which the second is three tokens shorter."""
+def padded(
+    model: transformers.PreTrainedModel, side: str = "right", num_padding: int = 3
+) -> dict[str, torch.Tensor]:
+    """Two rows, the second of them with padding."""
     ids = tokens(2, 9)
     mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
+    mask[1, 9 - num_padding :] = 0
     mask = mask if side == "right" else mask.flip(1)
     ids = ids.masked_fill(mask == 0, model.config.pad_token_id)
     return {"input_ids": ids, "attention_mask": mask}

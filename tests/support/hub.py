@@ -165,6 +165,7 @@ def is_large(name: str) -> bool:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 64  # all connections of a download come at once
 
     def __init__(self, hub: StandInHub) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

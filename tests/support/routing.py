@@ -98,7 +98,7 @@ class Driver:
             residency.fail(key)
         pending = sorted(found.hits + found.late)
         pending += self._admit()
-        self._begin(residency.prefetch(prefetch, event.layer))
+        self.begin(residency.prefetch(prefetch, event.layer))
         computed = []
         while not residency.is_done:
             pending += self._admit()
@@ -118,11 +118,11 @@ class Driver:
 
     def _admit(self) -> list[ExpertKey]:
         members = self.residency.admit()
-        self._begin(members)
-        self._begin(self.residency.stream_ahead())
+        self.begin(members)
+        self.begin(self.residency.stream_ahead())
         return [load.key for load in members]
 
-    def _begin(self, loads: list[Load]) -> None:
+    def begin(self, loads: list[Load]) -> None:
         self.log += loads
         self.in_flight += [load.key for load in loads]
         if self.rng is None:

@@ -188,8 +188,8 @@ def _merge_blocks(blocks: list[Block], dim: int, item: int) -> list[Block]:
 
 def _slot_offset(piece: Piece, ranges: list[ReadRange], item: int) -> int:
     start = piece.entry.offset + piece.offset * item
-    for r in ranges:
-        if r.file == piece.entry.file and r.file_offset <= start < r.file_offset + r.num_bytes:
+    for r in ranges:  # by what it needs: ranges that share a page overlap in what they read
+        if r.file == piece.entry.file and r.file_offset <= start < r.file_offset + r.needed_bytes:
             return r.slot_offset + start - r.file_offset
     raise AssertionError(f"no range holds {piece.entry.name} at {start}")
 

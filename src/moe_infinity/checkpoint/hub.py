@@ -10,18 +10,29 @@ import logging
 import os
 import re
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import huggingface_hub  # loads its parts on first use: commands that need no hub do not pay
 
+from moe_infinity.checkpoint.download import (
+    TIMEOUT_S,
+    Progress,
+    extend,
+    hub_errors,
+    num_bytes_of,
+    sha256_of,
+)
+from moe_infinity.checkpoint.hub_errors import explained, reason_of
 from moe_infinity.config import format_bytes
-from moe_infinity.errors import CheckpointError, CheckpointNotFoundError, CorruptCheckpointError
+from moe_infinity.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DiskSpaceError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -33,13 +44,6 @@ _INDEX = "model.safetensors.index.json"
 _DESCRIPTION = ("config.json", "generation_config.json", _INDEX)
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _MAX_HTTP_BYTES = 50_000_000_000  # the hub serves larger files by its own protocol only
-_NUM_CONNECTIONS = 8  # these two as in huggingface_hub
-_MAX_FAILURES = 5  # attempts in a row that bring nothing
-_TIMEOUT_S = 10.0
-
-
-class DiskSpaceError(CheckpointError):
-    """The download is larger than the free space of the disk it would go to."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def resolve(model: str | Path) -> Path:
     """
     if Path(model).expanduser().is_dir():
         return Path(model).expanduser()
-    with _explained(model):
+    with explained(model):
         found = _ask(*_parse(model))
         return found if isinstance(found, Path) else _download(found)
 
@@ -92,14 +96,14 @@ def headers_only(model: str, folder: Path) -> Path:
     disk. Returns ``folder``; or, when the hub cannot be reached, that of a complete earlier
     download. Raises as ``resolve`` does.
     """
-    with _explained(model):
+    with explained(model):
         found = _ask(*_parse(model))
         if isinstance(found, Path):
             return found
-        progress = _Progress()
+        progress = Progress()
         for name in _DESCRIPTION:
             if name in found.sizes:
-                _extend(folder / name, found.url(name), found.sizes[name], progress)
+                extend(folder / name, found.url(name), found.sizes[name], progress)
         names = _weight_files(found, folder)
         progress.run(partial(_copy_header, found, name, folder, progress) for name in names)
     return folder
@@ -126,17 +130,17 @@ def _ask(repo: str, revision: str | None) -> _Listing | Path:
     """What the hub has; if it does not say, the folder of a complete earlier download."""
     try:
         return _list(repo, revision)
-    except _hub_errors() as error:
+    except hub_errors() as error:
         folder = _downloaded_before(repo, revision)
         if folder is None:
             raise
-        _log.warning("%s: %s; using the copy in %s", repo, _reason(error), folder)
+        _log.warning("%s: %s; using the copy in %s", repo, reason_of(error), folder)
         return folder
 
 
 def _list(repo: str, revision: str | None) -> _Listing:
     info = huggingface_hub.HfApi().model_info(
-        repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S
+        repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S
     )
     sizes, etags = {}, {}
     for file in info.siblings or []:
@@ -202,9 +206,8 @@ def _download(listing: _Listing) -> Path:
     )
     folder = Path(snapshot)
     names = _weight_files(listing, folder)
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        _download_weights(listing, missing, folder)
+    if not all((folder / name).exists() for name in names):
+        _download_weights(listing, names, folder)
     return folder
 
 
@@ -215,13 +218,14 @@ def _download_weights(listing: _Listing, names: list[str], folder: Path) -> None
     lock = storage.parent / ".locks" / storage.name / "moe-infinity.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):
+        names = [name for name in names if not (folder / name).exists()]
         total = sum(listing.sizes[name] for name in names)
-        done = sum(_num_bytes(_unfinished(storage, listing.etags[name])) for name in names)
+        done = sum(num_bytes_of(_unfinished(storage, listing.etags[name])) for name in names)
         _require_space(listing.repo, total - done, storage)
         with tqdm(  # type: ignore[no-untyped-call]
             desc="weights", total=total, initial=done, unit="B", unit_scale=True
         ) as bar:
-            progress = _Progress(bar.update)
+            progress = Progress(bar.update)
             progress.run(partial(_fetch, listing, name, storage, progress) for name in names)
 
 
@@ -235,7 +239,7 @@ def _require_space(repo: str, needed_bytes: int, folder: Path) -> None:
         )
 
 
-def _fetch(listing: _Listing, name: str, storage: Path, progress: _Progress) -> None:
+def _fetch(listing: _Listing, name: str, storage: Path, progress: Progress) -> None:
     """Put a weight file into the hub's cache: its content, then the link that names it.
 
     huggingface_hub forgets what it has of a file when it is interrupted: it downloads to a random
@@ -248,20 +252,18 @@ def _fetch(listing: _Listing, name: str, storage: Path, progress: _Progress) -> 
     huggingface_hub.hf_hub_download(listing.repo, name, revision=listing.commit)
 
 
-def _fetch_content(
-    url: str, etag: str, size_bytes: int, storage: Path, progress: _Progress
-) -> None:
+def _fetch_content(url: str, etag: str, size_bytes: int, storage: Path, progress: Progress) -> None:
     content, unfinished = storage / "blobs" / etag, _unfinished(storage, etag)
     if content.exists():
         return
     content.parent.mkdir(exist_ok=True)
-    resumed = _num_bytes(unfinished) > 0
-    _extend(unfinished, url, size_bytes, progress)
+    resumed = num_bytes_of(unfinished) > 0
+    extend(unfinished, url, size_bytes, progress)
     # A power failure may have left holes in what was there; the etag of a large file is its hash.
-    if resumed and len(etag) == 64 and _sha256(unfinished) != etag:
+    if resumed and len(etag) == 64 and sha256_of(unfinished) != etag:
         _log.warning("%s: the interrupted download is damaged, starting it again", unfinished)
         unfinished.unlink()
-        _extend(unfinished, url, size_bytes, progress)
+        extend(unfinished, url, size_bytes, progress)
     unfinished.replace(content)
 
 
@@ -269,150 +271,12 @@ def _unfinished(storage: Path, etag: str) -> Path:
     return storage / "blobs" / f"{etag}.incomplete"  # `hf cache prune` knows this name
 
 
-def _copy_header(listing: _Listing, name: str, folder: Path, progress: _Progress) -> None:
+def _copy_header(listing: _Listing, name: str, folder: Path, progress: Progress) -> None:
     """Make a sparse file of the true length that begins with the true header."""
     file, url, size_bytes = folder / name, listing.url(name), listing.sizes[name]
     file.parent.mkdir(parents=True, exist_ok=True)
-    _extend(file, url, min(8, size_bytes), progress)
+    extend(file, url, min(8, size_bytes), progress)
     end = 8 + int.from_bytes(file.read_bytes(), "little")
     if end <= min(size_bytes, _MAX_HEADER_BYTES):  # else the reader of headers will complain
-        _extend(file, url, end, progress)
+        extend(file, url, end, progress)
     os.truncate(file, size_bytes)
-
-
-# ---- bytes -----------------------------------------------------------------------------------
-
-
-class _Progress:
-    """One bar for all files, and how a failure or Ctrl-C in one thread stops the others."""
-
-    def __init__(self, show: Callable[[int], object] = lambda num_bytes: None) -> None:
-        self._show = show
-        self._lock = threading.Lock()
-        self._stopped = threading.Event()
-
-    def add(self, num_bytes: int) -> None:
-        self.pause(0)
-        with self._lock:
-            self._show(num_bytes)
-
-    def pause(self, seconds: float) -> None:
-        if self._stopped.wait(seconds):
-            raise CancelledError
-
-    def run(self, jobs: Iterable[Callable[[], None]]) -> None:
-        """Run all in threads. The first failure is raised and stops the rest at their next byte."""
-        with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
-            futures = [pool.submit(job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    future.result()
-            finally:
-                self._stopped.set()
-                pool.shutdown(cancel_futures=True)
-
-
-def _extend(file: Path, url: str, end: int, progress: _Progress) -> None:
-    """Download what a file lacks of the first ``end`` bytes, through broken connections."""
-    file.touch()
-    failures = 0
-    while (start := _num_bytes(file)) < end:
-        reason: Exception = ConnectionError(f"no data from {url}")
-        try:
-            with file.open("r+b") as opened:
-                opened.seek(start)
-                for data in _stream(url, start, end):
-                    opened.write(data)
-                    progress.add(len(data))
-        except _hub_errors() as error:
-            if isinstance(error, OSError):  # the hub said no, or the disk is full
-                raise
-            reason = error
-        failures = 0 if _num_bytes(file) > start else failures + 1
-        if failures > _MAX_FAILURES:
-            raise reason
-        progress.pause(failures)
-
-
-def _stream(url: str, start: int, end: int) -> Iterator[bytes]:
-    """Bytes start to end of a remote file, as they come.
-
-    A server that ignores ranges is read from the beginning, and left at ``end``.
-    """
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        hf_raise_for_status,
-        http_stream_backoff,
-    )
-
-    asked = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    with http_stream_backoff(
-        "GET", url, headers=build_hf_headers() | asked, timeout=_TIMEOUT_S, retry_on_exceptions=()
-    ) as response:
-        hf_raise_for_status(response)
-        position = start if response.status_code == 206 else 0
-        for data in response.iter_bytes():
-            wanted = data[max(start - position, 0) : end - position]
-            position += len(data)
-            if wanted:
-                yield wanted
-            if position >= end:
-                return
-
-
-def _num_bytes(file: Path) -> int:
-    return file.stat().st_size if file.exists() else 0
-
-
-def _sha256(file: Path) -> str:
-    from huggingface_hub.utils.sha import sha_fileobj
-
-    with file.open("rb") as opened:
-        return sha_fileobj(opened).hex()
-
-
-# ---- errors ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def _explained(model: str | Path) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one error that says what to do."""
-    try:
-        yield
-    except _hub_errors() as error:
-        raise CheckpointNotFoundError(f"{model}: {_reason(error)}") from error
-
-
-def _hub_errors() -> tuple[type[Exception], ...]:
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
-
-    return (HTTPError, OSError, ValueError)
-
-
-def _reason(error: Exception) -> str:
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    said = f"{type(error).__name__}: {error}".splitlines()[0]
-    log_in = "log in with 'hf auth login' or set HF_TOKEN"
-    if isinstance(error, errors.GatedRepoError):
-        return f"the model is gated; accept its terms on its page on the hub, then {log_in}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return "the hub has this model but not this revision; expected a branch, tag or commit"
-    if isinstance(error, errors.HFValidationError):
-        return f"neither a folder here nor a possible hub id ({said})"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code
-        if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
-            return (
-                f"neither a folder here nor a model on the hub that you may read; check the "
-                f"spelling, and if the model is private {log_in}"
-            )
-        return f"the hub answered {status} ({said}); try again later"
-    if isinstance(error, (OSError, ValueError)) and not isinstance(error, ConnectionError):
-        return f"the download failed ({said}); solve this and run again: it goes on from there"
-    return (
-        f"no folder of this name here, no complete earlier download, and no connection to the hub "
-        f"({said}); check it and run again: a download goes on where it stopped"
-    )

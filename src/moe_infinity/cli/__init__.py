@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 
+from moe_infinity.config import let_idle_threads_sleep
 from moe_infinity.errors import MoEInfinityError
 
 
@@ -24,6 +25,7 @@ def _run(arguments: list[str]) -> int:
         )
         return 2
     _quieten()
+    let_idle_threads_sleep()
     from moe_infinity.cli.app import build_app
 
     command = typer.main.get_command(build_app())

@@ -9,6 +9,8 @@ import torch
 
 from moe_infinity.errors import CheckpointNotFoundError, ConfigError
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
+
 
 def as_batch(input_ids: Any) -> torch.Tensor:
     """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat."""
@@ -31,14 +33,34 @@ def context_tokens(config: Any, ids: torch.Tensor, max_new_tokens: int, options:
     return max(ids.shape[1], num_start + max_new_tokens)
 
 
+def num_rows(defaults: Any, ids: torch.Tensor, options: Any) -> int:
+    """Rows that generating computes at once: every beam, every sequence to return.
+
+    options: the other arguments of ``generate``; defaults: the model's generation config.
+    """
+    config = options.get("generation_config") or defaults
+    names = ("num_beams", "num_return_sequences")
+    return ids.shape[0] * max(options.get(n) or getattr(config, n, None) or 1 for n in names)
+
+
+def tokens_left(ids: torch.Tensor, cache: Any) -> int:
+    """Tokens of the prompt that the KV cache does not hold yet, the last one at least."""
+    return max(1, ids.shape[1] - (cache.get_seq_length() if cache is not None else 0))
+
+
 def load_tokenizer(path: Path) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointNotFoundError if it has none to load."""
     import transformers
 
+    # Without any file the library makes up an empty tokenizer of the model's type.
+    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+        raise CheckpointNotFoundError(
+            f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids instead"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointNotFoundError(
-            f"{path}: has no tokenizer that can be loaded "
-            f"({str(error).strip().splitlines()[0][:120]}); pass token ids instead"
+            f"{path}: has no tokenizer that can be loaded ({reason[:200]}); pass token ids instead"
         ) from error

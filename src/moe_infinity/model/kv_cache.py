@@ -129,16 +129,15 @@ class KvShape:
 
 def _layers_after_one_token(meta: Any) -> list[Any] | None:
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
-    inputs = {"input_ids": token}
-    caches = [DynamicCache(config=meta.config)]
-    cache: Cache = caches[0]
     if meta.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = token
         caches = [DynamicCache(), DynamicCache()]
-        cache = EncoderDecoderCache(*caches)
+        inputs = {"decoder_input_ids": token, "past_key_values": EncoderDecoderCache(*caches)}
+    else:
+        caches = [DynamicCache(config=meta.config)]
+        inputs = {"past_key_values": caches[0], "use_cache": True}
     try:
         with torch.no_grad(), _experts_skipped(meta):
-            meta(**inputs, past_key_values=cache, use_cache=True)
+            meta(input_ids=token, **inputs)
     except Exception:  # some families read values; their cache is taken from the config instead
         _log.debug("no forward pass on the meta device", exc_info=True)
         return None

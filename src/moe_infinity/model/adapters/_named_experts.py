@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class NamedExpertsAdapter(Adapter):
         """top_k_index (-1: no expert) and top_k_weights [T, K], of what the model's own router
         hands to its experts beside the hidden states."""
 
-    def post(self, module: Any) -> Any:
+    def post(self, module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """What is done to an expert's output [T, H] before it is weighted, if anything."""
         return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Adapter(NamedExpertsAdapter):
         weights, index = combining.topk(min(self.top_k, combining.shape[-1]), dim=-1)  # [T, 2]
         return index.masked_fill(weights == 0, -1), weights
 
-    def post(self, module: Any) -> Any:
+    def post(self, module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """Outside training, outputs are scaled by what token dropout would have kept."""
         kept = 1 - module.moe_token_dropout
         return (lambda out: out * kept) if module.moe_token_dropout > 0 else None

@@ -1,0 +1,64 @@
+"""What every predictor must do, whichever files there are."""
+
+import ast
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.routing import event, grid, random_decode
+
+from moe_infinity.predictors import find_predictor, predictor_names
+from moe_infinity.predictors.base import ExpertPredictor
+
+SHAPE = grid(3, 8, top_k=3, per_layer=[8, 5, 8])
+
+
+@pytest.fixture(params=predictor_names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def observed(name: str) -> list[np.ndarray | None]:
+    predictor = find_predictor(name)(SHAPE, seed=1)
+    answers = [predictor.predict()]
+    for _ in range(2):
+        predictor.begin_request()
+        predictor.observe(event(0, range(8), 8, "prefill"))
+        for each in random_decode(SHAPE, 5, seed=2):
+            predictor.observe(each)
+            answers.append(predictor.predict())
+        predictor.end_request()
+    return answers
+
+
+def test_predicts_a_grid_of_chances_or_nothing(name: str) -> None:
+    for scores in observed(name):
+        if scores is not None:
+            assert scores.shape == (3, 8)
+            assert np.isfinite(scores).all()
+
+
+def test_the_same_seed_predicts_the_same(name: str) -> None:
+    for first, second in zip(observed(name), observed(name), strict=True):
+        assert (first is None) == (second is None)
+        assert first is None or second is None or (first == second).all()
+
+
+def test_saved_state_can_be_loaded(name: str, tmp_path: Path) -> None:
+    predictor: ExpertPredictor = find_predictor(name)(SHAPE)
+    predictor.observe(event(1, [2], 8))
+    predictor.save(tmp_path / "learned")
+    if (tmp_path / "learned").exists():
+        find_predictor(name)(SHAPE).load(tmp_path / "learned")
+
+
+def test_sees_no_tensors_and_stays_short(name: str) -> None:
+    source = Path(inspect.getfile(find_predictor(name))).read_text()
+    names = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom | ast.Import)]
+    assert not any("torch" in ast.unparse(n) for n in names)
+    assert len(source.splitlines()) < 100
+
+
+def test_none_says_nothing() -> None:
+    assert all(scores is None for scores in observed("none"))

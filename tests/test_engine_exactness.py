@@ -1,0 +1,283 @@
+"""The engine's words are the model's own: to the last bit among its own settings, and stock's."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.checkpoints import tiny_checkpoint
+
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.errors import PlanExceededError
+from moe_infinity.policies import policy_names
+
+BUDGET = "8GiB"
+POLICIES = ("fifo", "lru", "lfu", "lfru", "next_use")
+CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
+IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
+DTYPES = ("bfloat16", "float32")
+NUM_DECODE_STEPS = 6
+CHUNK_TOLERANCE = 2e-4  # float32 logits of about 20, another order of sums
+
+
+def prompt(length: int = 40, seed: int = 0) -> torch.Tensor:
+    """[1, length] ids of ordinary tokens."""
+    return torch.randint(
+        1, 4000, (1, length), generator=torch.Generator().manual_seed(seed)
+    )  # [1, S] int64
+
+
+def steps(model: Any, new_cache: Any) -> list[torch.Tensor]:
+    """Logits of a prefill and of teacher-forced decode steps with a cache."""
+    ids = prompt(40 + NUM_DECODE_STEPS)
+    cache = new_cache()
+    with torch.inference_mode():
+        logits = [model(ids[:, :40], past_key_values=cache, use_cache=True).logits]
+        logits += [
+            model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+            for i in range(40, 40 + NUM_DECODE_STEPS)
+        ]
+    return logits
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def reference(request: pytest.FixtureRequest) -> tuple[str, list[torch.Tensor]]:
+    """A dtype, and the engine's logits with every expert in memory."""
+    with MoE(bundled_model_path(), ram=BUDGET, dtype=request.param) as moe:
+        return request.param, steps(moe, moe.new_cache)
+
+
+def stock(path: Path, dtype: str, implementation: str = "eager") -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model.set_experts_implementation(implementation)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def in_float32() -> Iterator[MoE]:
+    with MoE(
+        bundled_model_path(), ram=BUDGET, dtype="float32", ram_slots=40, max_batch=4
+    ) as moe:
+        yield moe
+
+
+@pytest.fixture(scope="module")
+def stock_in_float32() -> Any:
+    return stock(bundled_model_path(), "float32")
+
+
+def test_every_policy_is_compared() -> None:
+    assert set(policy_names()) == set(POLICIES)
+
+
+@pytest.mark.parametrize("num_slots", CAPACITIES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_bit_identical_at_every_setting(
+    reference: tuple[str, list[torch.Tensor]], policy: str, num_slots: int
+) -> None:
+    dtype, expected = reference
+    # Both numbers of threads meet every policy and every capacity.
+    num_threads = (1, 8)[(POLICIES.index(policy) + CAPACITIES.index(num_slots)) % 2]
+    with MoE(
+        bundled_model_path(),
+        ram=BUDGET,
+        dtype=dtype,
+        policy=policy,
+        ram_slots=num_slots,
+        num_read_threads=num_threads,
+    ) as moe:
+        assert moe.plan.num_slots == num_slots
+        found = steps(moe, moe.new_cache)
+        moe.check_integrity()
+    for number, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(mine, theirs), f"step {number}"
+
+
+def test_a_warm_cache_changes_nothing(reference: tuple[str, list[torch.Tensor]]) -> None:
+    dtype, expected = reference
+    with MoE(bundled_model_path(), ram=BUDGET, dtype=dtype, ram_slots=20) as moe:
+        for seed in range(3):
+            moe.generate(prompt(9, seed), max_new_tokens=3)
+        assert all(map(torch.equal, steps(moe, moe.new_cache), expected))
+
+
+def test_within_the_spread_of_stock(reference: tuple[str, list[torch.Tensor]]) -> None:
+    dtype, mine = reference
+    theirs = []
+    for implementation in IMPLEMENTATIONS:
+        model = stock(bundled_model_path(), dtype, implementation)
+        theirs.append(steps(model, lambda m=model: transformers.DynamicCache(config=m.config)))
+    eager = theirs[0]
+    spread = max(_difference(eager, other) for other in theirs[1:])
+    assert spread > 0
+    assert _difference(eager, mine) <= 2 * spread
+
+
+def _difference(first: list[torch.Tensor], second: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+def test_generated_tokens_are_stocks(in_float32: MoE, stock_in_float32: Any) -> None:
+    ids = in_float32.tokenizer("def main():\n    for name in", return_tensors="pt").input_ids
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    expected = stock_in_float32.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=None, **options
+    )
+    assert in_float32.generate(ids, **options).tolist() == expected.tolist()
+
+
+def test_generated_logits_are_the_same_at_every_capacity() -> None:
+    def scores(num_slots: int) -> tuple[torch.Tensor, ...]:
+        with MoE(bundled_model_path(), ram=BUDGET, ram_slots=num_slots) as moe:
+            return moe.generate(
+                prompt(), max_new_tokens=8, output_logits=True, return_dict_in_generate=True
+            ).logits
+
+    assert all(map(torch.equal, scores(4), scores(256)))
+
+
+def test_beam_search_is_stocks(in_float32: MoE, stock_in_float32: Any) -> None:
+    ids = prompt(12)
+    options = {"max_new_tokens": 8, "num_beams": 3, "do_sample": False, "eos_token_id": None}
+    expected = stock_in_float32.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert in_float32.generate(ids, **options).tolist() == expected.tolist()
+    in_float32.check_integrity()
+
+
+def test_sampling_follows_the_seed(in_float32: MoE) -> None:
+    def sample(seed: int) -> list[int]:
+        torch.manual_seed(seed)
+        out = in_float32.generate(
+            prompt(10), max_new_tokens=12, do_sample=True, temperature=1.0, top_k=0
+        )
+        return out[0].tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+class TestLeftPaddedBatch:
+    """Rows of different lengths, padded on the left, are what each is alone."""
+
+    LENGTHS = (5, 17, 11)
+
+    @pytest.fixture(scope="class")
+    def batch(self) -> dict[str, torch.Tensor]:
+        rows = [prompt(length, seed) for seed, length in enumerate(self.LENGTHS)]
+        width = max(self.LENGTHS)
+        pads = [torch.zeros(1, width - row.shape[1], dtype=torch.long) for row in rows]
+        ones = [torch.ones_like(row) for row in rows]
+        pairs = list(zip(pads, rows, ones, strict=True))
+        return {
+            "input_ids": torch.cat([torch.cat([pad, row], 1) for pad, row, _ in pairs]),
+            "attention_mask": torch.cat([torch.cat([pad, one], 1) for pad, _, one in pairs]),
+        }
+
+    def test_logits(self, in_float32: MoE, batch: dict[str, torch.Tensor]) -> None:
+        options: dict[str, Any] = {
+            "max_new_tokens": 4,
+            "do_sample": False,
+            "eos_token_id": None,
+            "output_logits": True,
+            "return_dict_in_generate": True,
+        }
+        together = in_float32.generate(**batch, **options)
+        for number, length in enumerate(self.LENGTHS):
+            row = batch["input_ids"][number : number + 1, -length:]
+            alone = in_float32.generate(row, **options)
+            assert together.sequences[number, -4:].tolist() == alone.sequences[0, -4:].tolist()
+            for mine, theirs in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(mine[number], theirs[0], atol=2e-4, rtol=0)
+
+    def test_pads_cause_no_loads(self, tmp_path: Path, batch: dict[str, torch.Tensor]) -> None:
+        with MoE(bundled_model_path(), ram=BUDGET, max_batch=3) as moe:
+            moe.generate(**batch, max_new_tokens=1)
+            together = moe.residency()
+        needed: list[set[int]] = [set() for _ in together]
+        for number, length in enumerate(self.LENGTHS):
+            with MoE(bundled_model_path(), ram=BUDGET, dtype=None) as moe:
+                moe.generate(batch["input_ids"][number, -length:], max_new_tokens=1)
+                for experts, tiers in zip(needed, moe.residency(), strict=True):
+                    experts |= set(tiers["ram"])
+        # In bf16 a row alone may choose otherwise than in a batch, but seldom.
+        surplus = [set(t["ram"]) - own for t, own in zip(together, needed, strict=True)]
+        assert sum(map(len, surplus)) <= 0.02 * sum(map(len, needed))
+
+
+class TestChunkedPrefill:
+    @pytest.fixture(autouse=True)
+    def _small_chunks(self, monkeypatch: pytest.MonkeyPatch, in_float32: MoE) -> None:
+        self.whole = in_float32(prompt(41)).logits
+        self.words = in_float32.generate(prompt(41), max_new_tokens=6)
+        for module in ("engine", "model.experts"):
+            monkeypatch.setattr(f"moe_infinity.{module}.PREFILL_CHUNK_TOKENS", 10)
+
+    def test_generate(self, in_float32: MoE) -> None:
+        assert in_float32.generate(prompt(41), max_new_tokens=6).tolist() == self.words.tolist()
+
+    def test_forward(self, in_float32: MoE) -> None:
+        chunked = in_float32(prompt(41)).logits
+        torch.testing.assert_close(chunked, self.whole, atol=CHUNK_TOLERANCE, rtol=0)
+
+    def test_a_last_chunk_of_one_token_is_prefill(self, in_float32: MoE) -> None:
+        in_float32.generate(prompt(41), max_new_tokens=6)
+        report = in_float32.stats()
+        assert (report.prefill.num_tokens, report.decode.num_tokens) == (41, 5)
+
+    def test_left_padding(self, in_float32: MoE) -> None:
+        pads = torch.zeros(1, 5, dtype=torch.long)
+        padded = torch.cat([torch.cat([pads, prompt(41)], 1), prompt(46, 1)])
+        mask = torch.cat([torch.cat([pads, torch.ones(1, 41, dtype=torch.long)], 1)] * 1)
+        mask = torch.cat([mask, torch.ones(1, 46, dtype=torch.long)])
+        out = in_float32.generate(padded, attention_mask=mask, max_new_tokens=6)
+        assert out[0, -6:].tolist() == self.words[0, -6:].tolist()
+
+
+class TestContext:
+    """The plan's context holds to the token, and its cache is written in place."""
+
+    @pytest.fixture(scope="class")
+    def moe(self) -> Iterator[MoE]:
+        with MoE(bundled_model_path(), ram=BUDGET, max_context=24) as moe:
+            yield moe
+
+    def test_all_of_it_can_be_used(self, moe: MoE) -> None:
+        assert moe.generate(prompt(16), max_new_tokens=8, eos_token_id=None).shape == (1, 24)
+        assert moe(prompt(24)).logits.shape[:2] == (1, 24)
+
+    def test_one_token_more_is_refused(self, moe: MoE) -> None:
+        with pytest.raises(PlanExceededError, match=r"got 25 tokens.*at most.*24.*max_context=25"):
+            moe.generate(prompt(16), max_new_tokens=9)
+        with pytest.raises(PlanExceededError, match="got 25 tokens"):
+            moe(prompt(25))
+
+    def test_steps_by_hand_are_refused_too(self, moe: MoE) -> None:
+        cache = moe.new_cache()
+        moe(prompt(24), past_key_values=cache)
+        with pytest.raises(PlanExceededError, match="got 25 tokens"):
+            moe(prompt(1), past_key_values=cache)
+        assert moe.generate(prompt(4), max_new_tokens=2, eos_token_id=None).shape == (1, 6)
+
+    def test_keys_and_values_stay_where_they_are(self, moe: MoE) -> None:
+        cache = moe.new_cache()
+        moe(prompt(8), past_key_values=cache)
+        places = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        for seed in range(3):
+            moe(prompt(1, seed), past_key_values=cache)
+        assert cache.get_seq_length() == 11
+        now = [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]
+        assert now == places
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_tied_or_not(tmp_path: Path, tied: bool) -> None:
+    path = tiny_checkpoint(tmp_path / "tiny", tie_word_embeddings=tied)
+    ids = torch.arange(1, 13)[None]
+    with torch.no_grad():
+        expected = stock(path, "float32")(ids).logits
+    with MoE(path, ram=BUDGET, ram_slots=5) as moe:
+        is_tied = moe.model.lm_head.weight is moe.model.model.embed_tokens.weight
+        assert is_tied == tied
+        torch.testing.assert_close(moe(ids).logits, expected, atol=1e-5, rtol=1e-5)
