@@ -23,6 +23,7 @@ from moe_infinity.errors import ConfigError
         ("2.5K", 2560),
         ("1TiB", 2**40),
         ("300B", 300),
+        (str(2**55 + 1), 2**55 + 1),
         (4096, 4096),
     ],
 )
@@ -34,7 +35,7 @@ def test_sizes(text: str | int, num_bytes: int) -> None:
     "text",
     [
         *("8XB", "-1", "0", "", " ", "GiB", "8 GiB GiB", "1e9", "0x10", "0.4B", "0.0001K", "nan"),
-        *("inf", "-8GiB", "8,5GiB", "auto", 0, -5, True, False, None),
+        *("inf", "9" * 400, "-8GiB", "8,5GiB", "auto", 0, -5, True, False, None),
     ],
 )
 def test_no_sizes(text: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from moe_infinity.errors import ConfigError
@@ -12,7 +13,7 @@ from moe_infinity.errors import ConfigError
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 _MISS_RULES = ("load",)
 _DEVICES = ("cpu",)
@@ -33,7 +34,7 @@ def parse_size(value: int | str, name: str = "size") -> int:
     match = _SIZE.fullmatch(str(value))
     units = {unit.lower(): factor for unit, factor in _UNITS.items()}
     factor = units.get(match[2].lower(), 0) if match else 0
-    num_bytes = int(float(match[1]) * factor) if match else 0
+    num_bytes = int(Fraction(match[1]) * factor) if match else 0
     if num_bytes < 1:
         raise ConfigError(
             f"{name}: got {value!r}, expected a size such as 8GiB, 512MiB, 2.5GB or a positive "

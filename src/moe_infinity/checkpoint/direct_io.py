@@ -73,7 +73,12 @@ class DirectFile:
             os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
     def check_unchanged(self) -> None:
-        stat = os.fstat(self._fd)
+        try:
+            stat = os.fstat(self._fd)
+        except OSError as error:
+            raise ReadError(
+                f"{self.path}: got {error.strerror}, expected an open file; was the model closed?"
+            ) from error
         if stat.st_size != self.num_bytes or stat.st_mtime_ns != self._changed_ns:
             raise CheckpointChangedError(
                 f"{self.path} changed on disk since it was opened (size {self.num_bytes} -> "

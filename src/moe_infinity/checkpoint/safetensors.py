@@ -26,6 +26,7 @@ ITEM_BYTES |= {"F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "C64": 8}
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _INDEX = "model.safetensors.index.json"
 _MAX_SIZE = 2**63 - 1
+_MAX_DIMS = 64
 _SCRATCH_BYTES = 8 * 1024**2
 
 
@@ -61,7 +62,12 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        try:
+            digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        except OSError as error:
+            raise CheckpointNotFoundError(
+                f"{self.path / 'config.json'}: got {error.strerror}, expected a readable file"
+            ) from error
         for file, opened in zip(self.files, self._opened, strict=True):
             digest.update(f"{file.name} {opened.num_bytes}\n".encode())
         for entry in self.tensors.values():
@@ -145,8 +151,10 @@ def _entry(
     path: Path, number: int, name: str, info: Any, data_start: int, file_bytes: int
 ) -> TensorEntry:
     try:
-        dtype, shape = info["dtype"], tuple(info["shape"])
+        dtype, shape = info["dtype"], info["shape"]
         begin, end = info["data_offsets"]
+        if not isinstance(shape, list) or len(shape) > _MAX_DIMS:
+            raise TypeError(f"shape is not a list of at most {_MAX_DIMS} sizes")
         if not all(type(n) is int and 0 <= n <= _MAX_SIZE for n in (*shape, begin, end)):
             raise TypeError(f"a size is not a whole number from 0 to {_MAX_SIZE}")
         if not isinstance(dtype, str):
@@ -164,9 +172,9 @@ def _entry(
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise CorruptCheckpointError(
             f"{path}: tensor {name!r} has {end - begin} bytes, expected those of {dtype} with "
-            f"shape {str(list(shape))[:200]}"
+            f"shape {str(shape)[:200]}"
         )
-    return TensorEntry(name, dtype, shape, number, data_start + begin, end - begin)
+    return TensorEntry(name, dtype, tuple(shape), number, data_start + begin, end - begin)
 
 
 def _refuse_overlaps(path: Path, entries: list[TensorEntry]) -> None:

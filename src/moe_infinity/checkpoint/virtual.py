@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_infinity.checkpoint.base import TensorEntry
-from moe_infinity.errors import UnsupportedModelError
+from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +103,7 @@ class Virtual:
 
 def stack(parts: Sequence[Virtual]) -> Virtual:
     """Join equal shapes along a new first dimension."""
-    if len({part.shape for part in parts}) != 1:
-        raise ValueError(f"cannot stack shapes {sorted({part.shape for part in parts})}")
+    _refuse_mismatch(parts, [part.shape for part in parts], "equal shapes")
     pieces = tuple(
         replace(p, origin=(i, *p.origin), shape=(1, *p.shape), strides=(0, *p.strides))
         for i, part in enumerate(parts)
@@ -115,8 +114,8 @@ def stack(parts: Sequence[Virtual]) -> Virtual:
 
 def concatenate(parts: Sequence[Virtual], dim: int) -> Virtual:
     """Join along an existing dimension."""
-    if len({_with(part.shape, dim, 0) for part in parts}) != 1:
-        raise ValueError(f"cannot concatenate shapes {[part.shape for part in parts]} along {dim}")
+    shapes = [_with(part.shape, dim, 0) for part in parts]
+    _refuse_mismatch(parts, shapes, f"shapes that differ at most in dimension {dim}")
     pieces, start = [], 0
     for part in parts:
         pieces += [
@@ -124,6 +123,25 @@ def concatenate(parts: Sequence[Virtual], dim: int) -> Virtual:
         ]
         start += part.shape[dim]
     return Virtual(_with(parts[0].shape, dim, start), tuple(pieces))
+
+
+def _refuse_mismatch(
+    parts: Sequence[Virtual], compared: Sequence[tuple[int, ...]], expected: str
+) -> None:
+    """The library would stop here too: a tensor is missing, or is not the one its name says."""
+    if not parts:
+        raise CorruptCheckpointError("got no tensors for some experts; is a shard missing?")
+    for part, shape in zip(parts, compared, strict=True):
+        if shape != compared[0]:
+            raise CorruptCheckpointError(
+                f"expert tensors {_first_name(parts[0])} (shape {list(parts[0].shape)} with those "
+                f"that belong to it) and {_first_name(part)} ({list(part.shape)}) do not fit "
+                f"together, expected {expected}; is a tensor missing?"
+            )
+
+
+def _first_name(virtual: Virtual) -> str:
+    return repr(virtual.pieces[0].entry.name) if virtual.pieces else "of no bytes"
 
 
 Collected = dict[str, list[Virtual]]
@@ -140,7 +158,8 @@ def run_operations(
     """Take a WeightConverter's operations on virtual tensors. Returns them by target pattern.
 
     expected_shape: of the first target's parameter; some conversions transpose only to reach it.
-    Raises UnsupportedModelError for an operation that has no form on strides.
+    Raises UnsupportedModelError for an operation that has no form on strides,
+    CorruptCheckpointError for tensors that do not fit together.
     """
     for operation in operations:
         step = _STEPS.get(type(operation).__name__)
@@ -187,6 +206,8 @@ def _interleave(op: Any, collected: Collected, sources: list[str], targets: list
 
 
 def _chunk(op: Any, collected: Collected, sources: list[str], targets: list[str]) -> Collected:
+    if getattr(op, "num_shards_attribute", None):
+        raise ValueError("the number of its parts is in the config")
     part = _single(collected)
     size = -(-part.shape[op.dim] // len(targets))
     starts = range(0, part.shape[op.dim], size)

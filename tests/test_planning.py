@@ -1,0 +1,222 @@
+"""The arithmetic of a budget adds up, is honoured to the byte, and is refused by name."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import tiny_checkpoint
+
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.assembly import open_checkpoint
+from moe_infinity.config import EngineConfig, format_bytes
+from moe_infinity.errors import BudgetError
+from moe_infinity.forecast import decode_s, expected_hit_rate, forecast, verdict
+from moe_infinity.machine import Bandwidths
+from moe_infinity.model.loading import Anatomy, examine
+from moe_infinity.planning import Plan, make_plan
+
+SPEEDS = Bandwidths(disk_gbps=2.0, memory_gbps=20.0, matvec_gbps=10.0)
+MIB = 2**20
+
+
+def anatomy_of(path: Path, dtype: str | None = None) -> Anatomy:
+    checkpoint = open_checkpoint(path)
+    try:
+        return examine(checkpoint, dtype)
+    finally:
+        checkpoint.close()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> Anatomy:
+    return anatomy_of(bundled_model_path())
+
+
+@pytest.fixture(scope="module")
+def smallest(bundled: Anatomy) -> int:
+    return make_plan(bundled, EngineConfig(ram="8GiB")).smallest_budget_bytes
+
+
+def plan(anatomy: Anatomy, **options: Any) -> Plan:
+    return make_plan(anatomy, EngineConfig(**{"ram": "8GiB", **options}))
+
+
+class TestArithmetic:
+    def test_it_adds_up(self, bundled: Anatomy) -> None:
+        made = plan(bundled)
+        parts = [made.dense_bytes, made.kv_bytes, made.workspace_bytes, made.staging_bytes]
+        assert made.used_bytes == sum(parts) + made.runtime_bytes + made.cache_bytes
+        assert made.used_bytes <= made.budget_bytes == 8 * 2**30
+        assert made.cache_bytes == made.num_slots * made.slot_bytes[0]
+        for size in (*parts, made.runtime_bytes, made.cache_bytes, made.used_bytes):
+            assert format_bytes(size) in made.arithmetic()
+
+    def test_the_bundled_model(self, bundled: Anatomy) -> None:
+        made = plan(bundled)
+        assert (made.experts_total, made.num_slots, made.working_set) == (256, 256, 32)
+        assert made.expert_bytes_total == 256 * 3 * 192 * 96 * 2
+        assert made.bytes_per_token == 32 * 3 * 192 * 96 * 2
+        assert made.kv_bytes == 2048 * 8 * 2 * 2 * 32 * 2
+        assert made.max_context == 2048
+
+    def test_another_dtype_widens_what_is_computed_not_what_is_stored(
+        self, bundled: Anatomy
+    ) -> None:
+        wide = plan(anatomy_of(bundled_model_path(), "float32"))
+        made = plan(bundled)
+        assert wide.dense_bytes == 2 * made.dense_bytes
+        assert wide.kv_bytes == 2 * made.kv_bytes
+        assert wide.slot_bytes == made.slot_bytes
+
+    @pytest.mark.parametrize("options", [{"max_context": 64}, {"max_context": 64, "max_batch": 3}])
+    def test_kv_is_rows_times_context(self, bundled: Anatomy, options: dict[str, int]) -> None:
+        made = plan(bundled, **options)
+        assert made.kv_bytes == 64 * options.get("max_batch", 1) * 8 * 2 * 2 * 32 * 2
+
+    def test_slots_grow_with_memory(self, bundled: Anatomy, smallest: int) -> None:
+        plans = [
+            plan(bundled, ram=smallest + number * 4 * MIB, max_context=512) for number in range(9)
+        ]
+        slots = [made.num_slots for made in plans]
+        assert slots == sorted(slots) and slots[0] < 100 and slots[-1] == 256
+        assert all(made.used_bytes <= made.budget_bytes for made in plans)
+        contexts = [plan(bundled, ram=smallest + n * 30 * MIB).max_context for n in range(5)]
+        assert contexts == sorted(contexts) and contexts[0] < contexts[-1] == 2048
+
+    @pytest.mark.parametrize("num_slots", [4, 5, 77, 256])
+    def test_ram_slots_bind_to_the_slot(self, bundled: Anatomy, num_slots: int) -> None:
+        assert plan(bundled, ram_slots=num_slots).num_slots == num_slots
+        assert plan(bundled, ram_slots=num_slots + 1000).num_slots == 256
+
+    def test_both_bounds_bind(self, bundled: Anatomy, smallest: int) -> None:
+        tight = {"ram": smallest, "max_context": 512}
+        by_bytes = plan(bundled, **tight).num_slots
+        assert plan(bundled, **tight, ram_slots=256).num_slots == by_bytes
+        assert plan(bundled, **tight, ram_slots=by_bytes - 1).num_slots == by_bytes - 1
+
+    def test_auto_leaves_something_to_the_machine(self, bundled: Anatomy) -> None:
+        from moe_infinity.machine import available_bytes, resident_bytes
+
+        made = make_plan(bundled, EngineConfig())
+        assert resident_bytes() < made.budget_bytes < available_bytes() + resident_bytes()
+
+    def test_long_contexts_are_shortened_to_a_quarter_of_the_budget(self, tmp_path: Path) -> None:
+        long = anatomy_of(tiny_checkpoint(tmp_path / "long", max_position_embeddings=10**6))
+        made = plan(long, ram="8GiB")
+        assert made.max_context == 32_768
+        assert plan(long, ram="8GiB", max_context=40_000).max_context == 40_000
+        small = plan(long, ram=made.smallest_budget_bytes + 4 * MIB)
+        assert small.kv_bytes <= small.budget_bytes / 4
+        assert 512 <= small.max_context < 32_768
+
+
+class TestSizeClasses:
+    """Experts of different sizes: every class gets its minimum first."""
+
+    @pytest.fixture(scope="class")
+    def anatomy(self, bundled: Anatomy) -> Anatomy:
+        """The bundled model as if the experts of half of its layers were five times as large."""
+        specs = {
+            key: dataclasses.replace(
+                spec,
+                weight_bytes=spec.weight_bytes * 5,
+                ranges=tuple(dataclasses.replace(r, num_bytes=r.num_bytes * 5) for r in spec.ranges),
+            )
+            if key.layer % 2
+            else spec
+            for key, spec in bundled.specs.items()
+        }
+        return dataclasses.replace(bundled, specs=specs)
+
+    def test_there_are_two(self, anatomy: Anatomy) -> None:
+        made = plan(anatomy)
+        assert made.class_of_layer == (0, 1) * 4
+        assert made.slots_per_class == (128, 128)
+        assert made.slot_bytes[1] == 5 * made.slot_bytes[0]
+
+    def test_the_smallest_budget_works(self, anatomy: Anatomy) -> None:
+        least = plan(anatomy).smallest_budget_bytes
+        made = plan(anatomy, ram=least)
+        assert min(made.slots_per_class) >= 4
+
+    @pytest.mark.parametrize("num_slots", [8, 9, 33, 255])
+    def test_ram_slots(self, anatomy: Anatomy, num_slots: int) -> None:
+        made = plan(anatomy, ram_slots=num_slots)
+        assert num_slots - 1 <= made.num_slots <= num_slots
+        assert min(made.slots_per_class) >= 4
+
+    def test_too_few_slots_say_how_many(self, anatomy: Anatomy) -> None:
+        with pytest.raises(BudgetError, match="ram_slots: got 7, expected at least 8"):
+            plan(anatomy, ram_slots=7)
+
+    def test_slots_grow_with_memory(self, anatomy: Anatomy) -> None:
+        least = plan(anatomy).smallest_budget_bytes
+        options = {"max_context": 512}
+        plans = [plan(anatomy, ram=least + n * 12 * MIB, **options) for n in range(9)]
+        assert [p.num_slots for p in plans] == sorted(p.num_slots for p in plans)
+        assert all(p.used_bytes <= p.budget_bytes for p in plans)
+        assert plans[-1].num_slots == 256
+
+
+class TestTooSmall:
+    def test_the_message_has_the_arithmetic_and_a_way_out(self, bundled: Anatomy) -> None:
+        with pytest.raises(BudgetError) as caught:
+            plan(bundled, ram="100MiB")
+        message = str(caught.value)
+        assert "will not fit into ram=100.00 MiB" in message
+        for term in ("dense weights", "KV cache", "logits", "staging", "runtime", "expert slots"):
+            assert term in message
+        assert "at least 4 expert slots are needed" in message
+        assert "the smallest budget that works is" in message
+
+    def test_a_context_that_was_asked_for_is_blamed(self, bundled: Anatomy, smallest: int) -> None:
+        with pytest.raises(BudgetError, match="a smaller max_context needs less"):
+            plan(bundled, ram=smallest, max_context=200_000)
+
+    def test_the_smallest_budget_opens_and_runs(self, smallest: int) -> None:
+        with MoE(bundled_model_path(), ram=smallest) as moe:
+            assert moe.plan.num_slots >= 4
+            assert moe.generate([[5, 6, 7]], max_new_tokens=3).shape[0] == 1
+            moe.check_integrity()
+
+
+class TestForecast:
+    def test_typical_hit_rates_grow_from_nothing_to_all(self) -> None:
+        rates = [expected_hit_rate(share / 100) for share in range(101)]
+        assert rates[0] == 0 and rates[-1] == 1 and rates == sorted(rates)
+        assert all(rate >= share / 100 for share, rate in enumerate(rates))
+        assert expected_hit_rate(7.0) == 1.0
+
+    def test_by_hand(self, bundled: Anatomy) -> None:
+        made = dataclasses.replace(
+            plan(bundled), read_bytes_per_token=10**9, bytes_per_token=10**9, dense_bytes=0
+        )
+        without_layers = decode_s(made, 0, 0.5, SPEEDS)
+        assert without_layers == pytest.approx(0.5 / 2.0 + 1.0 / 10.0)
+        assert decode_s(made, 10, 0.5, SPEEDS) > without_layers
+
+    @pytest.mark.parametrize("num_slots", [4, 20, 64, 256])
+    def test_the_band_is_in_order(self, bundled: Anatomy, num_slots: int) -> None:
+        band = forecast(plan(bundled, ram_slots=num_slots), 8, SPEEDS)
+        assert 0 < band.tokens_per_s_low <= band.tokens_per_s <= band.tokens_per_s_high
+        assert band.hit_rate_low == num_slots / 256 <= band.hit_rate
+
+    def test_a_known_hit_rate_is_believed(self, bundled: Anatomy) -> None:
+        made = plan(bundled, ram_slots=64)
+        assert forecast(made, 8, SPEEDS, hit_rate=0.3).hit_rate == 0.3
+        band = forecast(made, 8, SPEEDS, hit_rate=0.1)
+        assert band.tokens_per_s_low <= band.tokens_per_s
+
+    @pytest.mark.parametrize(
+        ("num_slots", "words"),
+        [
+            (256, "every expert stays in memory"),
+            (10, "will be slow, because one token uses 32 experts and only 10 fit"),
+            (40, "limited by the disk"),
+            (200, "fits well"),
+        ],
+    )
+    def test_the_verdict_is_plain(self, bundled: Anatomy, num_slots: int, words: str) -> None:
+        made = plan(bundled, ram_slots=num_slots)
+        assert words in verdict(made, forecast(made, 8, SPEEDS))
