@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import MemoryLimit, direct_read_gbps, prompt_ids, provenance, save
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -50,8 +52,14 @@ def measure(args: argparse.Namespace) -> dict:
             trials[system].append(run_limited(args, system, limit_bytes, files[0]))
             print(system, json.dumps(trials[system][-1]), flush=True)
     summary = {s: summarise(rows) for s, rows in trials.items()}
-    return {**provenance(), "checkpoint": args.checkpoint.name, "checkpoint_bytes": size,
-            "limit_bytes": limit_bytes, "summary": summary, "trials": trials}
+    return {
+        **provenance(),
+        "checkpoint": args.checkpoint.name,
+        "checkpoint_bytes": size,
+        "limit_bytes": limit_bytes,
+        "summary": summary,
+        "trials": trials,
+    }
 
 
 def run_limited(args: argparse.Namespace, system: str, limit_bytes: int, file: Path) -> dict:
@@ -63,7 +71,8 @@ def run_limited(args: argparse.Namespace, system: str, limit_bytes: int, file: P
     command += ["--accelerate-tokens", str(args.accelerate_tokens)]
     if args.accelerate:
         command += ["--accelerate", str(args.accelerate)]
-    code, out, usage = limit.run(command)
+    # Compiled bytecode would count as bytes written.
+    code, out, usage = limit.run(command, os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     limit.close()
     lines = out.strip().splitlines()
     row = json.loads(lines[-1]) if code == 0 and lines else {"failed": f"exit code {code}"}
@@ -88,11 +97,18 @@ def ours(args: argparse.Namespace) -> dict:
     from moe_infinity import MoE
 
     prompt = prompt_ids(args.checkpoint)
+    written_before = written_bytes()  # importing torch writes a few bytes to a temporary file
     with MoE(args.checkpoint, ram=args.limit, max_context=args.max_context) as moe:
         # The first request warms the cache; the second is what a user sees from then on.
         for _ in range(2):
-            moe.generate([prompt], max_new_tokens=args.new_tokens,
-                         min_new_tokens=args.new_tokens, do_sample=True, top_k=0, temperature=1.0)
+            moe.generate(
+                [prompt],
+                max_new_tokens=args.new_tokens,
+                min_new_tokens=args.new_tokens,
+                do_sample=True,
+                top_k=0,
+                temperature=1.0,
+            )
         stats = moe.stats()
         plan = moe.plan
         decode = stats.decode
@@ -104,14 +120,14 @@ def ours(args: argparse.Namespace) -> dict:
             "stall_s": decode.stall_s,
             "compute_s": decode.compute_s,
             "wall_s": decode.wall_s,
-            "read_gbps": decode.stall_read_gbps,
+            "read_gbps": decode.read_gbps,
             "limit_fraction": decode.limit_fraction,
             "belady_fraction": decode.belady_fraction,
             "slots": stats.slots,
             "experts_total": stats.experts_total,
             "planned_bytes": plan.used_bytes,
             "peak_rss_bytes": stats.peak_rss_bytes,
-            "written_bytes": written_bytes(),
+            "written_bytes": written_bytes() - written_before,
         }
 
 
@@ -123,8 +139,11 @@ def accelerate(args: argparse.Namespace) -> dict:
 
     room = max(args.limit - 2 * 1024**3, args.limit // 3)
     model = AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, device_map="auto", max_memory={"cpu": room},
-        offload_folder=args.accelerate, dtype=torch.bfloat16,
+        args.checkpoint,
+        device_map="auto",
+        max_memory={"cpu": room},
+        offload_folder=args.accelerate,
+        dtype=torch.bfloat16,
     )
     ids = torch.tensor([prompt_ids(args.checkpoint)])
     times = []
@@ -136,18 +155,22 @@ def accelerate(args: argparse.Namespace) -> dict:
         def end(self) -> None:
             pass
 
-    model.generate(ids, max_new_tokens=args.accelerate_tokens, do_sample=True, streamer=Clock(),
-                   min_new_tokens=args.accelerate_tokens)
+    model.generate(
+        ids,
+        max_new_tokens=args.accelerate_tokens,
+        do_sample=True,
+        streamer=Clock(),
+        min_new_tokens=args.accelerate_tokens,
+    )
     rate = (len(times) - 2) / (times[-1] - times[1])
     return {"tokens_per_s": rate, "ttft_s": times[1] - times[0], "written_bytes": written_bytes()}
 
 
 def written_bytes() -> int:
     """Bytes this process has caused to be written to storage."""
-    for line in Path("/proc/self/io").read_text().splitlines():
-        if line.startswith("write_bytes"):
-            return int(line.split()[1])
-    return -1
+    lines = Path("/proc/self/io").read_text().splitlines()
+    counts = {name: int(value) for name, value in (line.split(": ") for line in lines)}
+    return counts["write_bytes"] - counts["cancelled_write_bytes"]
 
 
 WORKERS = {"ours": ours, "accelerate": accelerate}

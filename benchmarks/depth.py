@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -28,18 +29,32 @@ def main() -> None:
         points = []
         for depth in DEPTHS:
             times = [time_per_token(moe, depth, args.new_tokens) for _ in range(args.trials)]
-            points.append({"depth": depth, "ms_per_token": 1e3 * statistics.median(times),
-                           "spread_ms": 1e3 * (max(times) - min(times))})
+            points.append(
+                {
+                    "depth": depth,
+                    "ms_per_token": 1e3 * statistics.median(times),
+                    "spread_ms": 1e3 * (max(times) - min(times)),
+                }
+            )
             print(points[-1], flush=True)
         cache = moe.new_cache()
         kv_before = resident_bytes()
         moe.generate([token_ids(CONTEXT - 2)], max_new_tokens=2, past_key_values=cache)
         kv_grown = resident_bytes() - kv_before
-        save("depth", {**provenance(), "max_context": CONTEXT, "points": points,
-                       "planned_kv_bytes": moe.plan.kv_bytes, "planned_bytes": moe.plan.used_bytes,
-                       "kv_tensor_bytes": kv_bytes(cache), "resident_growth_bytes": kv_grown,
-                       "resident_before_bytes": before,
-                       "peak_rss_bytes": moe.stats().peak_rss_bytes})
+        save(
+            "depth",
+            {
+                **provenance(),
+                "max_context": CONTEXT,
+                "points": points,
+                "planned_kv_bytes": moe.plan.kv_bytes,
+                "planned_bytes": moe.plan.used_bytes,
+                "kv_tensor_bytes": kv_bytes(cache),
+                "resident_growth_bytes": kv_grown,
+                "resident_before_bytes": before,
+                "peak_rss_bytes": moe.stats().peak_rss_bytes,
+            },
+        )
 
 
 def token_ids(count: int) -> list[int]:
@@ -57,9 +72,14 @@ def time_per_token(moe: object, depth: int, new_tokens: int) -> float:
         def end(self) -> None:
             pass
 
-    moe.generate([token_ids(depth)], max_new_tokens=new_tokens, min_new_tokens=new_tokens,
-                 do_sample=False, streamer=Clock())
-    return statistics.median(b - a for a, b in zip(stamps[2:], stamps[3:], strict=False))
+    moe.generate(
+        [token_ids(depth)],
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        streamer=Clock(),
+    )
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps[2:]))
 
 
 def kv_bytes(cache: object) -> int:

@@ -13,10 +13,9 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from limits import provenance, save  # noqa: E402
+from moe_infinity.errors import MoEInfinityError  # noqa: E402
 from support.agreement import compare  # noqa: E402
 from support.families import Family, families, modelling_files  # noqa: E402
-
-from moe_infinity.errors import MoEInfinityError  # noqa: E402
 
 
 def main() -> None:
@@ -46,9 +45,7 @@ def examine(item: Family) -> dict:
         try:
             for dtype in (torch.float32, torch.bfloat16):
                 found = compare(item, Path(folder), dtype)
-                row["runs"].append(
-                    dataclasses.asdict(found) | {"is_within": found.is_within}
-                )
+                row["runs"].append(dataclasses.asdict(found) | {"is_within": found.is_within})
         except MoEInfinityError as error:
             row["refused"] = str(error).replace(folder, "CHECKPOINT")
     return row

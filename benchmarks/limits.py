@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,11 +40,18 @@ class MemoryLimit:
             (self._folder / "cgroup.procs").write_text(str(os.getpid()))
 
         cached = 0
-        with _started(command, enter, env) as child:
+        child = subprocess.Popen(
+            command, preexec_fn=enter, stdout=subprocess.PIPE, env=env, text=True
+        )
+        try:
             while child.poll() is None:
                 cached = max(cached, self._stat("cache" if self._is_v1 else "file"))
                 time.sleep(0.2)
-            out = child.stdout.read() if child.stdout else ""
+            assert child.stdout is not None
+            out = child.stdout.read()  # a few lines: they fit in the pipe
+        finally:
+            child.kill()
+            child.wait()
         return child.returncode, out, Usage(self._peak(), cached, self._failures())
 
     def close(self) -> None:
@@ -73,32 +78,6 @@ class MemoryLimit:
             if name == field:
                 return int(value)
         return 0
-
-
-@contextlib.contextmanager
-def _started(command: list[str], enter: object, env: dict[str, str] | None) -> Iterator:
-    out = Path(f"/tmp/limited-{os.getpid()}.out")
-    with out.open("w+") as sink:
-        child = subprocess.Popen(command, preexec_fn=enter, stdout=sink, env=env, text=True)
-        try:
-            yield _Child(child, out)
-        finally:
-            child.kill()
-            child.wait()
-            out.unlink()
-
-
-class _Child:
-    def __init__(self, process: subprocess.Popen, out: Path) -> None:
-        self._process = process
-        self.stdout = out.open()
-
-    def poll(self) -> int | None:
-        return self._process.poll()
-
-    @property
-    def returncode(self) -> int:
-        return self._process.returncode
 
 
 def direct_read_gbps(file: Path, num_bytes: int = 2 * 1024**3) -> float:

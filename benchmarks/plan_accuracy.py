@@ -38,15 +38,23 @@ def examine(checkpoint: Path, ram: str, new_tokens: int) -> dict:
     at_hit_before = rate_at(plan, found["hit_rate"])
     planned_at_hit = (at_hit_before + at_hit["tokens_per_s"]) / 2
     return {
-        "model": checkpoint.name, "ram": ram, "slots": plan["slots"],
+        "model": checkpoint.name,
+        "ram": ram,
+        "slots": plan["slots"],
         "share_resident": plan["share_resident"],
-        "hit_assumed": planned["hit_rate"], "hit_low": planned["hit_rate_low"],
-        "hit_found": found["hit_rate"], "planned": planned["tokens_per_s"],
-        "planned_at_hit": planned_at_hit, "measured": found["tokens_per_s"],
+        "hit_assumed": planned["hit_rate"],
+        "hit_low": planned["hit_rate_low"],
+        "hit_found": found["hit_rate"],
+        "planned": planned["tokens_per_s"],
+        "planned_at_hit": planned_at_hit,
+        "measured": found["tokens_per_s"],
         "error": planned_at_hit / found["tokens_per_s"] - 1,
         "band": [planned["tokens_per_s_low"], planned["tokens_per_s_high"]],
-        "peak_rss_bytes": found["peak_rss_bytes"], "budget_bytes": plan["budget_bytes"],
-        "stall_s": found["stall_s"], "compute_s": found["compute_s"], "wall_s": found["wall_s"],
+        "peak_rss_bytes": found["peak_rss_bytes"],
+        "budget_bytes": plan["budget_bytes"],
+        "stall_s": found["stall_s"],
+        "compute_s": found["compute_s"],
+        "wall_s": found["wall_s"],
         "bandwidths": planned["bandwidths"],
     }
 
@@ -64,16 +72,24 @@ def rate_at(plan: dict, hit_rate: float) -> float:
 def command(name: str, *args: str) -> dict:
     done = subprocess.run(
         [str(Path(sys.executable).parent / "moe-infinity"), name, *args],
-        check=True, capture_output=True, text=True,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     return json.loads(done.stdout)
 
 
 def run_worker(checkpoint: Path, ram: str, new_tokens: int) -> str:
-    code = WORKER.format(path=str(checkpoint), ram=ram, context=CONTEXT, new=new_tokens,
-                         prompt=prompt_ids(checkpoint))
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
-                          text=True).stdout.splitlines()[-1]
+    code = WORKER.format(
+        path=str(checkpoint),
+        ram=ram,
+        context=CONTEXT,
+        new=new_tokens,
+        prompt=prompt_ids(checkpoint),
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.splitlines()[-1]
 
 
 WORKER = """

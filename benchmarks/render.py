@@ -30,8 +30,10 @@ def fill(text: str) -> str:
 
 
 def budget_table() -> str:
-    rows = ["| checkpoint | limit | system | tokens/s | hit rate | peak memory | read/token | wrote |",
-            "|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| checkpoint | limit | system | tokens/s | hit rate | peak memory | read/token | wrote |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     notes = []
     for name in ("widened16", "olmoe_random"):
         result = load(f"budget_{name}")
@@ -44,13 +46,16 @@ def budget_table() -> str:
 def _budget_row(result: dict, system: str, s: dict) -> str:
     size, limit = result["checkpoint_bytes"] / _GB, result["limit_bytes"] / _GB
     if "tokens_per_s" not in s:
-        return f"| {result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system} | failed | | | | |"
+        cells = f"{result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system}"
+        return f"| {cells} | failed | | | | |"
     hits = f"{s['hit_rate']:.0%}" if "hit_rate" in s else "-"
     read = f"{s['decode_read_bytes_per_token'] / _GB:.2f} GB" if "hit_rate" in s else "-"
     peak = s.get("peak_rss_bytes", s["group_peak_bytes"]) / _GB
     wrote = "0" if s["written_bytes"] == 0 else f"{s['written_bytes'] / _GB:.2f} GB"
-    return (f"| {result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system} | "
-            f"{s['tokens_per_s']:.2f} | {hits} | {peak:.2f} GB | {read} | {wrote} |")
+    return (
+        f"| {result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system} | "
+        f"{s['tokens_per_s']:.2f} | {hits} | {peak:.2f} GB | {read} | {wrote} |"
+    )
 
 
 def depth_table() -> str:
@@ -62,8 +67,11 @@ def depth_table() -> str:
 
 def plan_table() -> str:
     result = load("plan_accuracy")
-    rows = ["| model | budget | slots | hit rate assumed / found | tokens/s planned / planned at the "
-            "hit rate found / measured | error |", "|---|---|---|---|---|---|"]
+    rows = [
+        "| model | budget | slots | hit rate assumed / found | tokens/s planned / planned at the "
+        "hit rate found / measured | error |",
+        "|---|---|---|---|---|---|",
+    ]
     for p in result["points"]:
         rows.append(
             f"| {p['model']} | {p['ram']} | {p['slots']} | {p['hit_assumed']:.0%} / "
@@ -82,9 +90,9 @@ def families_page(result: dict) -> str:
         "",
         f"{len(good)} of the {len(result['families'])} families whose experts use transformers' "
         f"experts interface ({result['modelling_files']} modelling files of transformers "
-        f"{result['transformers']}) were built small with random weights, saved, and run from their "
-        "files. *difference*: largest difference of logits from stock's eager implementation with "
-        "routing forced equal; *spread*: the same between stock's own implementations. "
+        f"{result['transformers']}) were built small with random weights, saved, and run from "
+        "their files. *difference*: largest difference of logits from stock's eager "
+        "implementation with routing forced equal; *spread*: the same between stock's own implementations. "
         "*settings*: policies, capacities from the smallest to everything and 1 and 8 reader "
         "threads, whose logits were bit-identical.",
         "",
@@ -95,8 +103,11 @@ def families_page(result: dict) -> str:
         "## Not run, by a named error",
         "",
         *(f"- `{r['family']}`: {r['refused']}" for r in refused),
-        *(f"- `{r['family']}`: differs from stock" for r in result["families"]
-          if r not in good and r not in refused),
+        *(
+            f"- `{r['family']}`: differs from stock"
+            for r in result["families"]
+            if r not in good and r not in refused
+        ),
         "",
         "Outside the experts interface: `switch_transformers` and `nllb_moe` run through adapters "
         "(tests/model/test_adapters.py); other families are refused by a named error.",
@@ -115,8 +126,7 @@ def _family_row(row: dict) -> str:
 
 
 def _provenance(result: dict) -> str:
-    return (f"*`{result['command']}` at {result['commit']}, {result['machine']}, "
-            f"{result['date']}.*")
+    return f"*`{result['command']}` at {result['commit']}, {result['machine']}, {result['date']}.*"
 
 
 TABLES: dict[str, Callable[[], str]] = {

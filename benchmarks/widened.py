@@ -11,7 +11,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import provenance, save
-
 from moe_infinity import MoE, bundled_model_path
 
 PROMPTS = (
@@ -57,13 +56,16 @@ def compare(widened: Path, dtype: str, ram: str) -> dict:
         small = run(bundled_model_path(), dtype, ram)
         large = run(widened, dtype, ram)
     same_experts = [
-        (a == b).all(dim=-1).float() for x, y in zip(small, large, strict=True)
+        (a == b).all(dim=-1).float()
+        for x, y in zip(small, large, strict=True)
         for a, b in zip(x["experts"], y["experts"], strict=True)
     ]
-    next_token = torch.cat([
-        (x["logits"].argmax(-1) == y["logits"].argmax(-1)).float().flatten()
-        for x, y in zip(small, large, strict=True)
-    ])
+    next_token = torch.cat(
+        [
+            (x["logits"].argmax(-1) == y["logits"].argmax(-1)).float().flatten()
+            for x, y in zip(small, large, strict=True)
+        ]
+    )
     return {
         "dtype": dtype,
         "max_logit_difference": max(

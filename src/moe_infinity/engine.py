@@ -15,11 +15,12 @@ import torch
 
 from moe_infinity.assembly import build_hierarchy, open_checkpoint
 from moe_infinity.checkpoint.hub import resolve
-from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig, format_bytes
-from moe_infinity.errors import CheckpointError, ConfigError, PlanExceededError
+from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
+from moe_infinity.errors import CheckpointError, ConfigError
 from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.kernels.reference import Kernel
 from moe_infinity.machine import Bandwidths, measure
+from moe_infinity.model.config_values import first_number
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.inputs import (
     as_batch,
@@ -92,6 +93,7 @@ class MoE:
             self.model = self._load(anatomy)
             self._cleanup = undo.pop_all()
         self._shape = anatomy.shape
+        self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
         self._read_bytes = next(iter(anatomy.specs.values())).read_bytes
         self._state = StateFile()
         self._bandwidths: Bandwidths | None = None
@@ -114,11 +116,13 @@ class MoE:
         """
         ids = scored = as_batch(input_ids)
         config = self.model.config
-        self._check_plan(ids.shape[0], ids.shape[1], "input_ids")
+        self.plan.require(ids.shape[0], ids.shape[1], "input_ids")
         if kwargs.get("decoder_input_ids") is not None:
             scored = kwargs["decoder_input_ids"] = as_batch(kwargs["decoder_input_ids"])
-            self._check_plan(scored.shape[0], scored.shape[1], "decoder_input_ids")
-        self._check_logits(scored, kwargs.get("logits_to_keep", 0))
+            self.plan.require(scored.shape[0], scored.shape[1], "decoder_input_ids")
+        kept = kwargs.get("logits_to_keep", 0)
+        positions = kept if isinstance(kept, int) and kept else scored.shape[1]
+        self.plan.require_logits(scored.shape[0] * positions, self._vocab_size)
         with self._requesting(generates=False), torch.inference_mode():
             if not (config.is_encoder_decoder and "past_key_values" in kwargs):
                 # Their encoders refuse to be told to use a cache.
@@ -135,7 +139,7 @@ class MoE:
         config = self.model.config
         rows = num_rows(self.model.generation_config, ids, kwargs)
         length = context_tokens(config, ids, max_new_tokens, kwargs)
-        self._check_plan(rows, length, "prompt and new tokens")
+        self.plan.require(rows, length, "prompt and new tokens")
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
         kwargs.setdefault("past_key_values", self.new_cache())
         if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
@@ -290,29 +294,3 @@ class MoE:
             self._total, (request.counters.prefill, request.counters.decode), strict=True
         ):
             total.add(part)
-
-    def _check_plan(self, rows: int, length: int, what: str) -> None:
-        if rows > self.plan.max_batch:
-            raise PlanExceededError(
-                f"batch: got {rows} rows, expected at most the planned {self.plan.max_batch}; open "
-                f"the model with max_batch={rows}"
-            )
-        if length > self.plan.max_context:
-            raise PlanExceededError(
-                f"context: got {length} tokens ({what}), expected at most the planned "
-                f"{self.plan.max_context}; open the model with max_context={length}"
-            )
-
-    def _check_logits(self, ids: torch.Tensor, logits_to_keep: Any) -> None:
-        """Logits of every position may outgrow the workspace; they are refused, not swapped."""
-        kept = (
-            logits_to_keep if isinstance(logits_to_keep, int) and logits_to_keep else ids.shape[1]
-        )
-        vocab = self.model.config.get_text_config().vocab_size
-        needed = ids.shape[0] * kept * vocab * 4
-        room = self.plan.workspace_bytes + self.plan.budget_bytes - self.plan.used_bytes
-        if needed > room:
-            raise PlanExceededError(
-                f"logits of {kept} positions need {format_bytes(needed)}, expected at most "
-                f"{format_bytes(room)}; pass logits_to_keep=1, or open with more ram"
-            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from moe_infinity.machine import Bandwidths
 from moe_infinity.planning import Plan
@@ -28,7 +29,7 @@ class Forecast:
 
 def expected_hit_rate(share_resident: float) -> float:
     """Typical hit rate of real routing when this share of the experts is resident."""
-    for (x0, y0), (x1, y1) in zip(_HIT_CURVE, _HIT_CURVE[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(_HIT_CURVE):
         if share_resident <= x1:
             return y0 + (y1 - y0) * (share_resident - x0) / (x1 - x0)
     return 1.0

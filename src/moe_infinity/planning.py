@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
 
 from moe_infinity.checkpoint.direct_io import align_up
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
-    PREFILL_CHUNK_TOKENS,
     EngineConfig,
     format_bytes,
 )
-from moe_infinity.errors import BudgetError
+from moe_infinity.errors import BudgetError, PlanExceededError
 from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
+from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
@@ -33,9 +29,6 @@ _KV_SHARE = 0.25
 _SHORTEST_CONTEXT = 512
 # Encoder-decoder models with relative positions name no limit; this is what T5's were trained with.
 _ENCODER_CONTEXT = 512
-# [heads, context, context] tensors alive at once: scores, biases, masks, softmax. Measured on
-# Switch and NLLB in fp32 and bf16 at 2048 tokens: 2.1 to 3.5 in generate, 3.3 to 7.1 in one call.
-_EAGER_ATTENTION_COPIES = 7
 # `plan` and the run it is asked for are two processes, not resident with the same bytes: measured
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
@@ -103,6 +96,29 @@ class Plan:
             + self.runtime_bytes
         )
 
+    def require(self, rows: int, length: int, what: str) -> None:
+        """Raise PlanExceededError for more rows or a longer context than there is memory for."""
+        if rows > self.max_batch:
+            raise PlanExceededError(
+                f"batch: got {rows} rows, expected at most the planned {self.max_batch}; open the "
+                f"model with max_batch={rows}"
+            )
+        if length > self.max_context:
+            raise PlanExceededError(
+                f"context: got {length} tokens ({what}), expected at most the planned "
+                f"{self.max_context}; open the model with max_context={length}"
+            )
+
+    def require_logits(self, num_positions: int, vocab_size: int) -> None:
+        """Raise PlanExceededError if logits of so many positions outgrow what is left."""
+        needed = num_positions * vocab_size * 4
+        room = self.workspace_bytes + self.budget_bytes - self.used_bytes
+        if needed > room:
+            raise PlanExceededError(
+                f"logits of {num_positions} positions need {format_bytes(needed)}, expected at "
+                f"most {format_bytes(room)}; pass logits_to_keep=1, or open with more ram"
+            )
+
     def arithmetic(self) -> str:
         """One line per term, for people."""
         rows = [
@@ -131,7 +147,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
     smallest_cache = _smallest_cache(anatomy, classes)
 
     def fixed(context: int) -> int:
-        work = _workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype)
+        work = workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype)
         kv_bytes = kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch
         return dense + kv_bytes + work + _TRANSFER_BYTES + runtime
 
@@ -147,7 +163,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         budget_bytes=budget,
         dense_bytes=dense,
         kv_bytes=kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch,
-        workspace_bytes=_workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype),
+        workspace_bytes=workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype),
         staging_bytes=_TRANSFER_BYTES,
         runtime_bytes=runtime,
         slots_per_class=slots,
@@ -241,9 +257,7 @@ def _divide(
     return tuple(map(min, by_bytes, by_number))
 
 
-def _portion(
-    room: int, prices: list[int], needed: list[int], counts: list[int]
-) -> tuple[int, ...]:
+def _portion(room: int, prices: list[int], needed: list[int], counts: list[int]) -> tuple[int, ...]:
     """What each class needs, then the same share of its other experts for every class."""
     price = sum(n * p for n, p in zip(needed, prices, strict=True))
     if room < price:  # will be refused; this is what there is room for
@@ -278,35 +292,3 @@ def _context(anatomy: Anatomy, config: EngineConfig, kv: KvShape, budget: int) -
     per_token = kv.bytes_per_token(anatomy.dtype.itemsize) * config.max_batch
     affordable = int(budget * _KV_SHARE) // per_token if per_token else context
     return max(min(context, affordable), min(context, _SHORTEST_CONTEXT))
-
-
-def _workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtype) -> int:
-    """Activations of one prefill chunk, attention masks and the last row of logits.
-
-    An encoder takes its whole context in one pass, and its attention is not the fused one.
-    """
-    config: Any = meta.config
-    text = config.get_text_config()
-    item = dtype.itemsize
-    tokens = min(PREFILL_CHUNK_TOKENS, context) * rows
-    hidden = first_number(text, "hidden_size", "d_model") or 1
-    heads = first_number(text, "num_attention_heads", "num_heads") or 1
-    head_dim = first_number(text, "head_dim", "v_head_dim", "d_kv") or hidden // heads
-    inner = max(
-        first_number(text, name) or 0
-        for name in (
-            "intermediate_size",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "d_ff",
-            "encoder_ffn_dim",
-        )
-    )
-    top_k = first_number(text, "num_experts_per_tok") or 8
-    per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + (top_k + 3) * hidden)
-    mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
-    if config.is_encoder_decoder:
-        tokens = context * rows
-        mask = _EAGER_ATTENTION_COPIES * rows * heads * context**2 * item
-    logits = rows * (first_number(text, "vocab_size") or 1) * 4 * 4
-    return tokens * per_token + mask + logits

@@ -1,7 +1,7 @@
 """Runs the command line in processes of its own, as a shell would.
 
-``run`` forks each from one process that has imported the libraries, which takes them seconds;
-``start`` begins one from nothing. Both use whatever state folder the environment names.
+``run`` and ``Process`` fork each from one process that has imported the libraries, which takes
+seconds; ``start`` begins one from nothing. All use the state folder that the environment names.
 """
 
 import atexit
@@ -18,6 +18,11 @@ from pathlib import Path
 from typing import Any
 
 _MAIN = "from moe_infinity.cli import main; main()"
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 _TIMEOUT_S = 120
 
 
@@ -35,28 +40,45 @@ class Result:
         return self.out + self.err
 
 
+class Process:
+    """A command under way. Its three standard streams are files that are named, pipes included."""
+
+    def __init__(self, arguments: tuple[object, ...], *, stdin: str, stdout: str, stderr: str):
+        state = os.environ.get("MOE_INFINITY_STATE_DIR", "")
+        streams = [stdin, stdout, stderr]
+        self.number = _ask({"arguments": [*map(str, arguments)], "streams": streams, "state": state})
+
+    def wait(self) -> tuple[int, bool]:
+        """Its exit code, and whether it left processes behind."""
+        code, left_running = _ask({"wait": self.number})
+        return code, left_running
+
+
 def run(*arguments: object, stdin: str | bytes = "") -> Result:
     """The command to its end, standard output and error apart."""
-    server = _server()
     given = stdin if isinstance(stdin, bytes) else stdin.encode()
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "in").write_bytes(given)
-        state = os.environ.get("MOE_INFINITY_STATE_DIR", folder)
-        job = {"folder": folder, "arguments": [str(a) for a in arguments], "state": state}
-        assert server.stdin is not None and server.stdout is not None
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        done = json.loads(server.stdout.readline())
-        out, err = (Path(folder, n).read_text(errors="replace") for n in ("out", "err"))
-    return Result(done["code"], out, err, done["left_running"])
+        paths = {name: Path(folder, name) for name in ("stdin", "stdout", "stderr")}
+        paths["stdin"].write_bytes(given)
+        process = Process(arguments, **{name: str(path) for name, path in paths.items()})
+        code, left_running = process.wait()
+        out, err = (paths[n].read_text(errors="replace") for n in ("stdout", "stderr"))
+    return Result(code, out, err, left_running)
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """A new interpreter, its pipes open; ``options`` go to Popen."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [sys.executable, "-c", _MAIN, *(str(a) for a in arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, **(pipes | options))
+    return subprocess.Popen(command, env=os.environ | _ENVIRONMENT, **(pipes | options))
+
+
+def _ask(job: dict[str, Any]) -> Any:
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
 
 
 @functools.cache
@@ -66,46 +88,51 @@ def _server() -> subprocess.Popen[str]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | _ENVIRONMENT,
     )
     atexit.register(server.communicate)  # closes its input, which ends it
     return server
 
 
 def _serve() -> None:
-    import transformers.models.qwen3_moe.modeling_qwen3_moe
-    import typer.rich_utils
-
-    import moe_infinity.cli.app
-    import moe_infinity.engine  # noqa: F401
-
+    _warm_up()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is pytest's
     for line in sys.stdin:
         job = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            _become(job)
-        _, status = os.waitpid(child, 0)
-        left_running = _is_group_alive(child)
-        code = os.waitstatus_to_exitcode(status)
-        print(json.dumps({"code": code, "left_running": left_running}), flush=True)
+        if "wait" in job:
+            _, status = os.waitpid(job["wait"], 0)
+            answer: Any = [os.waitstatus_to_exitcode(status), _is_group_alive(job["wait"])]
+        else:
+            answer = os.fork()
+            if answer == 0:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                _become(job)
+        print(json.dumps(answer), flush=True)
+
+
+def _warm_up() -> None:
+    """Import and initialise what every command does, and end every thread of it."""
+    import contextlib
+    import io
+
+    from moe_infinity.cli import _run
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert _run(["run", "hello", "--max-new-tokens", "2", "--json"]) == 0
+    assert len(os.listdir("/proc/self/task")) == 1, "a forked thread would hold its locks forever"
 
 
 def _become(job: dict[str, Any]) -> None:
     """In the child: do what a new interpreter would do with the command line."""
     from moe_infinity.cli import main
 
-    os.setsid()
+    os.setsid()  # a terminal opened next becomes its own
     signal.alarm(_TIMEOUT_S)
-    folder = Path(job["folder"])
-    for number, (name, flags) in enumerate(
-        [("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_CREAT), ("err", os.O_WRONLY | os.O_CREAT)]
-    ):
-        os.dup2(os.open(folder / name, flags, 0o600), number)
+    for number, path in enumerate(job["streams"]):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT if number else os.O_RDONLY, 0o600), number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["moe-infinity", *job["arguments"]]
-    os.environ["MOE_INFINITY_STATE_DIR"] = job["state"]
+    os.environ["MOE_INFINITY_STATE_DIR"] = job["state"] or "/nowhere"
     code = 1
     try:
         main()

@@ -70,7 +70,7 @@ def bundled_model_path() -> Path:
 
 def is_hub_id(model: str | Path) -> bool:
     """Whether this is no path here but has the form of a hub id, ``@revision`` included."""
-    return not Path(model).expanduser().exists() and bool(_HUB_ID.fullmatch(str(model)))
+    return _local(model) is None and bool(_HUB_ID.fullmatch(str(model)))
 
 
 def resolve(model: str | Path) -> Path:
@@ -82,8 +82,9 @@ def resolve(model: str | Path) -> Path:
     Raises CheckpointNotFoundError for what is neither a folder nor a model on the hub that can
     be reached and read, DiskSpaceError before a download that would not fit.
     """
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser()
+    local = _local(model)
+    if local is not None and local.is_dir():
+        return local
     with explained(model):
         found = _ask(*_parse(model))
         return found if isinstance(found, Path) else _download(found)
@@ -112,8 +113,17 @@ def headers_only(model: str, folder: Path) -> Path:
 # ---- names and listings ----------------------------------------------------------------------
 
 
+def _local(model: str | Path) -> Path | None:
+    """The path, if something is there. A name may be too long for one, or of nobody's home."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+
+
 def _parse(model: str | Path) -> tuple[str, str | None]:
-    if Path(model).expanduser().exists():
+    if _local(model) is not None:
         raise CheckpointNotFoundError(
             f"{model}: got a file, expected a checkpoint's folder; name the folder it is in"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -33,7 +34,12 @@ def chat(
     from moe_infinity.cli.conversation import Conversation
     from moe_infinity.engine import MoE
 
-    options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
+    options: dict[str, Any] = {
+        "ram": ram,
+        "ram_slots": ram_slots,
+        "max_context": max_context,
+        "dtype": dtype,
+    }
     options |= {"policy": policy, "prefetch": prefetch, "seed": seed}
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
@@ -58,6 +64,9 @@ def _ask() -> str | None:
         return None
     except KeyboardInterrupt:
         print("\n(Ctrl-D or /quit ends the program)")
+        return ""
+    except UnicodeDecodeError as error:
+        print(f"error: got bytes that are no text ({error}), expected UTF-8", file=sys.stderr)
         return ""
     return None if line.strip() in ("/quit", "/exit") else line
 

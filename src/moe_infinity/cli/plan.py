@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -58,20 +59,26 @@ def _report(
 ) -> dict[str, Any]:
     from moe_infinity.assembly import open_checkpoint
     from moe_infinity.forecast import forecast, verdict
-    from moe_infinity.machine import measure
+    from moe_infinity.machine import (
+        Bandwidths,
+        measure_disk_gbps,
+        measure_matvec_gbps,
+        measure_memory_gbps,
+    )
     from moe_infinity.model.loading import examine
     from moe_infinity.planning import make_plan
 
-    checkpoint = open_checkpoint(path)
-    anatomy = examine(checkpoint, config.dtype)
+    with contextlib.closing(open_checkpoint(path)) as checkpoint:
+        anatomy = examine(checkpoint, config.dtype)
+        files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
     made = make_plan(anatomy, config)
     read_bytes = next(iter(anatomy.specs.values())).read_bytes
-    files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
-    speeds = measure(files, read_bytes)
-    if disk_gbps is not None:
-        speeds = dataclasses.replace(speeds, disk_gbps=disk_gbps)
+    speeds = Bandwidths(
+        disk_gbps=disk_gbps or measure_disk_gbps(files, read_bytes),
+        memory_gbps=measure_memory_gbps(),
+        matvec_gbps=measure_matvec_gbps(read_bytes),
+    )
     expected = forecast(made, anatomy.shape.num_layers, speeds, hit_rate)
-    checkpoint.close()
     return {
         **dataclasses.asdict(made),
         "slots": made.num_slots,
@@ -106,8 +113,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
     )
     print(
         f"decode: about {speed['tokens_per_s']:.1f} tokens/s if {speed['hit_rate']:.0%} of the "
-        f"experts are found in memory (typical routing); {speed['tokens_per_s_low']:.1f} if routing "
-        f"is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} once all hit"
+        f"experts are found in memory (typical routing); {speed['tokens_per_s_low']:.1f} if "
+        f"routing is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} once all hit"
     )
     bandwidths = speed["bandwidths"]
     print(

@@ -40,7 +40,12 @@ def run(
     from moe_infinity.engine import MoE
 
     path, text = _model_and_prompt(model, prompt, ids)
-    options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "dtype": dtype}
+    options: dict[str, Any] = {
+        "ram": ram,
+        "ram_slots": ram_slots,
+        "max_context": max_context,
+        "dtype": dtype,
+    }
     options |= {"device": device, "policy": policy, "prefetch": prefetch, "seed": seed}
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens)
     with MoE(path, **options) as moe:
@@ -62,7 +67,9 @@ def _model_and_prompt(
         path, text = common.split_positionals(model, prompt)
         return path, _stdin() if text == "-" else text
     if prompt is not None:
-        raise ConfigError(f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them")
+        raise ConfigError(
+            f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them"
+        )
     return model or str(bundled_model_path()), None
 
 
@@ -118,7 +125,14 @@ def _input_ids(moe: Any, text: str | None, ids: str | None) -> list[int]:
         if not all(0 <= n < vocab for n in numbers):
             raise ConfigError(f"--ids: got {ids!r}, expected ids from 0 to {vocab - 1}")
         return numbers
-    encoded: list[int] = moe.tokenizer(_DEFAULT_PROMPT if text is None else text).input_ids
+    prompt = _DEFAULT_PROMPT if text is None else text
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"prompt: got bytes that are no text ({error}), expected UTF-8"
+        ) from error
+    encoded: list[int] = moe.tokenizer(prompt).input_ids
     if not encoded:
         raise ConfigError("the prompt is empty, expected at least one token of text")
     return encoded

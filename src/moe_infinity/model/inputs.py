@@ -55,7 +55,8 @@ def load_tokenizer(path: Path) -> Any:
     # Without any file the library makes up an empty tokenizer of the model's type.
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointNotFoundError(
-            f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids instead"
+            f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids "
+            f"instead"
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(path)

@@ -78,10 +78,10 @@ def read_config(path: Path) -> Any:
     try:
         raw = json.loads(file.read_text())
         config = transformers.AutoConfig.from_pretrained(path)
-    except ValueError as error:
-        known = "model_type" in str(error) or "does not recognize" in str(error)
-        kind = UnsupportedModelError if known else CorruptCheckpointError
-        raise kind(f"{file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of any kind: the library checks values with errors of its own
+        unknown = "model_type" in str(error) or "does not recognize" in str(error)
+        kind = UnsupportedModelError if unknown else CorruptCheckpointError
+        raise kind(f"{file}: got no config that can be read ({_in_one_line(error)})") from error
     quantisation = raw.get("quantization_config")
     if quantisation:
         raise UnsupportedModelError(
@@ -94,7 +94,7 @@ def read_config(path: Path) -> Any:
 def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
     config = read_config(checkpoint.path)
-    meta = build_meta(config)
+    meta = _build(checkpoint.path, config)
     adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
     found = _sort(checkpoint, meta, adapter, experts)
@@ -129,6 +129,7 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
                 state_dict=lazy,
                 dtype=anatomy.dtype,
                 experts_implementation=_interface.IMPLEMENTATION,
+                ignore_mismatched_sizes=True,  # they are named below
                 output_loading_info=True,
             )
         except Exception:
@@ -137,6 +138,12 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
             raise
     if failures:
         raise failures[0]
+    if info["mismatched_keys"]:
+        name, got, expected = min(info["mismatched_keys"], key=str)
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: tensor {name!r} has shape {list(got)} in the checkpoint, expected "
+            f"{list(expected)} from its config; is this the config of another model?"
+        )
     if info["missing_keys"]:
         raise CorruptCheckpointError(
             f"{checkpoint.path}: lacks {len(info['missing_keys'])} tensors of its model (first: "
@@ -144,6 +151,22 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
         )
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+def _build(path: Path, config: Any) -> Any:
+    try:
+        return build_meta(config)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CorruptCheckpointError(
+            f"{path / 'config.json'}: got a config that {config.model_type!r} cannot be built from "
+            f"({_in_one_line(error)})"
+        ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 class _LazyTensor:
@@ -225,7 +248,7 @@ def _compute_dtype(config: Any, dense: list[TensorEntry], wanted: str | None) ->
     if wanted not in (None, "auto"):
         return getattr(torch, wanted)  # type: ignore[no-any-return]
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    if isinstance(stored, torch.dtype):
+    if isinstance(stored, torch.dtype) and stored.is_floating_point:
         return stored
     floats = (DTYPES[entry.format] for entry in dense if entry.format in DTYPES)
     return next(floats, torch.float32)
