@@ -1,7 +1,6 @@
 """What every test shares: a private state folder, one torch thread, stable property tests."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings

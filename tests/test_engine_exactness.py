@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.checkpoints import tiny_checkpoint
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.policies import policy_names
+from support.checkpoints import tiny_checkpoint
 
 BUDGET = "8GiB"
 POLICIES = ("fifo", "lru", "lfu", "lfru", "next_use")
@@ -63,9 +63,7 @@ def stock(path: Path, dtype: str, implementation: str = "eager") -> Any:
 
 @pytest.fixture(scope="module")
 def in_float32() -> Iterator[MoE]:
-    with MoE(
-        bundled_model_path(), ram=BUDGET, dtype="float32", ram_slots=40, max_batch=4
-    ) as moe:
+    with MoE(bundled_model_path(), ram=BUDGET, dtype="float32", ram_slots=40, max_batch=4) as moe:
         yield moe
 
 
@@ -108,9 +106,7 @@ def test_a_warm_cache_changes_nothing(references: dict[str, list[torch.Tensor]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_within_the_spread_of_stock(
-    references: dict[str, list[torch.Tensor]], dtype: str
-) -> None:
+def test_within_the_spread_of_stock(references: dict[str, list[torch.Tensor]], dtype: str) -> None:
     mine = references[dtype]
     theirs = []
     for implementation in IMPLEMENTATIONS:

@@ -20,7 +20,7 @@ def test_there_are_few_and_they_are_sorted() -> None:
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="moe_infinity.*NoSuchName"):
+    with pytest.raises(AttributeError, match=r"moe_infinity.*NoSuchName"):
         _ = moe_infinity.NoSuchName
 
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import psutil
 import pytest
-from support.checkpoints import tiny_checkpoint
 
 from moe_infinity import MoE, original_api
 from moe_infinity.errors import ConfigError
 from moe_infinity.original_api import translate
+from support.checkpoints import tiny_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,9 @@ def test_the_ratio_is_of_all_memory() -> None:
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5, "0.75", None, True])
 def test_other_ratios_are_refused(ratio: Any) -> None:
-    with pytest.raises(ConfigError, match=r"device_memory_ratio: got .*expected a number in \(0, 1"):
+    with pytest.raises(
+        ConfigError, match=r"device_memory_ratio: got .*expected a number in \(0, 1"
+    ):
         translate({"device_memory_ratio": ratio})
 
 
@@ -62,13 +64,13 @@ def test_a_json_file_may_hold_it(tmp_path: Path) -> None:
 def test_another_file_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(text)
-    with pytest.raises(ConfigError, match="config: got .*expected a dictionary"):
+    with pytest.raises(ConfigError, match=r"config: got .*expected a dictionary"):
         translate(file)
 
 
 @pytest.mark.parametrize("config", ["/no/such/file.json", 5, ["ram"]])
 def test_something_else_is_refused(config: Any) -> None:
-    with pytest.raises(ConfigError, match="config: got .*expected a dictionary"):
+    with pytest.raises(ConfigError, match=r"config: got .*expected a dictionary"):
         translate(config)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import tiny_checkpoint
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.assembly import open_checkpoint
@@ -15,6 +14,7 @@ from moe_infinity.forecast import decode_s, expected_hit_rate, forecast, verdict
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, examine
 from moe_infinity.planning import Plan, make_plan
+from support.checkpoints import tiny_checkpoint
 
 SPEEDS = Bandwidths(disk_gbps=2.0, memory_gbps=20.0, matvec_gbps=10.0)
 MIB = 2**20
@@ -121,7 +121,9 @@ class TestSizeClasses:
             key: dataclasses.replace(
                 spec,
                 weight_bytes=spec.weight_bytes * 5,
-                ranges=tuple(dataclasses.replace(r, num_bytes=r.num_bytes * 5) for r in spec.ranges),
+                ranges=tuple(
+                    dataclasses.replace(r, num_bytes=r.num_bytes * 5) for r in spec.ranges
+                ),
             )
             if key.layer % 2
             else spec

@@ -49,7 +49,9 @@ def decoding(num_misses: int, wall_s: float, **changes: Any) -> Counters:
     return Counters([EXPERT_BYTES] * 2, decode=decode)
 
 
-def routing(*experts: int, phase: Phase = "decode", initial: frozenset[int] = frozenset()) -> Routing:
+def routing(
+    *experts: int, phase: Phase = "decode", initial: frozenset[int] = frozenset()
+) -> Routing:
     accesses = [
         Access(phase, number % 2, np.array([expert], dtype=np.int16))
         for number, expert in enumerate(experts)

@@ -28,6 +28,7 @@ from moe_infinity.model.inputs import (
     load_tokenizer,
     num_rows,
     tokens_left,
+    wants_our_cache,
 )
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import Anatomy, examine, load
@@ -93,6 +94,7 @@ class MoE:
             self.model = self._load(anatomy)
             self._cleanup = undo.pop_all()
         self._shape = anatomy.shape
+        self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
         self._read_bytes = next(iter(anatomy.specs.values())).read_bytes
         self._state = StateFile()
@@ -114,7 +116,7 @@ class MoE:
 
         Raises PlanExceededError beyond the planned rows, context or room for logits.
         """
-        ids = scored = as_batch(input_ids)
+        ids = scored = as_batch(input_ids, self._num_ids)
         config = self.model.config
         self.plan.require(ids.shape[0], ids.shape[1], "input_ids")
         if kwargs.get("decoder_input_ids") is not None:
@@ -135,16 +137,18 @@ class MoE:
         input_ids: [rows, length] or [length]. Returns [rows, length + new] token ids. Raises
         PlanExceededError beyond the planned rows or context, CancelledError after ``cancel``.
         """
-        ids = as_batch(input_ids)
+        ids = as_batch(input_ids, self._num_ids)
         config = self.model.config
         rows = num_rows(self.model.generation_config, ids, kwargs)
         length = context_tokens(config, ids, max_new_tokens, kwargs)
         self.plan.require(rows, length, "prompt and new tokens")
         kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        kwargs.setdefault("past_key_values", self.new_cache())
-        if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
-            kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
-        left = None if config.is_encoder_decoder else tokens_left(ids, kwargs["past_key_values"])
+        if wants_our_cache(self.model.generation_config, kwargs):
+            kwargs.setdefault("past_key_values", self.new_cache())
+            if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
+                kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
+        cache = kwargs.get("past_key_values")
+        left = None if config.is_encoder_decoder else tokens_left(ids, cache)
         with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
             tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
         return tokens

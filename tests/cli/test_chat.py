@@ -4,9 +4,6 @@ import os
 import pty
 import re
 import select
-import subprocess
-import sys
-import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import bundled_links
-from support.command_line import run
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.cli import chat
 from moe_infinity.cli.conversation import Conversation, _Printer
+from support.checkpoints import bundled_links
+from support.command_line import Process, run
 
 PATIENCE_S = 120
 GREEDY = {"do_sample": False}
@@ -208,9 +205,7 @@ def _interrupted(*_: Any) -> None:
 
 
 class TestPrinter:
-    def test_half_a_character_is_held_back(
-        self, moe: MoE, capsys: pytest.CaptureFixture
-    ) -> None:
+    def test_half_a_character_is_held_back(self, moe: MoE, capsys: pytest.CaptureFixture) -> None:
         ids = moe.tokenizer("ab ☃ 𝄞 cd").input_ids
         printer = _Printer(moe.tokenizer)
         printer.put(torch.tensor([[1, 2, 3]]))
@@ -227,19 +222,10 @@ class TestPrinter:
 class Terminal:
     """A program on a terminal of its own, as a person sees it."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._master, slave = pty.openpty()
-        command = "from moe_infinity.cli import main; main()"
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", command, *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            start_new_session=True,
-            preexec_fn=lambda: _take_terminal(slave),  # noqa: PLW1509
-            env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"},
-        )
-        os.close(slave)
+    def __init__(self, *arguments: object) -> None:
+        self._master, self._slave = pty.openpty()
+        name = os.ttyname(self._slave)
+        self._process = Process(arguments, stdin=name, stdout=name, stderr=name)
         self.seen = ""
 
     def wait_for(self, pattern: str) -> str:
@@ -255,22 +241,17 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def end(self) -> int:
-        code = self.process.wait(PATIENCE_S)
+    def end(self) -> tuple[int, bool]:
+        ended = self._process.wait()
         os.close(self._master)
-        return code
-
-
-def _take_terminal(slave: int) -> None:
-    import fcntl
-
-    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+        os.close(self._slave)
+        return ended
 
 
 def test_on_a_terminal(tmp_path: Path) -> None:
     path = bundled_links(tmp_path / "talkative", "generation_config.json")
     (path / "generation_config.json").write_text('{"pad_token_id": 0}')  # without an end token
-    terminal = Terminal("chat", str(path), "--temperature", "0", "--max-new-tokens", "2000")
+    terminal = Terminal("chat", path, "--temperature", 0, "--max-new-tokens", 2000)
     terminal.wait_for(r"\n> ")
     terminal.type("hello\n")
     terminal.wait_for(r"hello\r\n[^\r\n]*\w")  # the answer has begun
@@ -285,4 +266,4 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     assert "prefill" in report and "decode" in report and "Traceback" not in report
     terminal.wait_for(r"\n> ")
     terminal.type("\x04")
-    assert terminal.end() == 0
+    assert terminal.end() == (0, False)

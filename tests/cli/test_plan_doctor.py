@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import bundled_links, tiny_checkpoint
-from support.command_line import run
 
 from moe_infinity import bundled_model_path
 from moe_infinity.config import format_bytes
+from support.checkpoints import bundled_links, tiny_checkpoint
+from support.command_line import run
 
 MIB = 2**20
 SPEED = ("--disk-gbps", 1.0)

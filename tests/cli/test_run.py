@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import bundled_links, tiny_checkpoint
-from support.command_line import Result, run
 
 from moe_infinity import Stats, bundled_model_path
+from support.checkpoints import bundled_links, tiny_checkpoint
+from support.command_line import Result, run
 
 PROMPT = "def main():"
 FEW = ("--max-new-tokens", 5)
@@ -120,7 +120,13 @@ class TestWhereThePromptComesFrom:
 
     @pytest.mark.parametrize(
         "prompt",
-        ["~nobody-has-this-name is here", "x" * 300, "a" + "/b" * 600, "Zażółć gęślą jaźń ☃ 𝄞", "\n"],
+        [
+            "~nobody-has-this-name is here",
+            "x" * 300,
+            "a" + "/b" * 600,
+            "Zażółć gęślą jaźń ☃ 𝄞",
+            "\n",
+        ],
     )
     def test_any_text(self, prompt: str) -> None:
         assert as_json(prompt, "--max-new-tokens", 2)["new_tokens"] <= 2

@@ -43,10 +43,15 @@ class Result:
 class Process:
     """A command under way. Its three standard streams are files that are named, pipes included."""
 
-    def __init__(self, arguments: tuple[object, ...], *, stdin: str, stdout: str, stderr: str):
-        state = os.environ.get("MOE_INFINITY_STATE_DIR", "")
-        streams = [stdin, stdout, stderr]
-        self.number = _ask({"arguments": [*map(str, arguments)], "streams": streams, "state": state})
+    def __init__(
+        self, arguments: tuple[object, ...], *, stdin: str, stdout: str, stderr: str
+    ) -> None:
+        job = {
+            "arguments": [str(argument) for argument in arguments],
+            "streams": [stdin, stdout, stderr],
+            "state": os.environ["MOE_INFINITY_STATE_DIR"],
+        }
+        self.number = _ask(job)
 
     def wait(self) -> tuple[int, bool]:
         """Its exit code, and whether it left processes behind."""
@@ -124,25 +129,35 @@ def _warm_up() -> None:
 
 def _become(job: dict[str, Any]) -> None:
     """In the child: do what a new interpreter would do with the command line."""
-    from moe_infinity.cli import main
-
-    os.setsid()  # a terminal opened next becomes its own
-    signal.alarm(_TIMEOUT_S)
-    for number, path in enumerate(job["streams"]):
-        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT if number else os.O_RDONLY, 0o600), number)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
-    sys.argv = ["moe-infinity", *job["arguments"]]
-    os.environ["MOE_INFINITY_STATE_DIR"] = job["state"] or "/nowhere"
     code = 1
     try:
-        main()
-    except SystemExit as end:
-        code = int(end.code or 0)
+        _open_streams(job["streams"])
+        sys.argv = ["moe-infinity", *job["arguments"]]
+        os.environ["MOE_INFINITY_STATE_DIR"] = job["state"]
+        from moe_infinity.cli import main
+
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        sys.stdout.flush()
+        sys.stderr.flush()
     except BaseException:
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _open_streams(paths: list[str]) -> None:
+    os.setsid()  # a terminal opened next becomes the child's own
+    signal.alarm(_TIMEOUT_S)
+    for number, path in enumerate(paths):
+        flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
+        os.dup2(os.open(path, flags, 0o600), number)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def _is_group_alive(group: int) -> bool:

@@ -12,13 +12,37 @@ from moe_infinity.errors import CheckpointNotFoundError, ConfigError
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 
 
-def as_batch(input_ids: Any) -> torch.Tensor:
-    """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat."""
-    ids = torch.as_tensor(input_ids, dtype=torch.long)
+def as_batch(input_ids: Any, num_ids: int | None = None) -> torch.Tensor:
+    """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat.
+
+    num_ids: how many the model knows. Raises ConfigError for anything else.
+    """
+    try:
+        ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"input_ids: got {input_ids!r:.80}, expected rows of token ids of one length ({error}); "
+            f"pad shorter ones on the left and pass attention_mask"
+        ) from error
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or not ids.numel():
         raise ConfigError(f"input_ids: got shape {list(ids.shape)}, expected [rows, length]")
+    if ids.is_floating_point() or ids.is_complex():
+        raise ConfigError(f"input_ids: got {ids.dtype} numbers, expected whole ones")
+    ids = ids.long()
+    if num_ids is not None and not 0 <= int(ids.min()) <= int(ids.max()) < num_ids:
+        raise ConfigError(
+            f"input_ids: got {int(ids.min())} to {int(ids.max())}, expected 0 to {num_ids - 1}"
+        )
     return ids
+
+
+def wants_our_cache(defaults: Any, options: Any) -> bool:
+    """Whether ``generate`` is to run with the cache of the plan; both at once would be wrong."""
+    config = options.get("generation_config") or defaults
+    uses_cache = options.get("use_cache", getattr(config, "use_cache", True))
+    named = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
+    return uses_cache is not False and named is None
 
 
 def context_tokens(config: Any, ids: torch.Tensor, max_new_tokens: int, options: Any) -> int:
@@ -26,6 +50,10 @@ def context_tokens(config: Any, ids: torch.Tensor, max_new_tokens: int, options:
 
     options: the other arguments of ``generate``; ``decoder_input_ids`` may start the decoder's.
     """
+    if type(max_new_tokens) is not int or max_new_tokens < 1:
+        raise ConfigError(
+            f"max_new_tokens: got {max_new_tokens!r}, expected a whole number of at least 1"
+        )
     if not config.is_encoder_decoder:
         return ids.shape[1] + max_new_tokens
     start = options.get("decoder_input_ids")
