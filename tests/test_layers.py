@@ -26,6 +26,7 @@ LAYERS = (
     ("machine",),
     ("state_file", "cache"),
     ("model",),
+    ("size_classes",),
     ("planning",),
     ("forecast", "assembly", "original_api", "reporting"),
     ("engine",),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_infinity.checkpoint.direct_io import align_up
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
     EngineConfig,
@@ -17,6 +16,7 @@ from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.workspace import workspace_bytes
+from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
 from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
@@ -33,15 +33,6 @@ _ENCODER_CONTEXT = 512
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
 _TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors
-
-
-@dataclass(frozen=True)
-class SizeClass:
-    """Slots of one size, and the layers that use them."""
-
-    slot_bytes: int
-    num_layers: int
-    num_experts: int
 
 
 @dataclass(frozen=True)
@@ -137,36 +128,46 @@ class Plan:
         return "\n".join(lines)
 
 
+class _Needs:
+    """What a model takes beside its expert slots, as a function of the context."""
+
+    def __init__(self, anatomy: Anatomy, max_batch: int) -> None:
+        self.dense_bytes = _dense_bytes(anatomy)
+        self.runtime_bytes = resident_bytes() + RUNTIME_MARGIN_BYTES
+        self.kv = KvShape.of(anatomy.meta)
+        self._anatomy = anatomy
+        self._rows = max_batch
+
+    def kv_bytes(self, context: int) -> int:
+        return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
+
+    def workspace_bytes(self, context: int) -> int:
+        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
+
+    def total(self, context: int) -> int:
+        growing = self.kv_bytes(context) + self.workspace_bytes(context)
+        return self.dense_bytes + growing + _TRANSFER_BYTES + self.runtime_bytes
+
+
 def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
     """Divide the budget. Raises BudgetError with the arithmetic if it cannot work."""
     budget = config.ram_bytes or _auto_budget()
-    kv = KvShape.of(anatomy.meta)
-    runtime = resident_bytes() + RUNTIME_MARGIN_BYTES
-    classes, class_of_layer = _size_classes(anatomy)
-    dense = _dense_bytes(anatomy)
-    smallest_cache = _smallest_cache(anatomy, classes)
-
-    def fixed(context: int) -> int:
-        work = workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype)
-        kv_bytes = kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch
-        return dense + kv_bytes + work + _TRANSFER_BYTES + runtime
-
-    context = _context(anatomy, config, kv, budget)
+    needs = _Needs(anatomy, config.max_batch)
+    classes, class_of_layer = size_classes(anatomy)
+    smallest = smallest_cache(anatomy, classes)
+    cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
+    context = _context(anatomy, config, needs.kv, budget)
     shortest = config.max_context or min(context, _SHORTEST_CONTEXT)
-    smallest_budget = _round_up(fixed(shortest) + sum(n * c.slot_bytes for n, c in smallest_cache))
-    while config.max_context is None and context > shortest:
-        if fixed(context) + sum(n * c.slot_bytes for n, c in smallest_cache) <= budget:
-            break
+    while context > shortest and needs.total(context) + cache_bytes > budget:
         context = max(shortest, context // 2)
-    slots = _divide(budget - fixed(context), smallest_cache, config.ram_slots)
     plan = Plan(
         budget_bytes=budget,
-        dense_bytes=dense,
-        kv_bytes=kv.num_bytes(context, anatomy.dtype.itemsize) * config.max_batch,
-        workspace_bytes=workspace_bytes(anatomy.meta, context, config.max_batch, anatomy.dtype),
+        dense_bytes=needs.dense_bytes,
+        kv_bytes=needs.kv_bytes(context),
+        workspace_bytes=needs.workspace_bytes(context),
         staging_bytes=_TRANSFER_BYTES,
-        runtime_bytes=runtime,
-        slots_per_class=slots,
+        runtime_bytes=needs.runtime_bytes,
+        slots_per_class=divide(budget - needs.total(context), smallest, config.ram_slots),
         slot_bytes=tuple(c.slot_bytes for c in classes),
         class_of_layer=class_of_layer,
         experts_total=anatomy.shape.num_total,
@@ -176,9 +177,9 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         working_set=anatomy.shape.working_set,
         max_context=context,
         max_batch=config.max_batch,
-        smallest_budget_bytes=smallest_budget,
+        smallest_budget_bytes=_round_up(needs.total(shortest) + cache_bytes),
     )
-    _refuse_too_small(plan, smallest_cache, config)
+    _refuse_too_small(plan, smallest, config)
     return plan
 
 
@@ -212,60 +213,6 @@ def _auto_budget() -> int:
     available = available_bytes()
     reserve = max(_AUTO_RESERVE_BYTES, int(available * _AUTO_RESERVE_SHARE))
     return max(available - reserve, available // 2) + resident_bytes()
-
-
-def _size_classes(anatomy: Anatomy) -> tuple[list[SizeClass], tuple[int, ...]]:
-    """Layers whose experts have about the same size share slots."""
-    weight = [0] * anatomy.shape.num_layers
-    slot = [0] * anatomy.shape.num_layers
-    for key, spec in anatomy.specs.items():
-        weight[key.layer] = max(weight[key.layer], spec.weight_bytes)
-        slot[key.layer] = max(slot[key.layer], align_up(spec.slot_bytes))
-    bounds = _class_bounds(sorted(set(weight)))
-    class_of_layer = tuple(next(i for i, b in enumerate(bounds) if w <= b) for w in weight)
-    classes = []
-    for number in range(len(bounds)):
-        layers = [layer for layer, c in enumerate(class_of_layer) if c == number]
-        experts = sum(anatomy.shape.experts_per_layer[layer] for layer in layers)
-        classes.append(SizeClass(max(slot[layer] for layer in layers), len(layers), experts))
-    return classes, class_of_layer
-
-
-def _class_bounds(sizes: list[int]) -> list[int]:
-    """Upper bounds of classes within which sizes differ by less than an eighth."""
-    kept: list[int] = []
-    for size in reversed(sizes):
-        if not kept or size < kept[-1] * 7 // 8:
-            kept.append(size)
-    return kept[::-1]
-
-
-def _smallest_cache(anatomy: Anatomy, classes: list[SizeClass]) -> list[tuple[int, SizeClass]]:
-    return [(min(anatomy.shape.top_k, c.num_experts), c) for c in classes]
-
-
-def _divide(
-    room: int, smallest: list[tuple[int, SizeClass]], ram_slots: int | None
-) -> tuple[int, ...]:
-    """Slots per class, bounded by bytes and, with ``ram_slots``, by number."""
-    needed = [n for n, _ in smallest]
-    counts = [c.num_experts for _, c in smallest]
-    by_bytes = _portion(room, [c.slot_bytes for _, c in smallest], needed, counts)
-    if ram_slots is None:
-        return by_bytes
-    by_number = _portion(ram_slots, [1] * len(counts), needed, counts)
-    return tuple(map(min, by_bytes, by_number))
-
-
-def _portion(room: int, prices: list[int], needed: list[int], counts: list[int]) -> tuple[int, ...]:
-    """What each class needs, then the same share of its other experts for every class."""
-    price = sum(n * p for n, p in zip(needed, prices, strict=True))
-    if room < price:  # will be refused; this is what there is room for
-        return tuple(n * max(0, room) // price for n in needed)
-    others = [count - n for count, n in zip(counts, needed, strict=True)]
-    total = sum(n * p for n, p in zip(others, prices, strict=True))
-    rest = min(room - price, total)
-    return tuple(n + (o * rest // total if o else 0) for n, o in zip(needed, others, strict=True))
 
 
 def _dense_bytes(anatomy: Anatomy) -> int:

@@ -114,7 +114,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
     print(
         f"decode: about {speed['tokens_per_s']:.1f} tokens/s if {speed['hit_rate']:.0%} of the "
         f"experts are found in memory (typical routing); {speed['tokens_per_s_low']:.1f} if "
-        f"routing is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} once all hit"
+        f"routing is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} "
+        f"once all hit"
     )
     bandwidths = speed["bandwidths"]
     print(

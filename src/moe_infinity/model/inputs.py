@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ def as_batch(input_ids: Any, num_ids: int | None = None) -> torch.Tensor:
         ids = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"input_ids: got {input_ids!r:.80}, expected rows of token ids of one length ({error}); "
-            f"pad shorter ones on the left and pass attention_mask"
+            f"input_ids: got {input_ids!r:.80}, expected rows of token ids of one length "
+            f"({error}); pad shorter ones on the left and pass attention_mask"
         ) from error
     ids = ids[None] if ids.dim() == 1 else ids
     if ids.dim() != 2 or not ids.numel():
@@ -50,7 +51,7 @@ def context_tokens(config: Any, ids: torch.Tensor, max_new_tokens: int, options:
 
     options: the other arguments of ``generate``; ``decoder_input_ids`` may start the decoder's.
     """
-    if type(max_new_tokens) is not int or max_new_tokens < 1:
+    if not isinstance(max_new_tokens, Integral) or max_new_tokens < 1:
         raise ConfigError(
             f"max_new_tokens: got {max_new_tokens!r}, expected a whole number of at least 1"
         )
