@@ -1,4 +1,5 @@
-# The same targets serve people and CI. Needs Python >= 3.10, git and make; no compiler, no GPU.
+# The same targets serve people and CI. Needs Python 3.11 or newer, git and make; no compiler, no
+# GPU. (The package itself runs on 3.10; the pinned versions here do not.)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -31,8 +32,26 @@ check: setup  ## lint, types, import directions
 slow: setup  ## every family, gigabytes of disk
 	$(BIN)/python -m pytest -q -m slow
 
-bench: setup  ## results in benchmarks/results; needs about 25 GB of disk and, for limits, root
-	$(BIN)/python benchmarks/budget.py
+# Where large checkpoints are made: about 40 GB, and as much again for accelerate's copy.
+WORK ?= scratch
+MAKE_CHECKPOINT := $(BIN)/python benchmarks/make_checkpoint.py
+
+bench: setup  ## every benchmark, results in benchmarks/results; kernel limits need root
+	$(BIN)/pip install --quiet accelerate
+	test -d $(WORK)/widened16 || $(MAKE_CHECKPOINT) --widen 16 $(WORK)/widened16
+	test -d $(WORK)/widened8 || $(MAKE_CHECKPOINT) --widen 8 $(WORK)/widened8
+	test -d $(WORK)/widened4 || $(MAKE_CHECKPOINT) --widen 4 --dtype float32 $(WORK)/widened4
+	test -d $(WORK)/olmoe_random || $(MAKE_CHECKPOINT) --shape olmoe-1b-7b $(WORK)/olmoe_random
+	test -d $(WORK)/olmoe_uniform8 || $(MAKE_CHECKPOINT) --shape olmoe-1b-7b --layers 8 \
+	  --routing uniform --seed 5 $(WORK)/olmoe_uniform8
+	test -d $(WORK)/qwen3_8 || $(MAKE_CHECKPOINT) --shape qwen3-30b-a3b --layers 8 --seed 3 $(WORK)/qwen3_8
+	$(BIN)/python benchmarks/widened.py --fp32 $(WORK)/widened4 --bf16 $(WORK)/widened16
+	$(BIN)/python benchmarks/budget.py $(WORK)/widened16
+	$(BIN)/python benchmarks/budget.py $(WORK)/olmoe_random --accelerate $(WORK)/accelerate
+	$(BIN)/python benchmarks/depth.py
+	$(BIN)/python benchmarks/plan_accuracy.py $(WORK)/widened8=1GiB $(WORK)/widened8=1536MiB \
+	  $(WORK)/olmoe_uniform8=2GiB $(WORK)/olmoe_uniform8=4GiB $(WORK)/qwen3_8=3GiB $(WORK)/qwen3_8=5GiB
+	$(BIN)/python benchmarks/families.py
 
 docs: setup  ## render README tables and docs/families.md from checked-in results
 	$(BIN)/python benchmarks/render.py

@@ -119,7 +119,7 @@ def provenance(argv: list[str] | None = None) -> dict[str, str]:
     return {
         "command": " ".join(_anonymous(word) for word in shown),
         "commit": commit,
-        "machine": f"{cpu_name()}, {num_cores()} cores, virtual SSD",
+        "machine": f"{cpu_name()}, {num_cores()} cores",
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -92,9 +92,9 @@ def families_page(result: dict) -> str:
         f"experts interface ({result['modelling_files']} modelling files of transformers "
         f"{result['transformers']}) were built small with random weights, saved, and run from "
         "their files. *difference*: largest difference of logits from stock's eager "
-        "implementation with routing forced equal; *spread*: the same between stock's own implementations. "
-        "*settings*: policies, capacities from the smallest to everything and 1 and 8 reader "
-        "threads, whose logits were bit-identical.",
+        "implementation with routing forced equal; *spread*: the same between stock's own "
+        "implementations. *settings*: policies, capacities from the smallest to everything and 1 "
+        "and 8 reader threads, whose logits were bit-identical.",
         "",
         "| family | fp32 difference / spread | bf16 difference / spread | settings |",
         "|---|---|---|---|",

@@ -24,6 +24,7 @@ from moe_infinity.errors import (
     ReadError,
     UnknownNameError,
 )
+from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.policies.lru import Policy as LruPolicy
 from moe_infinity.simulator.belady import optimal_misses
 from moe_infinity.stats import PhaseStats
@@ -237,18 +238,19 @@ class TestInput:
             smallest = moe.plan.smallest_budget_bytes
         with MoE(tiny, ram=smallest + 2**20, max_context=250, max_batch=1) as moe:
             assert moe(IDS[:, :1]).logits.shape == (1, 1, 96)
-            moe.plan = _without_room(moe.plan)
-            with pytest.raises(PlanExceededError, match=r"logits of 30 positions.*keep=1"):
+            moe.plan = _without_room(moe)
+            with pytest.raises(PlanExceededError, match=r"1 x 30 tokens.*keep=1"):
                 moe(IDS)
             assert moe(IDS, logits_to_keep=1).logits.shape == (1, 1, 96)
 
 
-def _without_room(plan: Any) -> Any:
-    """The plan with room for one position's logits and no more."""
+def _without_room(moe: MoE) -> Any:
+    """The plan with room for 30 tokens' activations, one position's logits, and no more."""
     from dataclasses import replace
 
-    used = plan.used_bytes - plan.workspace_bytes
-    return replace(plan, workspace_bytes=0, budget_bytes=used + 96 * 4)
+    room = workspace_bytes(moe.model.config, 30, 1, moe.model.dtype, pass_tokens=30) + 96 * 4
+    used = moe.plan.used_bytes - moe.plan.workspace_bytes
+    return replace(moe.plan, workspace_bytes=room, budget_bytes=used + room)
 
 
 class TestReport:
@@ -346,13 +348,13 @@ class TestReport:
         with MoE(tiny, ram=BUDGET, ram_slots=10**6) as moe:
             assert moe.stats().slots == 24
 
-    def test_speeds_are_measured_once_and_written_on_close(
+    def test_speeds_are_measured_once_and_the_file_is_counted(
         self, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("MOE_INFINITY_STATE_DIR", str(tmp_path / "state"))
         with MoE(tiny, ram=BUDGET) as moe:
-            assert moe.stats().bytes_written == 0
             assert not (tmp_path / "state").exists()
+            moe.stats()
         (file,) = (tmp_path / "state").iterdir()
         assert moe.stats().bytes_written == file.stat().st_size
         with MoE(tiny, ram=BUDGET) as again:

@@ -28,7 +28,7 @@ LAYERS = (
     ("model",),
     ("size_classes",),
     ("planning",),
-    ("forecast", "assembly", "original_api", "reporting"),
+    ("forecast", "assembly", "original_api", "reporting", "request"),
     ("engine",),
     ("server", "cli"),
 )

@@ -192,7 +192,7 @@ class TestForecast:
 
     def test_by_hand(self, bundled: Anatomy) -> None:
         made = dataclasses.replace(
-            plan(bundled), read_bytes_per_token=10**9, bytes_per_token=10**9, dense_bytes=0
+            plan(bundled), read_bytes_per_token=10**9, bytes_per_token=10**9, dense_read_bytes=0
         )
         without_layers = decode_s(made, 0, 0.5, SPEEDS)
         assert without_layers == pytest.approx(0.5 / 2.0 + 1.0 / 10.0)

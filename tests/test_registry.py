@@ -1,4 +1,4 @@
-"""Policies and predictors are found by file name or by 'module:Class', and errors are not masked."""
+"""Policies and predictors are found by file name or 'module:Class'; errors are not masked."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +67,10 @@ class TestRegistry:
         with pytest.raises(ConfigError, match="expected a subclass of"):
             find("pathlib:Path")
 
-    @pytest.mark.parametrize("name", ["nonesuch", "base", "", "no.such.module:Policy", "_private"])
+    @pytest.mark.parametrize(
+        "name",
+        ["nonesuch", "base", "", "no.such.module:Policy", "_private", ":Policy", ".near:Policy"],
+    )
     def test_an_unknown_name_lists_the_known(
         self, package: Any, find: Find, names: Callable[[], list[str]], source: str, name: str
     ) -> None:

@@ -209,4 +209,5 @@ class TestStateFile:
         assert state.bandwidths("1") == SPEEDS
 
     def test_a_device_has_a_name(self, tmp_path: Path) -> None:
-        assert device_of(tmp_path) == device_of(tmp_path)
+        assert device_of(tmp_path, 4096) == device_of(tmp_path, 4000)
+        assert device_of(tmp_path, 4096) != device_of(tmp_path, 4097)

@@ -27,7 +27,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     if name == "MoE":
-        from moe_infinity.config import let_idle_threads_sleep
+        from moe_infinity.config import keep_kernel_caches_small, let_idle_threads_sleep
 
         let_idle_threads_sleep()
+        keep_kernel_caches_small()
     return getattr(importlib.import_module(f"moe_infinity.{_HOMES[name]}"), name)

@@ -10,10 +10,14 @@ from moe_infinity.cache.transfer import TransferEngine
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
+from moe_infinity.errors import ConfigError
 from moe_infinity.model.loading import Anatomy, read_config
+from moe_infinity.model.rules import MissRule
 from moe_infinity.planning import Plan
 from moe_infinity.policies import find_policy
+from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import find_predictor
+from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
@@ -27,11 +31,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def build_hierarchy(
-    checkpoint: Checkpoint, anatomy: Anatomy, plan: Plan, config: EngineConfig
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    plan: Plan,
+    config: EngineConfig,
+    miss_rule: MissRule,
 ) -> RamHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
-    policy = find_policy(config.policy)(anatomy.shape, plan.num_slots, config.seed)
-    predictor = find_predictor(config.prefetch)(anatomy.shape, config.seed)
+    policy_class, predictor_class = find_policy(config.policy), find_predictor(config.prefetch)
+    _refuse_unrecorded(policy_class, predictor_class)
+    policy = policy_class(anatomy.shape, plan.num_slots, config.seed)
+    predictor = predictor_class(anatomy.shape, config.seed)
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
     store = checkpoint.expert_store(anatomy.specs)
     layer_bytes = [0] * anatomy.shape.num_layers
@@ -43,4 +53,19 @@ def build_hierarchy(
         PrefetchPlanner(predictor, directory),
         SlotArena(plan.slots_per_class, plan.slot_bytes),
         TransferEngine(store, config.num_read_threads),
+        choose_misses=miss_rule.load if miss_rule.lossy else None,
     )
+
+
+def _refuse_unrecorded(policy: type[CachePolicy], predictor: type[ExpertPredictor]) -> None:
+    """Raise ConfigError for a member that needs what events do not carry yet."""
+    asks = {
+        policy: policy.needs_router_logits,
+        predictor: predictor.needs_router_logits or predictor.needs_router_input,
+    }
+    for member, needs in asks.items():
+        if needs:
+            raise ConfigError(
+                f"{member.__module__}.{member.__name__} needs router logits or inputs, which this "
+                f"version does not record; choose another"
+            )

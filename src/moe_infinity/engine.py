@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,39 +32,19 @@ from moe_infinity.model.inputs import (
 )
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import Anatomy, examine, load
-from moe_infinity.model.rules import KeepRouting
+from moe_infinity.model.rules import KeepRouting, LoadMisses
 from moe_infinity.model.taps import Step, StepTap
+from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.planning import make_plan
 from moe_infinity.reporting import Routing, RunFacts, build_stats
+from moe_infinity.request import Request
 from moe_infinity.state_file import StateFile, device_of
 from moe_infinity.stats import Counters, PhaseCounters, Stats
 from moe_infinity.tracing.recorder import Recorder
-from moe_infinity.types import ExpertKey, Phase
+from moe_infinity.types import ExpertKey
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Request:
-    """The request that runs, or the last one that ran."""
-
-    start_s: float
-    prefill_end_s: float | None = None
-    first_token_s: float | None = None
-    end_s: float | None = None
-    counters: Counters | None = None
-    initial: frozenset[int] = frozenset()
-    generates: bool = True
-    prompt_left: int | None = None  # tokens not yet through; None: a step's length tells its phase
-
-    def phase_of(self, step: Step) -> Phase:
-        """Also a prompt's last chunk of one token is prefill, and several drafted ones are not."""
-        if self.prompt_left is None or self.end_s is not None:
-            return step.phase
-        phase: Phase = "prefill" if self.prompt_left > 0 else "decode"
-        self.prompt_left -= step.length
-        return phase
 
 
 class MoE:
@@ -88,7 +68,10 @@ class MoE:
             anatomy = examine(self.checkpoint, self.config.dtype)
             self.plan = make_plan(anatomy, self.config)
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
-            self._hierarchy = build_hierarchy(self.checkpoint, anatomy, self.plan, self.config)
+            self._rules = (KeepRouting(), LoadMisses())
+            self._hierarchy = build_hierarchy(
+                self.checkpoint, anatomy, self.plan, self.config, self._rules[1]
+            )
             undo.callback(self._hierarchy.close)
             self._recorder = Recorder()
             self.model = self._load(anatomy)
@@ -100,9 +83,10 @@ class MoE:
         self._state = StateFile()
         self._bandwidths: Bandwidths | None = None
         self._running = threading.Lock()
+        self._owner: int | None = None  # thread of the running request
         self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
-        self._request = _Request(time.perf_counter())
+        self._request = Request(time.perf_counter())
         self._tokenizer: Any = None
 
     def __enter__(self) -> MoE:
@@ -124,7 +108,7 @@ class MoE:
             self.plan.require(scored.shape[0], scored.shape[1], "decoder_input_ids")
         kept = kwargs.get("logits_to_keep", 0)
         positions = kept if isinstance(kept, int) and kept else scored.shape[1]
-        self.plan.require_logits(scored.shape[0] * positions, self._vocab_size)
+        self._require_room(ids, scored.shape[0] * positions)
         with self._requesting(generates=False), torch.inference_mode():
             if not (config.is_encoder_decoder and "past_key_values" in kwargs):
                 # Their encoders refuse to be told to use a cache.
@@ -142,19 +126,27 @@ class MoE:
         rows = num_rows(self.model.generation_config, ids, kwargs)
         length = context_tokens(config, ids, max_new_tokens, kwargs)
         self.plan.require(rows, length, "prompt and new tokens")
-        kwargs.setdefault("attention_mask", torch.ones_like(ids))
+        pad = self.model.generation_config.pad_token_id
+        if pad is None or not (ids == pad).any():  # else the library infers what is padding
+            kwargs.setdefault("attention_mask", torch.ones_like(ids))
         if wants_our_cache(self.model.generation_config, kwargs):
             kwargs.setdefault("past_key_values", self.new_cache())
-            if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
-                kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
         cache = kwargs.get("past_key_values")
+        if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
+            if cache is not None:
+                kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
+            else:
+                self._require_room(ids, ids.shape[0])
         left = None if config.is_encoder_decoder else tokens_left(ids, cache)
         with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
             tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
         return tokens
 
     def new_cache(self) -> Any:
-        """An empty KV cache of the planned context, for ``past_key_values``."""
+        """An empty KV cache of the planned context, for ``past_key_values``.
+
+        None for families that must begin every prompt with a cache the library makes.
+        """
         return new_cache(self.model.config, self.plan.max_context)
 
     def cancel(self) -> None:
@@ -181,9 +173,9 @@ class MoE:
         facts = RunFacts(
             shape=self._shape,
             num_slots=self.plan.num_slots,
-            dense_bytes=self.plan.dense_bytes,
+            dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._state.bytes_written,
-            lossy=(),
+            lossy=tuple(type(rule).__name__ for rule in self._rules if rule.lossy),
             bandwidths=bandwidths,
         )
         if total:
@@ -205,14 +197,18 @@ class MoE:
             layers.append(tiers)
         return layers
 
-    def bandwidths(self) -> Bandwidths:
-        """Speeds of this machine, from the state file or measured now (about a second)."""
+    def bandwidths(self) -> Bandwidths | None:
+        """Speeds of this machine, from the state file or measured now (about a second).
+
+        None while a request runs and nothing is known: a busy disk must not be remembered.
+        """
         if self._bandwidths is None:
-            device = device_of(self.checkpoint.files[0])
+            device = device_of(self.checkpoint.files[0], self._read_bytes)
             self._bandwidths = self._state.bandwidths(device)
-            if self._bandwidths is None:
+            if self._bandwidths is None and not self._running.locked() and not self._closed:
                 self._bandwidths = measure(self.checkpoint.files, self._read_bytes)
                 self._state.set_bandwidths(device, self._bandwidths)
+                self._state.save()
         return self._bandwidths
 
     def check_integrity(self) -> None:
@@ -220,17 +216,30 @@ class MoE:
         self._hierarchy.check_integrity()
 
     def close(self) -> None:
-        """Stop every thread, close files, write the state file. Idempotent."""
+        """Stop every thread, close files, let go of weights and slots. Idempotent.
+
+        Raises ConfigError from inside a request on its own thread, which would wait for itself.
+        """
+        if self._owner == threading.get_ident():
+            raise ConfigError("close() was called from inside the running request; cancel() it")
         self._closed = True
         self.cancel()
         with self._running:
             self._cleanup.close()
+            self._tap.close()
         self._state.save()
+
+    def _require_room(self, ids: torch.Tensor, num_logits: int) -> None:
+        rows, length = ids.shape
+        config = self.model.config
+        needed = workspace_bytes(config, length, rows, self.model.dtype, pass_tokens=length)
+        needed += num_logits * self._vocab_size * 4
+        self.plan.require_room(needed, f"{rows} x {length} tokens in one pass")
 
     def _load(self, anatomy: Anatomy) -> Any:
         model, modules = load(self.checkpoint, anatomy)
         self._runtime = Runtime(
-            self._hierarchy, Kernel(), KeepRouting(), self._recorder, step=Step(0, "decode", 1, 1)
+            self._hierarchy, Kernel(), self._rules[0], self._recorder, step=Step(0, "decode", 1, 1)
         )
         adapter = anatomy.adapter
         for layer, module in enumerate(modules):
@@ -250,20 +259,14 @@ class MoE:
         now.num_tokens += step.num_rows * step.length
 
     def _end_step(self) -> None:
-        request, step, now_s = self._request, self._runtime.step, time.perf_counter()
-        if request.end_s is not None:
-            return
-        if step.phase == "prefill":
-            request.prefill_end_s = now_s  # of the last chunk, in the end
-        yields_first = step.phase == "prefill" or request.first_token_s is None
-        if yields_first and not step.is_encoder:
-            request.first_token_s = now_s
+        self._request.end_step(self._runtime.step, time.perf_counter())
 
     @contextlib.contextmanager
     def _requesting(self, generates: bool, prompt_left: int | None = None) -> Iterator[None]:
         """Everything between the start and the end of one request."""
         if not self._running.acquire(blocking=False):
             raise ConfigError("a request is running; one at a time, or cancel() it first")
+        self._owner = threading.get_ident()
         try:
             self._hierarchy.cancelled.clear()
             if self._closed:
@@ -274,27 +277,23 @@ class MoE:
                     yield
                 finally:
                     self._hierarchy.end_request()
-                    self._finish(self._request, self._hierarchy.counters)
+                    self._finish()
         finally:
+            self._owner = None
             self._running.release()
 
     def _begin_request(self, generates: bool, prompt_left: int | None) -> None:
         self._hierarchy.counters.take()
         self._recorder.clear()
         resident = frozenset(self._hierarchy.resident_flat())
-        self._request = _Request(
+        self._request = Request(
             time.perf_counter(), initial=resident, generates=generates, prompt_left=prompt_left
         )
         self._hierarchy.begin_request()
 
-    def _finish(self, request: _Request, counters: Counters) -> None:
-        request.end_s = time.perf_counter()
-        prefilled = request.prefill_end_s if request.generates else None
-        split = prefilled or (request.end_s if counters.prefill.num_passes else request.start_s)
-        counters.prefill.wall_s = split - request.start_s
-        counters.decode.wall_s = request.end_s - split if counters.decode.num_passes else 0.0
-        request.counters = counters.take()
-        for total, part in zip(
-            self._total, (request.counters.prefill, request.counters.decode), strict=True
-        ):
+    def _finish(self) -> None:
+        counters = self._hierarchy.counters
+        self._request.finish(counters, time.perf_counter())
+        for total, part in zip(self._total, (counters.prefill, counters.decode), strict=True):
             total.add(part)
+        self._request.counters = counters.take()

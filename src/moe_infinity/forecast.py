@@ -41,7 +41,7 @@ def decode_s(plan: Plan, num_layers: int, hit_rate: float, bandwidths: Bandwidth
     Reads overlap computation only within a layer, so their times are added, not compared.
     """
     read_s = (1 - hit_rate) * plan.read_bytes_per_token / (bandwidths.disk_gbps * 1e9)
-    computed = plan.bytes_per_token + plan.dense_bytes
+    computed = plan.bytes_per_token + plan.dense_read_bytes
     compute_s = computed / (bandwidths.matvec_gbps * 1e9)
     return read_s + compute_s + num_layers * _LAYER_OVERHEAD_S
 

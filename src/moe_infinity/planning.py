@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
@@ -41,6 +42,7 @@ class Plan:
 
     budget_bytes: int
     dense_bytes: int
+    dense_read_bytes: int  # of them, what one token reads: a row of the embedding, not all
     kv_bytes: int
     workspace_bytes: int
     staging_bytes: int
@@ -100,14 +102,14 @@ class Plan:
                 f"{self.max_context}; open the model with max_context={length}"
             )
 
-    def require_logits(self, num_positions: int, vocab_size: int) -> None:
-        """Raise PlanExceededError if logits of so many positions outgrow what is left."""
-        needed = num_positions * vocab_size * 4
-        room = self.workspace_bytes + self.budget_bytes - self.used_bytes
-        if needed > room:
+    def require_room(self, needed_bytes: int, what: str) -> None:
+        """Raise PlanExceededError if one pass needs more than its workspace and what is left."""
+        room = self.workspace_bytes + max(0, self.budget_bytes - self.used_bytes)
+        if needed_bytes > room:
             raise PlanExceededError(
-                f"logits of {num_positions} positions need {format_bytes(needed)}, expected at "
-                f"most {format_bytes(room)}; pass logits_to_keep=1, or open with more ram"
+                f"{what}: one pass needs {format_bytes(needed_bytes)} for activations and logits, "
+                f"expected at most {format_bytes(room)}; pass logits_to_keep=1, fewer tokens, or "
+                f"open with more ram"
             )
 
     def arithmetic(self) -> str:
@@ -142,7 +144,7 @@ class _Needs:
         return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
 
     def workspace_bytes(self, context: int) -> int:
-        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
+        return workspace_bytes(self._anatomy.config, context, self._rows, self._anatomy.dtype)
 
     def total(self, context: int) -> int:
         growing = self.kv_bytes(context) + self.workspace_bytes(context)
@@ -163,6 +165,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
     plan = Plan(
         budget_bytes=budget,
         dense_bytes=needs.dense_bytes,
+        dense_read_bytes=needs.dense_bytes - _looked_up_bytes(anatomy),
         kv_bytes=needs.kv_bytes(context),
         workspace_bytes=needs.workspace_bytes(context),
         staging_bytes=_TRANSFER_BYTES,
@@ -220,6 +223,16 @@ def _dense_bytes(anatomy: Anatomy) -> int:
     owned = {id(p) for module in anatomy.experts for p in module.module.parameters(recurse=False)}
     dense = (p for p in anatomy.meta.parameters() if id(p) not in owned)
     return sum(p.numel() * anatomy.dtype.itemsize for p in dense)
+
+
+def _looked_up_bytes(anatomy: Anatomy) -> int:
+    """The input embedding, unless it is the output's matrix as well."""
+    meta: Any = anatomy.meta
+    table, head = meta.get_input_embeddings(), meta.get_output_embeddings()
+    weight = getattr(table, "weight", None)
+    if weight is None or (head is not None and getattr(head, "weight", None) is weight):
+        return 0
+    return int(weight.numel() * anatomy.dtype.itemsize)
 
 
 def _per_token(anatomy: Anatomy, size: Callable[[ExpertSpec], int]) -> int:

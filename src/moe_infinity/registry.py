@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from types import ModuleType
 from typing import TypeVar
 
@@ -46,6 +47,8 @@ def find_class(package: ModuleType, name: str, class_name: str, base: type[_T]) 
 def _find_spec(module_name: str) -> object:
     if not module_name or module_name.startswith("."):
         return None
+    if module_name in sys.modules:  # __main__ too, which has no spec
+        return sys.modules[module_name]
     try:
         return importlib.util.find_spec(module_name)
     except ModuleNotFoundError:

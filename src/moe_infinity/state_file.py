@@ -26,6 +26,7 @@ class StateFile:
         self._changed = False
 
     def bandwidths(self, device: str) -> Bandwidths | None:
+        """What was measured for a device, named by ``device_of``."""
         entry = self._known.get(device)
         try:
             known = Bandwidths(**entry) if entry else None
@@ -63,6 +64,9 @@ class StateFile:
             return {}
 
 
-def device_of(path: Path) -> str:
-    """Name of the storage device a file lies on, as the system numbers it."""
-    return str(os.stat(path).st_dev)
+def device_of(path: Path, read_bytes: int) -> str:
+    """Name of the storage device a file lies on and of the size of reads, to a power of two.
+
+    Small reads are slower: what was measured for one model says little of another's.
+    """
+    return f"{os.stat(path).st_dev}:{1 << (read_bytes - 1).bit_length()}"

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from support.routing import event, grid
-from support.stores import expected_parts, found_parts, memory_store, ram_hierarchy
 
 import moe_infinity
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.residency.directory import State
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
+from support.routing import event, grid
+from support.stores import expected_parts, found_parts, memory_store, ram_hierarchy
 
 SHAPE = grid(2, 20, top_k=3)
 STORE = memory_store(SHAPE, pages=1)
@@ -98,22 +98,27 @@ def test_an_interrupt_at_any_line(interrupted: Event) -> None:
                 return
 
 
+class FailThenInterrupt:
+    """A compute function that fails, and the giving up of whose event is interrupted."""
+
+    def __init__(self, lines: int) -> None:
+        self.interrupting = interrupt_after(lines)
+
+    def __call__(self, key: ExpertKey, views: object) -> None:
+        self.interrupting.__enter__()
+        raise ZeroDivisionError
+
+
 def test_a_second_interrupt_while_the_first_is_seen_to() -> None:
     for lines in range(1, 400, 3):
         with ram_hierarchy(SHAPE, STORE, 17) as hierarchy:
             run(hierarchy, event(0, [1, 2], 20))
-
-            def fail_then_interrupt(key: ExpertKey, views: object, after: int = lines) -> None:
-                interrupting.append(interrupt_after(after))
-                interrupting[-1].__enter__()
-                raise ZeroDivisionError
-
-            interrupting: list[Any] = []
+            compute = FailThenInterrupt(lines)
             with pytest.raises((ZeroDivisionError, KeyboardInterrupt)) as caught:
-                hierarchy.run_event(event(0, range(1, 9), 20), fail_then_interrupt)
-            interrupting[-1].__exit__(None, None, None)
+                hierarchy.run_event(event(0, range(1, 9), 20), compute)
+            compute.interrupting.__exit__(None, None, None)
             assert_usable(hierarchy)
             if caught.type is ZeroDivisionError:
-                assert lines > 20
+                assert lines > 20, "giving up was over before it was interrupted"
                 return
     raise AssertionError("giving up an event takes longer than this test looks")

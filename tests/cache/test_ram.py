@@ -9,6 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.errors import CancelledError, ReadError
+from moe_infinity.policies.base import CachePolicy
+from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.residency.directory import State
+from moe_infinity.tracing.event import Event
+from moe_infinity.types import ExpertKey, ExpertShape, Phase
 from support.routing import Driver, event, grid, new_residency, random_decode
 from support.stores import (
     ScriptedStore,
@@ -19,31 +27,26 @@ from support.stores import (
     wait_until,
 )
 
-from moe_infinity.cache.ram import RamHierarchy
-from moe_infinity.errors import CancelledError, ReadError
-from moe_infinity.policies.base import CachePolicy
-from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.residency.directory import State
-from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey, ExpertShape, Phase
-
 SHAPE = grid(3, 24, top_k=3, per_layer=[24, 20, 24])
 STORE = memory_store(SHAPE)
 
 
 class Guesses(ExpertPredictor):
-    """Says what it is told to; ``on_observe`` runs inside an event, right after its look-up."""
+    """Says what it is told to. ``on_observe`` runs inside an event, right after its look-up;
+    ``on_predict`` once wrong prefetches are cancelled and the first demand loads submitted."""
 
     def __init__(self, shape: ExpertShape, rng: np.random.Generator | None = None) -> None:
         super().__init__(shape)
         self.rng = rng
         self.wanted: set[ExpertKey] = set()
         self.on_observe: Callable[[Event], object] = lambda event: None
+        self.on_predict: Callable[[], object] = lambda: None
 
     def observe(self, event: Event) -> None:
         self.on_observe(event)
 
     def predict(self) -> np.ndarray:
+        self.on_predict()
         scores = np.zeros((self.shape.num_layers, self.shape.num_experts))
         if self.rng is not None:
             scores = self.rng.random(scores.shape) ** 4
@@ -167,6 +170,25 @@ def test_decides_what_a_replay_decides(num_slots: int, num_threads: int) -> None
             assert live.told == replayed.told
 
 
+@pytest.mark.parametrize("num_slots", [16, 40])
+def test_prefill_decides_the_same_whichever_load_is_faster(num_slots: int) -> None:
+    """Even experts that were streamed ahead arrive only once their layer has begun: they are late
+    where a fast disk has hits, and that must not show in what is evicted."""
+    store, guesses = ScriptedStore(STORE), Guesses(SHAPE)
+    even = [key for key in STORE.specs if key.expert % 2 == 0]
+    guesses.on_observe = lambda e: [store.release(key) for key in even if key.layer == e.layer]
+    driver = Driver(new_residency(SHAPE, [num_slots], "next_use"))
+    replayed = spied(driver.residency)
+    with ram_hierarchy(SHAPE, store, num_slots, 1, "next_use", guesses) as hierarchy:
+        live = spied(hierarchy.residency)
+        for each in whole_passes():
+            store.hold(*(key for key in even if key.layer != each.layer))
+            driver.run(each)
+            run(hierarchy, each)
+            assert live.told == replayed.told
+        assert hierarchy.counters.decode.late > 0
+
+
 def test_a_failed_demand_load_raises_its_own_error_and_leaves_nothing() -> None:
     store = ScriptedStore(STORE)
     broken = ReadError("unreadable sector")
@@ -210,14 +232,17 @@ def test_a_failed_prefetch_is_forgotten() -> None:
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(phase: Phase) -> None:
+@pytest.mark.parametrize("members", [[3, 7, 9], range(20)], ids=["few", "waves"])
+def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(
+    phase: Phase, members: Iterable[int]
+) -> None:
     """It was joined at look-up, and failed before anyone looked again: the member used to be left
     out, and the output was wrong without a word."""
     store, guesses = ScriptedStore(STORE), Guesses(SHAPE)
     target = ExpertKey(1, 7)
     store.errors[target] = [ReadError("only once")]
     store.hold(target)
-    with ram_hierarchy(SHAPE, store, 32, predictor=guesses) as hierarchy:
+    with ram_hierarchy(SHAPE, store, 16, predictor=guesses) as hierarchy:
         guesses.wanted = {target}
         run(hierarchy, event(0, [1], 24))
         transfer = hierarchy._in_flight[target]
@@ -227,7 +252,7 @@ def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(phase: Pha
             wait_until(lambda: transfer.is_settled)
 
         guesses.on_observe = fail_now
-        assert target in run(hierarchy, event(1, [3, 7, 9], 24, phase))
+        assert target in run(hierarchy, event(1, members, 24, phase))
         assert hierarchy.counters.decode.late == 1
         guesses.on_observe = lambda each: None
         run(hierarchy, event(1, [7], 24))
@@ -235,7 +260,7 @@ def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(phase: Pha
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_cancelled_prefetch_that_is_wanted_after_all_is_loaded_again(phase: Phase) -> None:
-    """The router disproves it, and at the next token needs it while its last chunk is being read."""
+    """The router disproves it, and at the next token needs it while its chunks are being read."""
     store, guesses = ScriptedStore(STORE), Guesses(SHAPE)
     target = ExpertKey(1, 7)
     store.hold(target)
@@ -260,8 +285,7 @@ def test_a_wrong_prefetch_is_cancelled() -> None:
         run(hierarchy, event(0, [1], 24))
         guesses.wanted = set()
         store.wait_for_reads(5)
-        for key in wrong:
-            store.release(key, 1)
+        guesses.on_predict = lambda: [store.release(key) for key in wrong]
         run(hierarchy, event(1, [9], 24))
         reads = [key for key, _ in store.reads]
         assert reads == [ExpertKey(0, 1)] * 4 + [ExpertKey(1, 3)] + [ExpertKey(1, 9)] * 4

@@ -4,14 +4,14 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.routing import grid
-from support.stores import ScriptedStore, memory_store, wait_until
 
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import ReadError
 from moe_infinity.types import ExpertKey, Priority
+from support.routing import grid
+from support.stores import ScriptedStore, memory_store, wait_until
 
 SHAPE = grid(1, 6)
 PAGES = 3  # of the first part; the second is one more chunk
@@ -177,12 +177,18 @@ def test_waiting_for_nothing_is_refused(engine: TransferEngine) -> None:
 
 
 def test_waiting_measures_with_the_clock_it_was_given(store: ScriptedStore) -> None:
-    times = iter(range(100, 200, 10))
-    engine = TransferEngine(store, 1, PAGE, clock=lambda: float(next(times)))
+    times: list[float] = []
+
+    def clock() -> float:
+        times.append(10.0 * len(times))
+        if len(times) == 2:  # the waiting has begun
+            store.release(A)
+        return times[-1]
+
+    engine = TransferEngine(store, 1, PAGE, clock)
     store.hold(A)
     transfer = engine.submit(A, buffer(), Priority.DEMAND)
-    threading.Thread(target=lambda: (store.wait_for_reads(1), store.release(A))).start()
-    assert engine.wait_any() > 0
+    assert engine.wait_any() >= 10.0
     assert engine.wait_any() == 0.0, "what has settled and was not taken is not waited for"
     assert engine.take_settled() == [transfer]
     engine.close()

@@ -172,6 +172,43 @@ def test_a_failing_disk(file: DirectFile, monkeypatch: pytest.MonkeyPatch, code:
         file.read_into(memoryview(allocate(ALIGNMENT_BYTES)), 0, 1)
 
 
+def test_a_second_thread_is_refused_after_the_first_fell_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were reading directly; the slower one's refusal is no reason to give up."""
+    refused_at_open(monkeypatch)
+    file = DirectFile(path)
+    file.is_direct = True
+    real, calls = direct_io._pread_into, []
+
+    def refuse_once(fd: int, buffer: memoryview, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 1:
+            file.is_direct = False  # what the faster thread has done by now
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, buffer, offset)
+
+    monkeypatch.setattr(direct_io, "_pread_into", refuse_once)
+    buffer = memoryview(allocate(SIZE))
+    file.read_into(buffer, 0, SIZE)
+    assert bytes(buffer[:SIZE]) == DATA
+    file.close()
+
+
+def test_buffered_reads_may_stop_anywhere(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Network file systems deliver what they have; only direct reads end on the grid."""
+    refused_at_open(monkeypatch)
+    file = DirectFile(path)
+    real = direct_io._pread_into
+    monkeypatch.setattr(
+        direct_io, "_pread_into", lambda fd, buffer, offset: real(fd, buffer[:1000], offset)
+    )
+    buffer = memoryview(allocate(SIZE))
+    file.read_into(buffer, 0, SIZE)
+    assert bytes(buffer[:SIZE]) == DATA
+    file.close()
+
+
 def test_without_preadv(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused_at_open(monkeypatch)
     monkeypatch.delattr(os, "preadv")

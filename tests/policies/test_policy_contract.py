@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routing import Driver, event, grid, new_residency, random_decode
 
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.types import ExpertKey
+from support.routing import Driver, event, grid, new_residency, random_decode
 
 RAGGED = grid(3, 8, top_k=3, per_layer=[8, 5, 8])
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routing import Driver, grid, new_residency, random_decode
 
 from moe_infinity.residency.residency import Load
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, ExpertShape
+from support.routing import Driver, grid, new_residency, random_decode
 
 History = list[list[ExpertKey]]  # members of every event so far, the current one last
 Score = Callable[[ExpertKey, History, ExpertShape], float | Fraction | tuple[int, ...]]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.routing import event, grid, random_decode
 
 from moe_infinity.predictors import find_predictor, predictor_names
 from moe_infinity.predictors.base import ExpertPredictor
+from support.routing import event, grid, random_decode
 
 SHAPE = grid(3, 8, top_k=3, per_layer=[8, 5, 8])
 

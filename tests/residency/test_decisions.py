@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routing import Driver, event, grid, new_residency, random_decode
 
 from moe_infinity.policies import policy_names
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.residency import Residency
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
+from support.routing import Driver, event, grid, new_residency, random_decode
 
 
 def key(layer: int, expert: int) -> ExpertKey:
@@ -354,5 +354,7 @@ def test_ragged_layers_in_two_classes(
     residency = new_residency(shape, slots, "next_use", class_of_layer=[0, 1, 1, 0])
     driver = Driver(residency, np.random.default_rng(seed))
     for number, each in enumerate(random_decode(shape, 6, seed)):
-        ahead = [key((each.layer + 1) % 4, e) for e in range(min(3, per_layer[(each.layer + 1) % 4]))]
+        ahead = [
+            key((each.layer + 1) % 4, e) for e in range(min(3, per_layer[(each.layer + 1) % 4]))
+        ]
         driver.run(each, prefetch=ahead if number % 2 else ())

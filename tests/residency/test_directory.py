@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.routing import grid
 
 from moe_infinity.residency.directory import NO_SLOT, Directory, State
 from moe_infinity.types import ExpertKey
+from support.routing import grid
 
 SHAPE = grid(3, 4)
 KEYS = [ExpertKey(layer, expert) for layer in range(3) for expert in range(4)]

@@ -1,13 +1,13 @@
 """What is worth prefetching, in which order."""
 
 import numpy as np
-from support.routing import event, grid
 
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
+from support.routing import event, grid
 
 
 class Fixed(ExpertPredictor):

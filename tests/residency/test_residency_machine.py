@@ -6,12 +6,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.routing import event, grid, new_residency
 
 from moe_infinity.policies import policy_names
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.residency import Load
 from moe_infinity.types import ExpertKey
+from support.routing import event, grid, new_residency
 
 MANY = 24  # experts of a layer: enough for rings, streaming ahead and waves
 capacities = st.one_of(st.integers(1, 6), st.integers(16, 40))
@@ -31,7 +31,9 @@ class ResidencyMachine(RuleBasedStateMachine):
         policy=st.sampled_from(policy_names()),
     )
     def open(self, layers: int, experts: int, capacity: tuple[int, int], policy: str) -> None:
-        self.shape = grid(layers, experts, per_layer=[experts, max(1, experts - 2), experts][:layers])
+        self.shape = grid(
+            layers, experts, per_layer=[experts, max(1, experts - 2), experts][:layers]
+        )
         classes = (0, 1, 0)[:layers]
         self.residency = new_residency(self.shape, capacity, policy, classes)
         self.directory = self.residency.directory

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.routing import Driver, grid, new_residency, random_decode
 
 from moe_infinity.policies import policy_names
 from moe_infinity.simulator.belady import optimal_misses
+from support.routing import Driver, grid, new_residency, random_decode
 
 NUM_EXPERTS = 3
 Accesses = list[tuple[int, frozenset[int]]]
@@ -70,7 +70,12 @@ def test_empty_trace_and_warm_start() -> None:
 
 
 @settings(max_examples=15)
-@given(layers=st.integers(1, 4), top_k=st.integers(1, 3), seed=st.integers(0, 9999), share=st.floats(0, 1))
+@given(
+    layers=st.integers(1, 4),
+    top_k=st.integers(1, 3),
+    seed=st.integers(0, 9999),
+    share=st.floats(0, 1),
+)
 @pytest.mark.parametrize("policy", policy_names())
 def test_no_demand_only_policy_beats_it(
     policy: str, layers: int, top_k: int, seed: int, share: float

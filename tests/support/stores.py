@@ -19,7 +19,7 @@ from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.types import Block, ExpertKey, ExpertShape, ExpertSpec, Part, ReadRange
 from support.routing import new_residency
 
-PATIENCE_S = 60.0  # a test that waits this long for another thread has found a deadlock
+PATIENCE_S = 30.0  # a test that waits this long for another thread has found a deadlock
 
 
 def memory_store(shape: ExpertShape, pages: int = 3) -> MemoryStore:

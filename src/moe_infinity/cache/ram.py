@@ -96,6 +96,8 @@ class RamHierarchy(Hierarchy):
 
     def close(self) -> None:
         self._engine.close()
+        self._views.clear()
+        self._arena.close()
 
     def _run_event(self, event: Event, compute: Compute) -> None:
         self._collect()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import torch
 
 from moe_infinity.checkpoint.direct_io import align_up, allocate
@@ -23,10 +21,15 @@ class SlotArena:
             self._places += [(offset + i * size, size) for i in range(count)]
             offset += count * size
         self.num_bytes = offset
-        self._memory: mmap.mmap = allocate(offset)
-        self._view = memoryview(self._memory)
-        whole = torch.frombuffer(self._memory, dtype=torch.uint8)
+        memory = allocate(offset)
+        self._view = memoryview(memory)
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
         self._tensors = [whole[start : start + size] for start, size in self._places]
+
+    def close(self) -> None:
+        """Let go of the memory; it is freed when the last view of a slot is. Idempotent."""
+        self._tensors.clear()
+        self._view = memoryview(b"")
 
     def buffer(self, slot: int) -> memoryview:
         """Writable bytes of one slot."""

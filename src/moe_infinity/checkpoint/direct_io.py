@@ -6,6 +6,7 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
 from pathlib import Path
 
 from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
@@ -13,6 +14,7 @@ from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError,
 # Direct I/O wants file offset, length and memory aligned to the logical block of the device: 512
 # or 4096 bytes. 4096 satisfies both, and is a page.
 ALIGNMENT_BYTES = 4096
+_SEEKING = threading.Lock()
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -123,7 +125,7 @@ class DirectFile:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if _O_DIRECT:
         try:
             return os.open(path, flags | _O_DIRECT), True
@@ -136,6 +138,8 @@ def _open(path: Path) -> tuple[int, bool]:
 def _pread_into(fd: int, buffer: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(fd, [buffer], offset)
-    data = os.pread(fd, len(buffer), offset)
+    with _SEEKING:  # Windows has neither preadv nor pread: one position for all threads
+        os.lseek(fd, offset, os.SEEK_SET)
+        data = os.read(fd, len(buffer))
     buffer[: len(data)] = data
     return len(data)

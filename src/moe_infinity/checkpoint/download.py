@@ -53,7 +53,7 @@ def extend(file: Path, url: str, end: int, progress: Progress) -> None:
                 for data in stream(url, start, end):
                     opened.write(data)
                     progress.add(len(data))
-        except hub_errors() as error:
+        except connection_errors() as error:
             if isinstance(error, OSError):  # the hub said no, or the disk is full
                 raise
             reason = error
@@ -100,7 +100,7 @@ def sha256_of(file: Path) -> str:
         return sha_fileobj(opened).hex()
 
 
-def hub_errors() -> tuple[type[Exception], ...]:
+def connection_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
     return (HTTPError, OSError, ValueError)

@@ -20,8 +20,8 @@ import huggingface_hub  # loads its parts on first use: commands that need no hu
 from moe_infinity.checkpoint.download import (
     TIMEOUT_S,
     Progress,
+    connection_errors,
     extend,
-    hub_errors,
     num_bytes_of,
     sha256_of,
 )
@@ -140,7 +140,7 @@ def _ask(repo: str, revision: str | None) -> _Listing | Path:
     """What the hub has; if it does not say, the folder of a complete earlier download."""
     try:
         return _list(repo, revision)
-    except hub_errors() as error:
+    except connection_errors() as error:
         folder = _downloaded_before(repo, revision)
         if folder is None:
             raise

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_infinity.checkpoint.download import hub_errors
+from moe_infinity.checkpoint.download import connection_errors
 from moe_infinity.errors import CheckpointNotFoundError
 
 
@@ -15,7 +15,7 @@ def explained(model: str | Path) -> Iterator[None]:
     """Turn what huggingface_hub raises into one error that says what to do."""
     try:
         yield
-    except hub_errors() as error:
+    except connection_errors() as error:
         raise CheckpointNotFoundError(f"{model}: {reason_of(error)}") from error
 
 

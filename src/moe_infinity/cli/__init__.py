@@ -6,7 +6,7 @@ import logging
 import sys
 import warnings
 
-from moe_infinity.config import let_idle_threads_sleep
+from moe_infinity.config import keep_kernel_caches_small, let_idle_threads_sleep
 from moe_infinity.errors import MoEInfinityError
 
 
@@ -25,7 +25,10 @@ def _run(arguments: list[str]) -> int:
         )
         return 2
     _quieten()
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # --policy my_module:Class means a file of the folder one is in
     let_idle_threads_sleep()
+    keep_kernel_caches_small()
     from moe_infinity.cli.app import build_app
 
     command = typer.main.get_command(build_app())

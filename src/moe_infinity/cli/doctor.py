@@ -40,12 +40,16 @@ def _examine(folder: Path) -> dict[str, Any]:
 
     from moe_infinity import machine
     from moe_infinity.checkpoint.direct_io import DirectFile
+    from moe_infinity.state_file import StateFile, device_of
 
     files = _readable_files(folder)
     probe = DirectFile(files[0])
     direct = probe.is_direct
     probe.close()
     speeds = machine.measure(files, _READ_BYTES)
+    remembered = StateFile()
+    remembered.set_bandwidths(device_of(files[0], _READ_BYTES), speeds)
+    remembered.save()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report: dict[str, Any] = {
         "cpu": machine.cpu_name(),

@@ -55,30 +55,36 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     def _own(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The memory behind the views; taken anew when beam search has reordered them."""
-        if self._room is None or not self._is_ours(self._room[0]):
-            room = (self._allocate(key_states), self._allocate(value_states))
-            if self.get_seq_length():
-                length = self.get_seq_length()
-                room[0][..., :length, :] = self.keys
-                room[1][..., :length, :] = self.values
-            self._room = room
+        """The memory behind the views. Beam search leaves copies in other order: they go back."""
+        rows = key_states.shape[0]
+        if self._room is None or self._room[0].shape[0] != rows:
+            self._room = (self._allocate(key_states), self._allocate(value_states))
+        length = self.get_seq_length()
+        if length and self.keys.data_ptr() != self._room[0].data_ptr():
+            self._room[0][..., :length, :] = self.keys
+            self._room[1][..., :length, :] = self.values
         return self._room
-
-    def _is_ours(self, keys: torch.Tensor) -> bool:
-        return not self.get_seq_length() or self.keys.data_ptr() == keys.data_ptr()
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         *front, _, dim = like.shape
         return torch.empty((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
 
 
-def new_cache(config: Any, max_context: int) -> Cache:
+# MiniMax takes only a cache class of its own. Jamba's pass over several tokens starts from an empty
+# state: a prompt in chunks, or a conversation that goes on, would forget what came before.
+_STOCK_CACHE_ONLY = frozenset({"minimax", "jamba"})
+
+
+def new_cache(config: Any, max_context: int) -> Cache | None:
     """The model's cache with its plain full-attention layers preallocated.
+
+    None for families whose cache has to be the library's, made anew for every prompt.
 
     Sliding-window, recurrent and other special layers stay as transformers makes them, and so does
     a decoder's view of its encoder: it is written once.
     """
+    if config.get_text_config().model_type in _STOCK_CACHE_ONLY:
+        return None
     if config.is_encoder_decoder:
         own = Cache(layer_class_to_replicate=partial(PreallocatedLayer, max_context))
         return EncoderDecoderCache(own, DynamicCache())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.model.config_values import first_number
@@ -15,16 +14,21 @@ from moe_infinity.model.config_values import first_number
 _EAGER_ATTENTION_COPIES = 7
 
 
-def workspace_bytes(meta: nn.Module, context: int, rows: int, dtype: torch.dtype) -> int:
-    """Activations of one prefill chunk, attention masks and the last row of logits.
+def workspace_bytes(
+    config: Any,
+    context: int,
+    rows: int,
+    dtype: torch.dtype,
+    pass_tokens: int = PREFILL_CHUNK_TOKENS,
+) -> int:
+    """Activations of one pass of up to ``pass_tokens`` a row, masks and one row of logits.
 
     An encoder takes its whole context in one pass. Attention that is not the fused one holds
     scores of every token with every other.
     """
-    config: Any = meta.config
     text = config.get_text_config()
     item = dtype.itemsize
-    tokens = min(PREFILL_CHUNK_TOKENS, context) * rows
+    tokens = min(pass_tokens, context) * rows
     hidden = first_number(text, "hidden_size", "d_model") or 1
     heads = first_number(text, "num_attention_heads", "num_heads") or 1
     head_dim = first_number(text, "head_dim", "v_head_dim", "d_kv") or hidden // heads

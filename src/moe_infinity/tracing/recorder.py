@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import Phase
 
-# About 200 bytes each. Beyond it the report says less; the memory budget is hard.
-_MAX_EVENTS = 100_000
+# Each costs about 1 KB while the offline optimum is found. Beyond this the report says less: the
+# memory budget is hard.
+_MAX_EVENTS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
