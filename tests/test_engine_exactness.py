@@ -16,8 +16,10 @@ from support.checkpoints import tiny_checkpoint
 BUDGET = "8GiB"
 POLICIES = ("fifo", "lru", "lfu", "lfru", "next_use")
 CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
-# Every policy at every capacity in the dtype of the checkpoint; in another, each of them once.
-SETTINGS = [("bfloat16", policy, slots) for policy in POLICIES for slots in CAPACITIES]
+# In the checkpoint's dtype every policy at every capacity where it has to choose, the default one
+# at all; in another, each of them once.
+SETTINGS = [("bfloat16", policy, slots) for policy in POLICIES for slots in (4, 13, 64)]
+SETTINGS += [("bfloat16", "next_use", 8), ("bfloat16", "next_use", 256), ("bfloat16", "lru", 8)]
 SETTINGS += [("float32", *pair) for pair in zip(POLICIES, CAPACITIES, strict=True)]
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 DTYPES = ("bfloat16", "float32")
@@ -135,10 +137,26 @@ def test_generated_logits_are_the_same_at_every_capacity() -> None:
     def scores(num_slots: int) -> tuple[torch.Tensor, ...]:
         with MoE(bundled_model_path(), ram=BUDGET, ram_slots=num_slots) as moe:
             return moe.generate(
-                prompt(), max_new_tokens=8, output_logits=True, return_dict_in_generate=True
+                prompt(), max_new_tokens=5, output_logits=True, return_dict_in_generate=True
             ).logits
 
     assert all(map(torch.equal, scores(4), scores(256)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}],
+)
+def test_other_ways_to_the_same_tokens(
+    in_float32: MoE, stock_in_float32: Any, options: dict[str, Any]
+) -> None:
+    ids = in_float32.tokenizer("1, 2, 3, 4, 1, 2, 3,", return_tensors="pt").input_ids
+    common = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = stock_in_float32.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=None, **common
+    )
+    assert in_float32.generate(ids, **common, **options).tolist() == expected.tolist()
+    in_float32.check_integrity()
 
 
 def test_beam_search_is_stocks(in_float32: MoE, stock_in_float32: Any) -> None:
@@ -207,32 +225,41 @@ class TestLeftPaddedBatch:
 
 
 class TestChunkedPrefill:
+    @pytest.fixture(scope="class")
+    def words(self, in_float32: MoE) -> torch.Tensor:
+        """The answer to the prompt in one piece."""
+        return in_float32.generate(prompt(41), max_new_tokens=6)
+
+    @pytest.fixture(scope="class")
+    def whole(self, in_float32: MoE) -> torch.Tensor:
+        return in_float32(prompt(41)).logits
+
     @pytest.fixture(autouse=True)
-    def _small_chunks(self, monkeypatch: pytest.MonkeyPatch, in_float32: MoE) -> None:
-        self.whole = in_float32(prompt(41)).logits
-        self.words = in_float32.generate(prompt(41), max_new_tokens=6)
+    def _small_chunks(
+        self, monkeypatch: pytest.MonkeyPatch, words: torch.Tensor, whole: torch.Tensor
+    ) -> None:
         for module in ("engine", "model.experts"):
             monkeypatch.setattr(f"moe_infinity.{module}.PREFILL_CHUNK_TOKENS", 10)
 
-    def test_generate(self, in_float32: MoE) -> None:
-        assert in_float32.generate(prompt(41), max_new_tokens=6).tolist() == self.words.tolist()
+    def test_generate(self, in_float32: MoE, words: torch.Tensor) -> None:
+        assert in_float32.generate(prompt(41), max_new_tokens=6).tolist() == words.tolist()
 
-    def test_forward(self, in_float32: MoE) -> None:
+    def test_forward(self, in_float32: MoE, whole: torch.Tensor) -> None:
         chunked = in_float32(prompt(41)).logits
-        torch.testing.assert_close(chunked, self.whole, atol=CHUNK_TOLERANCE, rtol=0)
+        torch.testing.assert_close(chunked, whole, atol=CHUNK_TOLERANCE, rtol=0)
 
     def test_a_last_chunk_of_one_token_is_prefill(self, in_float32: MoE) -> None:
         in_float32.generate(prompt(41), max_new_tokens=6)
         report = in_float32.stats()
         assert (report.prefill.num_tokens, report.decode.num_tokens) == (41, 5)
 
-    def test_left_padding(self, in_float32: MoE) -> None:
+    def test_left_padding(self, in_float32: MoE, words: torch.Tensor) -> None:
         pads = torch.zeros(1, 5, dtype=torch.long)
         padded = torch.cat([torch.cat([pads, prompt(41)], 1), prompt(46, 1)])
         mask = torch.ones_like(padded)
         mask[0, :5] = 0
         out = in_float32.generate(padded, attention_mask=mask, max_new_tokens=6)
-        assert out[0, -6:].tolist() == self.words[0, -6:].tolist()
+        assert out[0, -6:].tolist() == words[0, -6:].tolist()
 
 
 class TestContext:

@@ -1,12 +1,14 @@
 """The arithmetic of a budget adds up, is honoured to the byte, and is refused by name."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from moe_infinity import MoE, bundled_model_path
+from moe_infinity import MoE, bundled_model_path, planning
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.config import EngineConfig, format_bytes
 from moe_infinity.errors import BudgetError
@@ -26,6 +28,14 @@ def anatomy_of(path: Path, dtype: str | None = None) -> Anatomy:
         return examine(checkpoint, dtype)
     finally:
         checkpoint.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _measured_once() -> Iterator[None]:
+    """What a row of context costs is found by running the model on the meta device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning.KvShape, "of", functools.cache(planning.KvShape.of))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return SafetensorsCheckpoint(path)
 
 
+def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:
+    """The policy and predictor that were named. Raises UnknownNameError or ConfigError."""
+    policy, predictor = find_policy(config.policy), find_predictor(config.prefetch)
+    _refuse_unrecorded(policy, predictor)
+    return policy, predictor
+
+
 def build_hierarchy(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -38,8 +45,7 @@ def build_hierarchy(
     miss_rule: MissRule,
 ) -> RamHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
-    policy_class, predictor_class = find_policy(config.policy), find_predictor(config.prefetch)
-    _refuse_unrecorded(policy_class, predictor_class)
+    policy_class, predictor_class = find_choices(config)
     policy = policy_class(anatomy.shape, plan.num_slots, config.seed)
     predictor = predictor_class(anatomy.shape, config.seed)
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_infinity.assembly import build_hierarchy, open_checkpoint
+from moe_infinity.assembly import build_hierarchy, find_choices, open_checkpoint
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
 from moe_infinity.errors import CheckpointError, ConfigError
@@ -58,9 +58,10 @@ class MoE:
     """
 
     def __init__(
-        self, model: str | Path, config: dict[str, Any] | None = None, **options: Any
+        self, model: str | Path, config: dict[str, Any] | str | Path | None = None, **options: Any
     ) -> None:
-        self.config = EngineConfig(**{**translate(config or {}), **options})
+        self.config = EngineConfig(**{**translate(config), **options})
+        find_choices(self.config)  # a wrong name must not wait for a download
         self.path = resolve(model)
         with contextlib.ExitStack() as undo:
             self.checkpoint = open_checkpoint(self.path)

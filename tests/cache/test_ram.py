@@ -405,6 +405,7 @@ def test_close_ends_the_threads_with_loads_in_flight() -> None:
         hierarchy.close()
         hierarchy.close()
         assert not any(thread.is_alive() for thread in mine)
+        assert_idle(hierarchy)
         with pytest.raises(RuntimeError, match="closed"):
             run(hierarchy, event(0, [2], 24))
         assert_idle(hierarchy)

@@ -323,9 +323,10 @@ class TestPrompt:
     def test_ids_that_are_no_numbers(self, ids: str) -> None:
         assert "expected numbers such as 1,2,3" in refused("run", "--ids", ids)
 
-    @pytest.mark.parametrize("ids", ["1,99999", "-1", "4096", str(2**70)])
-    def test_ids_out_of_range(self, ids: str) -> None:
-        assert "expected ids from 0 to 4095" in refused("run", "--ids", ids)
+    def test_ids_out_of_range(self) -> None:
+        for ids in ("1,99999", "-1", "4096"):
+            assert "expected 0 to 4095" in refused("run", "--ids", ids)
+        assert "expected rows of token ids" in refused("run", "--ids", 2**70)
 
     def test_ids_and_text(self) -> None:
         message = refused("run", bundled_model_path(), "hello", *IDS)

@@ -1,5 +1,6 @@
 """``plan`` and ``doctor``: their numbers add up, are promises, and are there for machines."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -23,6 +24,7 @@ def done(*arguments: object) -> str:
     return result.out
 
 
+@functools.cache
 def planned(*arguments: object) -> dict[str, Any]:
     return json.loads(done("plan", *arguments, *SPEED, "--json"))
 

@@ -96,7 +96,7 @@ class RamHierarchy(Hierarchy):
 
     def close(self) -> None:
         self._engine.close()
-        self._views.clear()
+        self._abort()  # what was in flight holds on to its slot
         self._arena.close()
 
     def _run_event(self, event: Event, compute: Compute) -> None:

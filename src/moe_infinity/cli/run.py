@@ -40,6 +40,7 @@ def run(
     from moe_infinity.engine import MoE
 
     path, text = _model_and_prompt(model, prompt, ids)
+    given = _parse_ids(ids) if ids is not None else None
     options: dict[str, Any] = {
         "ram": ram,
         "ram_slots": ram_slots,
@@ -51,7 +52,7 @@ def run(
     with MoE(path, **options) as moe:
         if not json:
             _say_plan(moe)
-        input_ids = _input_ids(moe, text, ids)
+        input_ids = given or _encode(moe, text)
         new_ids = _generate(moe, input_ids, sampling, seed, ignore_eos, stream=not json)
         if json:
             _print_json(moe, input_ids, new_ids)
@@ -65,12 +66,22 @@ def _model_and_prompt(
     """With --ids there is no text to give, so a lone positional is MODEL even if it is missing."""
     if ids is None:
         path, text = common.split_positionals(model, prompt)
-        return path, _stdin() if text == "-" else text
+        return path, _as_text(_stdin() if text == "-" else text)
     if prompt is not None:
         raise ConfigError(
             f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them"
         )
     return model or str(bundled_model_path()), None
+
+
+def _as_text(prompt: str | None) -> str | None:
+    try:
+        (prompt or "").encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"prompt: got bytes that are no text ({error}), expected UTF-8"
+        ) from error
+    return prompt
 
 
 def _stdin() -> str:
@@ -115,24 +126,15 @@ def _sampling(temperature: float, top_p: float, top_k: int, max_new: int) -> dic
     }
 
 
-def _input_ids(moe: Any, text: str | None, ids: str | None) -> list[int]:
-    if ids is not None:
-        try:
-            numbers = [int(part) for part in ids.split(",")]
-        except ValueError:
-            raise ConfigError(f"--ids: got {ids!r}, expected numbers such as 1,2,3") from None
-        vocab = moe.model.config.get_text_config().vocab_size
-        if not all(0 <= n < vocab for n in numbers):
-            raise ConfigError(f"--ids: got {ids!r}, expected ids from 0 to {vocab - 1}")
-        return numbers
-    prompt = _DEFAULT_PROMPT if text is None else text
+def _parse_ids(ids: str) -> list[int]:
     try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"prompt: got bytes that are no text ({error}), expected UTF-8"
-        ) from error
-    encoded: list[int] = moe.tokenizer(prompt).input_ids
+        return [int(part) for part in ids.split(",")]
+    except ValueError:
+        raise ConfigError(f"--ids: got {ids!r}, expected numbers such as 1,2,3") from None
+
+
+def _encode(moe: Any, text: str | None) -> list[int]:
+    encoded: list[int] = moe.tokenizer(_DEFAULT_PROMPT if text is None else text).input_ids
     if not encoded:
         raise ConfigError("the prompt is empty, expected at least one token of text")
     return encoded
