@@ -105,7 +105,8 @@ class ResidencyMachine(RuleBasedStateMachine):
                 assert load.victim not in self.in_flight, "evicted in flight"
                 assert load.victim not in uncomputed, "a member was evicted uncomputed"
                 assert not (proactive and load.victim in self.ahead), "prefetches thrash"
-                assert self.slots.pop(load.slot) == load.victim
+                assert load.victim in self.slots.values(), "evicted twice"
+                self.slots = {slot: k for slot, k in self.slots.items() if k != load.victim}
                 self.ahead.discard(load.victim)
             assert load.slot not in self.slots, f"slot {load.slot} is held"
             self.slots[load.slot] = load.key
