@@ -18,7 +18,7 @@ from moe_infinity.cli.conversation import Conversation, _Printer
 from support.checkpoints import bundled_links
 from support.command_line import Process, run
 
-PATIENCE_S = 120
+PATIENCE_S = 20
 GREEDY = {"do_sample": False}
 
 
