@@ -1,6 +1,7 @@
 """The transfer engine, with reads that wait for the test's word: nothing here depends on time."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -203,7 +204,13 @@ def test_drain_forgets_everything_once_no_thread_writes(
     reading = engine.submit(A, buffer(), Priority.DEMAND)
     store.wait_for_reads(5)
     queued = engine.submit(B, buffer(), Priority.PREFETCH)
-    threading.Thread(target=lambda: store.release(A)).start()
+
+    def release_once_cancelled() -> None:
+        while reading.wanted:
+            time.sleep(0.001)
+        store.release(A)
+
+    threading.Thread(target=release_once_cancelled).start()
     engine.drain()
     assert [t.state for t in (done, reading, queued)] == [
         TransferState.DONE,

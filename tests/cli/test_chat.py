@@ -18,7 +18,7 @@ from moe_infinity.cli.conversation import Conversation, _Printer
 from support.checkpoints import bundled_links
 from support.command_line import Process, run
 
-PATIENCE_S = 20
+PATIENCE_S = 120
 GREEDY = {"do_sample": False}
 
 
@@ -258,7 +258,7 @@ def test_on_a_terminal(tmp_path: Path) -> None:
     terminal.type("\x03")
     terminal.wait_for(r"\[stopped\]")
     terminal.wait_for(r"\n> ")
-    terminal.type("\x03")
+    terminal.type("\x03\n")  # between prompt and reading, Ctrl-C is noticed at the next key
     terminal.wait_for(r"Ctrl-D or /quit ends the program")
     terminal.wait_for(r"\n> ")
     terminal.type("/stats\n")
