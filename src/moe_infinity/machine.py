@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -17,10 +17,8 @@ _MEASURE_S = 0.3
 # Beyond most processors' caches, yet small enough to measure inside a tight budget.
 _MEMORY_BYTES = 64 * 1024**2
 _PROC_STATUS = Path("/proc/self/status")
-_CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
@@ -128,10 +126,24 @@ def available_bytes() -> int:
     import psutil
 
     available = int(psutil.virtual_memory().available)
-    for file in _CGROUP_LIMITS:
+    for file in _limit_files():
         if file.exists() and (text := file.read_text().strip()).isdigit():
             available = min(available, int(text) - resident_bytes())
-    return available
+    return max(available, 0)
+
+
+def _limit_files() -> list[Path]:
+    """Where limits of this process's control groups, and of all above them, would be named."""
+    files = []
+    lines = _OWN_CGROUPS.read_text().splitlines() if _OWN_CGROUPS.exists() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in lines):
+        group = PurePosixPath(path.lstrip("/"))
+        if not controllers:  # version 2
+            files += [_CGROUPS / g / "memory.max" for g in (group, *group.parents)]
+        elif "memory" in controllers.split(","):
+            base = _CGROUPS / "memory"
+            files += [base / g / "memory.limit_in_bytes" for g in (group, *group.parents)]
+    return files
 
 
 def cpu_name() -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import struct
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from moe_infinity import bundled_model_path
 from support import command_line
 from support.checkpoints import (
+    bundled_copy,
     bundled_links,
     dense_checkpoint,
     edit_config,
@@ -250,6 +252,32 @@ def _shard(path: Path, promised: dict[str, str] | None = None) -> None:
         index |= dict.fromkeys(part, file)
     text = json.dumps({"metadata": {}, "weight_map": index | (promised or {})})
     (path / "model.safetensors.index.json").write_text(text)
+
+
+class TestInMidGeneration:
+    def test_the_disk_fails(self) -> None:
+        result = run("run", "hello", "--policy", "failing_disk:Policy", "--ram-slots", 40)
+        _assert_refused(result)
+        assert "40 of 256 experts fit" in result.err  # the model was open
+        assert "model.safetensors: reading" in result.err
+        assert "failed with Input/output error; check the disk" in result.err
+
+    def test_the_checkpoint_changes(self, tmp_path: Path) -> None:
+        path = bundled_copy(tmp_path / "copy")
+        pipe, out, err = (tmp_path / name for name in ("pipe", "out", "err"))
+        os.mkfifo(pipe)
+        process = Process(("chat", path), stdin=str(pipe), stdout=str(out), stderr=str(err))
+        with pipe.open("w") as keyboard:
+            deadline = time.monotonic() + PATIENCE_S
+            while not out.exists() or "> " not in out.read_text():
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            truncate(path)
+            keyboard.write("hello\n")
+        assert process.wait() == (2, False)
+        message = err.read_text()
+        assert "model.safetensors changed on disk since it was opened" in message
+        assert "open the model again" in message and "Traceback" not in message
 
 
 def test_a_reader_that_leaves(tmp_path: Path) -> None:

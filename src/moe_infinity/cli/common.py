@@ -47,6 +47,8 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
         return first or str(bundled_model_path()), second
     if first and _is_folder(first):
         return first, None
+    if first and first.startswith(("/", "./", "../", "~")) and not any(map(str.isspace, first)):
+        print(f"note: no folder {first} here; taken as the prompt", file=sys.stderr)
     return str(bundled_model_path()), first
 
 
@@ -68,6 +70,9 @@ def stats_dict(stats: Stats) -> dict[str, Any]:
 
 def print_stats(stats: Stats) -> None:
     """The small table after an answer, on standard error so that text can be piped."""
+    if stats.prefill.num_tokens + stats.decode.num_tokens == 0:
+        print("no answer yet", file=sys.stderr)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -95,6 +100,7 @@ def print_stats(stats: Stats) -> None:
         f"written {stats.bytes_written} B | "
         + ("bit-exact" if stats.bit_exact else f"lossy: {', '.join(stats.lossy)}"),
         highlight=False,
+        soft_wrap=True,
     )
 
 
