@@ -2,10 +2,7 @@
 
 import errno
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +12,6 @@ import torch
 from moe_infinity import MoE, Stats, bundled_model_path
 from moe_infinity.errors import (
     BudgetError,
-    CancelledError,
-    CheckpointChangedError,
     CheckpointNotFoundError,
     ConfigError,
     NotAnMoEError,
@@ -29,12 +24,17 @@ from moe_infinity.policies.lru import Policy as LruPolicy
 from moe_infinity.simulator.belady import optimal_misses
 from moe_infinity.stats import PhaseStats
 from moe_infinity.tracing.event import Event
-from support.checkpoints import dense_checkpoint, tiny_checkpoint, truncate, weights
+from support.checkpoints import dense_checkpoint, tiny_checkpoint
+from support.engine import (
+    BUDGET,
+    IDS,
+    assert_at_rest,
+    generate,
+    leaving_nothing,
+    readers,
+)
 
-BUDGET = "8GiB"
 POLICIES = ("fifo", "lru", "lfu", "lfru", "next_use")
-PATIENCE_S = 60
-IDS = torch.arange(1, 31)[None]  # [1, 30] int64
 
 
 class Watching(LruPolicy):
@@ -57,78 +57,6 @@ def moe(tiny: Path) -> Iterator[MoE]:
     """The tiny model with 9 of its 24 experts in memory."""
     with MoE(tiny, ram=BUDGET, ram_slots=9) as opened:
         yield opened
-
-
-def generate(moe: MoE, num_new: int = 8, **options: Any) -> torch.Tensor:
-    return moe.generate(IDS, max_new_tokens=num_new, eos_token_id=None, **options)
-
-
-def assert_at_rest(moe: MoE) -> None:
-    """Nothing is pinned, in flight, lost or doubled."""
-    moe.check_integrity()
-    directory = moe._hierarchy.residency.directory
-    assert not directory.pins.any()
-    assert not moe._hierarchy._in_flight
-    tiers = moe.residency()
-    assert sum(len(t["ram"]) for t in tiers) <= moe.stats().slots
-    for tier in tiers:
-        assert sorted(tier["ram"] + tier["disk"]) == list(range(len(tier["ram"] + tier["disk"])))
-
-
-def readers() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("moe-infinity-read-")]
-
-
-def num_open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@contextmanager
-def leaving_nothing() -> Iterator[None]:
-    """Fails if more threads or files are open at the end than at the beginning."""
-    before = (len(readers()), num_open_files())
-    yield
-    assert (len(readers()), num_open_files()) == before
-
-
-class Gate:
-    """Holds every read of the checkpoint until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.reached = threading.Event()
-        self._open = threading.Event()
-        real = os.preadv
-
-        def held(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-            self.reached.set()
-            assert self._open.wait(PATIENCE_S)
-            return real(fd, buffers, offset, *flags)
-
-        monkeypatch.setattr(os, "preadv", held)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-class Request(threading.Thread):
-    """A request in a thread of its own; keeps what came of it."""
-
-    def __init__(self, work: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self.error = error
-
-    def end(self) -> BaseException | None:
-        self.join(PATIENCE_S)
-        assert not self.is_alive()
-        return self.error
 
 
 class TestOpening:
@@ -405,239 +333,6 @@ def _assert_consistent(report: Stats) -> None:
     assert report.belady_fraction is not None
     for part in phases:
         assert part.stall_s + part.compute_s <= part.wall_s or part.num_tokens == 0
-
-
-class TestOneAtATime:
-    def test_a_second_request_is_refused(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
-        gate = Gate(monkeypatch)
-        first = Request(lambda: generate(moe))
-        assert gate.reached.wait(PATIENCE_S)
-        with pytest.raises(ConfigError, match=r"a request is running.*cancel\(\)"):
-            generate(moe)
-        assert moe.residency() and moe.stats().decode.num_tokens == 0  # may be asked meanwhile
-        gate.open()
-        assert first.end() is None
-        assert_at_rest(moe)
-
-    def test_cancel_in_prefill(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected = generate(moe)
-        moe.generate(IDS + 40, max_new_tokens=2)
-        gate = Gate(monkeypatch)
-        request = Request(lambda: generate(moe))
-        assert gate.reached.wait(PATIENCE_S)
-        moe.cancel()
-        gate.open()
-        assert isinstance(request.end(), CancelledError)
-        assert_at_rest(moe)
-        assert torch.equal(generate(moe), expected)
-
-    def test_cancel_in_decode(self, moe: MoE) -> None:
-        class CancelsAt:
-            def __init__(self) -> None:
-                self.num_tokens = 0
-
-            def put(self, value: Any) -> None:
-                self.num_tokens += 1
-                if self.num_tokens == 4:
-                    moe.cancel()
-
-            def end(self) -> None:
-                raise AssertionError("the answer was not cancelled")
-
-        streamer = CancelsAt()
-        with pytest.raises(CancelledError, match="was cancelled"):
-            generate(moe, 20, streamer=streamer)
-        assert streamer.num_tokens == 4
-        assert moe.stats().decode.num_tokens == 3  # the report is of what was done
-        assert_at_rest(moe)
-
-    def test_cancel_of_nothing_is_forgotten(self, moe: MoE) -> None:
-        moe.cancel()
-        assert generate(moe).shape == (1, 38)
-
-    def test_close_ends_the_running_request(
-        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        with leaving_nothing():
-            moe = MoE(tiny, ram=BUDGET)
-            gate = Gate(monkeypatch)
-            request = Request(lambda: generate(moe))
-            assert gate.reached.wait(PATIENCE_S)
-            closing = Request(moe.close)
-            _wait_until(moe._hierarchy.cancelled.is_set)
-            gate.open()
-            assert isinstance(request.end(), CancelledError)
-            assert closing.end() is None
-
-    def test_an_error_of_the_callers_own_passes_through(self, moe: MoE) -> None:
-        class Breaks:
-            def put(self, value: Any) -> None:
-                raise BrokenPipeError("the reader has left")
-
-            def end(self) -> None: ...
-
-        with pytest.raises(BrokenPipeError):
-            generate(moe, streamer=Breaks())
-        assert_at_rest(moe)
-        assert generate(moe).shape == (1, 38)
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-class TestCtrlC:
-    """Wherever it strikes, the request ends as KeyboardInterrupt and the model goes on."""
-
-    @pytest.mark.parametrize("number", [0, 1, 2, 7, 20, 60])
-    def test_between_experts(self, moe: MoE, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-        import signal
-
-        expected = generate(moe)
-        moe.generate(IDS + 40, max_new_tokens=2)
-        residency = moe._hierarchy.residency
-        real, calls = residency.finish, []
-
-        def interrupted(key: Any) -> None:
-            calls.append(key)
-            if len(calls) == number + 1:
-                os.kill(os.getpid(), signal.SIGINT)
-            real(key)
-
-        monkeypatch.setattr(residency, "finish", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            generate(moe)
-        monkeypatch.undo()
-        assert len(calls) <= number + 2
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert_at_rest(moe)
-        assert torch.equal(generate(moe), expected)
-
-    def test_a_second_one_does_not_wait(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
-        import signal
-
-        def stuck(event: Any, compute: Any) -> None:
-            for _ in range(2):
-                os.kill(os.getpid(), signal.SIGINT)
-            raise AssertionError("the second Ctrl-C was put off")
-
-        monkeypatch.setattr(moe._hierarchy, "run_event", stuck)
-        with pytest.raises(KeyboardInterrupt):
-            generate(moe)
-        monkeypatch.undo()
-        assert generate(moe).shape == (1, 38)
-
-    def test_a_handler_of_the_callers_own_is_left_alone(self, moe: MoE) -> None:
-        import signal
-
-        caught = []
-        before = signal.signal(signal.SIGINT, lambda *_: caught.append(1))
-        try:
-
-            class Interrupts:
-                def put(self, value: Any) -> None:
-                    os.kill(os.getpid(), signal.SIGINT)
-
-                def end(self) -> None: ...
-
-            assert generate(moe, 3, streamer=Interrupts()).shape == (1, 33)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        assert len(caught) == 4
-
-
-class TestDiskTrouble:
-    """In mid-generation: a named error, nothing pinned, and the next request as the disk allows."""
-
-    @pytest.fixture
-    def copy(self, tiny: Path, tmp_path: Path) -> Path:
-        import shutil
-
-        return shutil.copytree(tiny, tmp_path / "copy")
-
-    def _fail_after(
-        self, monkeypatch: pytest.MonkeyPatch, number: int, fail: Callable[..., int]
-    ) -> None:
-        """Every read after so many ends in ``fail``."""
-        real, lock, left = os.preadv, threading.Lock(), [number]
-
-        def preadv(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-            with lock:
-                left[0] -= 1
-                failing = left[0] < 0
-            return (fail if failing else real)(fd, buffers, offset, *flags)
-
-        monkeypatch.setattr(os, "preadv", preadv)
-
-    @pytest.mark.parametrize("number", [0, 1, 5, 17, 30])
-    def test_a_failing_disk(self, moe: MoE, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-        def fail(*_: Any) -> int:
-            raise OSError(errno.EIO, "Input/output error")
-
-        with MoE(moe.path, ram=BUDGET) as other:
-            expected = generate(other)
-        self._fail_after(monkeypatch, number, fail)
-        for _ in range(2):
-            with pytest.raises(ReadError, match=r"safetensors: reading \d+ bytes at \d+ failed"):
-                generate(moe, 20)
-            assert_at_rest(moe)
-        monkeypatch.undo()
-        assert torch.equal(generate(moe), expected)
-        assert_at_rest(moe)
-
-    @pytest.mark.parametrize("got", [0, 100])
-    def test_a_short_read(self, moe: MoE, monkeypatch: pytest.MonkeyPatch, got: int) -> None:
-        expected = generate(moe)
-        moe.generate(IDS + 40, max_new_tokens=2)
-        self._fail_after(monkeypatch, 2, lambda *_: got)
-        with pytest.raises(ReadError, match=rf"got {got} bytes at .*download it again"):
-            generate(moe)
-        assert_at_rest(moe)
-        monkeypatch.undo()
-        assert torch.equal(generate(moe), expected)
-
-    def test_a_read_in_two_parts(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
-        real = os.preadv
-        with MoE(moe.path, ram=BUDGET) as other:
-            expected = other(IDS).logits
-
-        def half(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-            return real(fd, [buffers[0][:4096]], offset, *flags)
-
-        self._fail_after(monkeypatch, 0, half)
-        assert torch.equal(moe(IDS).logits, expected)
-
-    def test_truncated_since_it_was_opened(self, copy: Path) -> None:
-        with MoE(copy, ram=BUDGET, ram_slots=4) as moe:
-            generate(moe)
-            truncate(copy)
-            for _ in range(2):
-                with pytest.raises(CheckpointChangedError, match=r"changed on disk.*open the"):
-                    generate(moe)
-                assert_at_rest(moe)
-
-    def test_rewritten_since_it_was_opened(self, copy: Path) -> None:
-        with MoE(copy, ram=BUDGET, ram_slots=4) as moe:
-            generate(moe)
-            with weights(copy).open("r+b") as file:
-                file.seek(-4, os.SEEK_END)
-                file.write(b"\0\0\0\0")
-            stat = weights(copy).stat()
-            os.utime(weights(copy), ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-            with pytest.raises(CheckpointChangedError, match="open the model again"):
-                generate(moe)
-            assert_at_rest(moe)
-
-    def test_deleted_since_it_was_opened(self, copy: Path) -> None:
-        """An open file outlives its name."""
-        with MoE(copy, ram=BUDGET, ram_slots=4) as moe:
-            expected = generate(moe)
-            weights(copy).unlink()
-            assert torch.equal(generate(moe), expected)
-            assert moe.stats().misses > 0
 
 
 def test_the_bundled_model_speaks() -> None:

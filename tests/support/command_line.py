@@ -72,6 +72,22 @@ def run(*arguments: object, stdin: str | bytes = "") -> Result:
     return Result(code, out, err, left_running)
 
 
+def refused(*arguments: object, **options: Any) -> str:
+    """The message of a command that is refused as it should be."""
+    result = run(*arguments, **options)
+    assert_refused(result)
+    return result.err
+
+
+def assert_refused(result: Result) -> None:
+    """One message, exit code 2, nothing on standard output, nothing left running."""
+    assert result.code == 2, result.both
+    assert "Traceback" not in result.both
+    assert result.out == ""
+    assert result.err.count("error:") == 1
+    assert not result.left_running
+
+
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """A new interpreter, its pipes open; ``options`` go to Popen."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
