@@ -145,6 +145,25 @@ class TestCtrlC:
         assert_at_rest(moe)
         assert torch.equal(generate(moe), expected)
 
+    def test_the_first_one_waits_for_a_safe_point(self, moe: MoE) -> None:
+        import signal
+
+        class Interrupts:
+            survived = False
+
+            def put(self, value: Any) -> None:
+                if not self.survived:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    self.survived = True  # not raised here, but where a cancellation would be
+
+            def end(self) -> None: ...
+
+        streamer = Interrupts()
+        with pytest.raises(KeyboardInterrupt):
+            generate(moe, streamer=streamer)
+        assert streamer.survived
+        assert_at_rest(moe)
+
     def test_a_second_one_does_not_wait(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
         import signal
 
