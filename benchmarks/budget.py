@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--accelerate", type=Path, help="folder for accelerate's second copy")
     parser.add_argument("--accelerate-tokens", type=int, default=6)
+    parser.add_argument("--greedy", action="store_true", help="no sampling: random models loop")
     parser.add_argument("--name", help="result file, default: the checkpoint's folder name")
     parser.add_argument("--worker", choices=("ours", "accelerate"), help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=int, help=argparse.SUPPRESS)
@@ -71,6 +72,8 @@ def run_limited(args: argparse.Namespace, system: str, limit_bytes: int, file: P
     command += ["--accelerate-tokens", str(args.accelerate_tokens)]
     if args.accelerate:
         command += ["--accelerate", str(args.accelerate)]
+    if args.greedy:
+        command += ["--greedy"]
     # Compiled bytecode would count as bytes written.
     code, out, usage = limit.run(command, os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
     limit.close()
@@ -105,9 +108,8 @@ def ours(args: argparse.Namespace) -> dict:
                 [prompt],
                 max_new_tokens=args.new_tokens,
                 min_new_tokens=args.new_tokens,
-                do_sample=True,
-                top_k=0,
-                temperature=1.0,
+                **({} if args.greedy else {"top_k": 0, "temperature": 1.0}),
+                do_sample=not args.greedy,
             )
         stats = moe.stats()
         plan = moe.plan
