@@ -21,6 +21,7 @@ from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
 
 
@@ -53,13 +54,16 @@ def build_hierarchy(
     layer_bytes = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
         layer_bytes[key.layer] = max(layer_bytes[key.layer], spec.read_bytes)
-    return RamHierarchy(
-        store,
+    runner = EventRunner(
         Residency(directory, policy, Counters(layer_bytes)),
         PrefetchPlanner(predictor, directory),
+        miss_rule.load if miss_rule.lossy else None,
+    )
+    return RamHierarchy(
+        store,
+        runner,
         SlotArena(plan.slots_per_class, plan.slot_bytes),
         TransferEngine(store, config.num_read_threads),
-        choose_misses=miss_rule.load if miss_rule.lossy else None,
     )
 
 

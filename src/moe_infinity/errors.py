@@ -13,6 +13,7 @@ MoEInfinityError
 │   └── DiskSpaceError           a download would not fit on the disk
 ├── BudgetError              the plan does not fit the memory budget
 ├── PlanExceededError        rows or context beyond what was planned
+├── TraceError               a trace, or state learned from one, cannot be used
 └── CancelledError           the request was cancelled
 """
 
@@ -78,6 +79,10 @@ class BudgetError(MoEInfinityError):
 
 class PlanExceededError(MoEInfinityError):
     """More rows or a longer context than the plan holds memory for."""
+
+
+class TraceError(MoEInfinityError):
+    """A trace, or state learned from one, is spoiled, of another version or of another model."""
 
 
 class CancelledError(MoEInfinityError):

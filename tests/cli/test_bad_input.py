@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from moe_infinity import bundled_model_path
+from moe_infinity.policies import policy_names
+from moe_infinity.predictors import predictor_names
 from support import command_line
 from support.checkpoints import (
     bundled_links,
@@ -138,7 +140,7 @@ class TestNames:
     def test_policy(self) -> None:
         for name in ("nosuch", "nosuch.module:Class", ":Class", ".x:Class", "base", "lru:"):
             message = refused("run", "--policy", name, "hi")
-            assert f"unknown policy {name!r}; there are: fifo, lfru, lfu, lru, next_use" in message
+            assert f"unknown policy {name!r}; there are: {', '.join(policy_names())}" in message
             assert "package.module:Class" in message
 
     def test_a_policy_that_is_none(self) -> None:
@@ -148,7 +150,7 @@ class TestNames:
 
     def test_prefetch(self) -> None:
         message = refused("chat", "--prefetch", "nosuch")
-        assert "unknown predictor 'nosuch'; there are: none" in message
+        assert f"unknown predictor 'nosuch'; there are: {', '.join(predictor_names())}" in message
 
     def test_dtype_and_device(self) -> None:
         assert "dtype: got 'int4', expected one of" in refused("run", "--dtype", "int4", "hi")

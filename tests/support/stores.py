@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from moe_infinity.cache.ram import ChooseMisses, RamHierarchy
+from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import TransferEngine
 from moe_infinity.checkpoint.base import ExpertStore
@@ -16,6 +16,7 @@ from moe_infinity.checkpoint.memory import MemoryStore
 from moe_infinity.predictors import find_predictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.planner import PrefetchPlanner
+from moe_infinity.residency.runner import ChooseMisses, EventRunner
 from moe_infinity.types import Block, ExpertKey, ExpertShape, ExpertSpec, Part, ReadRange
 from support.routing import new_residency
 
@@ -140,7 +141,8 @@ def ram_hierarchy(
     arena = SlotArena((num_slots,), (store.slot_bytes,))
     planner = PrefetchPlanner(predictor, residency.directory)
     engine = TransferEngine(store, num_threads, chunk_bytes=PAGE)
-    hierarchy = RamHierarchy(store, residency, planner, arena, engine, choose_misses)
+    runner = EventRunner(residency, planner, choose_misses)
+    hierarchy = RamHierarchy(store, runner, arena, engine)
     try:
         yield hierarchy
     finally:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
@@ -26,15 +28,22 @@ class Hierarchy(ABC):
         """The request is over, well or not."""
 
     @abstractmethod
-    def begin_pass(self, phase: Phase) -> None:
-        """A forward pass starts."""
+    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
+        """A forward pass starts. embeddings: [T, H] of its tokens, where a predictor asks."""
 
     @abstractmethod
-    def run_event(self, event: Event, compute: Compute) -> None:
+    def run_event(
+        self, event: Event, compute: Compute, foreseen: NDArray[np.float32] | None = None
+    ) -> None:
         """Bring every expert of the event to ``compute``, each exactly once, in any order.
 
+        foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         Raises what a load failed with; nothing stays pinned or in flight then.
         """
+
+    @abstractmethod
+    def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
+        """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
 
     @abstractmethod
     def tier_of(self, key: ExpertKey) -> TierName:

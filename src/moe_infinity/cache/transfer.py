@@ -181,7 +181,7 @@ class TransferEngine:
     def _claim(self) -> tuple[Transfer, ReadRange] | None:
         with self._lock:
             while True:
-                while self._queue:
+                while self._queue and not self._is_held_back():
                     transfer = heapq.heappop(self._queue)[2]
                     if transfer._unclaimed:  # else promoted or cancelled: a stale entry
                         transfer._reading += 1
@@ -189,6 +189,14 @@ class TransferEngine:
                 if self._closing:
                     return None
                 self._work.wait()
+
+    def _is_held_back(self) -> bool:
+        """Prefetches take half of the workers at most: that keeps an idle disk busy, and a demand
+        load that comes meanwhile starts at once beside few chunks."""
+        if self._queue[0][0] is Priority.DEMAND:
+            return False
+        ahead = (t._reading for t in self._unsettled if t.priority is Priority.PREFETCH)
+        return sum(ahead) >= max(1, len(self._threads) // 2)
 
     def _finish_chunk(
         self, transfer: Transfer, num_bytes: int, error: BaseException | None
@@ -200,6 +208,7 @@ class TransferEngine:
                 transfer.error = transfer.error or error
                 transfer._unclaimed.clear()
             self._settle_if_over(transfer)
+            self._work.notify()  # a worker may have been held back
 
     def _cancel(self, transfer: Transfer) -> None:
         transfer.wanted = False

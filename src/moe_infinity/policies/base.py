@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +22,15 @@ class CachePolicy(ABC):
     given ``seed``. L: MoE layers, E: experts.
     """
 
-    needs_router_logits = False  # set where on_event reads event.router_logits
+    needs_router_logits: ClassVar[bool] = False  # on_event reads event.router_logits
+    wants_forecast: ClassVar[bool] = False  # on_forecast is called, where a predictor speaks
 
     def __init__(self, shape: ExpertShape, num_slots: int, seed: int = 0) -> None:
         self.shape = shape
         self.num_slots = num_slots
         self.seed = seed
         self.grid = (shape.num_layers, shape.num_experts)
+        self.fingerprint = ""  # of the checkpoint; compared when fitted state is loaded
 
     def begin_request(self) -> None:
         """A new request starts; what was learned before may stay."""
@@ -39,6 +44,9 @@ class CachePolicy(ABC):
     @abstractmethod
     def on_event(self, event: Event) -> None:
         """Learn from one layer's routing."""
+
+    def on_forecast(self, forecast: NDArray[np.float64]) -> None:
+        """What a predictor foresees: [W, L, E] chance of use at each of a layer's next W events."""
 
     def on_insert(self, key: ExpertKey) -> None:
         """A load of ``key`` begins; misses of one event come by ascending id."""
@@ -57,3 +65,22 @@ class CachePolicy(ABC):
         """
         scores = self.keep_scores(layer).ravel()[candidates]
         return candidates[np.argsort(scores, kind="stable")[:count]]
+
+    @classmethod
+    def fit(
+        cls,
+        shape: ExpertShape,
+        num_slots: int,
+        misses_of: Callable[[CachePolicy], int],
+        path: Path,
+        fingerprint: str = "",
+    ) -> dict[str, float]:
+        """Tune what the policy lets one tune and save to ``path`` what ``load`` reads.
+
+        misses_of: replays the fitting trace with a fresh policy. Returns measures of the fit by
+        name. Raises NotImplementedError where nothing is tuned.
+        """
+        raise NotImplementedError(f"{cls.__module__} has nothing to fit")
+
+    def load(self, path: Path) -> None:
+        """Read what ``fit`` wrote; raises TraceError where it cannot be used."""

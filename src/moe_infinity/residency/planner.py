@@ -1,35 +1,80 @@
-"""What to prefetch: ranks a predictor's scores and bounds what is in flight. Moves no bytes."""
+"""What to load ahead: ranks a predictor's scores, within a horizon and while it pays.
+
+Moves no bytes and reads no clock: whether loads come late it learns from look-ups.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory, State
+from moe_infinity.residency.meters import Horizon, WasteMeter
+from moe_infinity.residency.residency import Lookup
+from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
 
-# A prefetch has to be more likely right than wrong to be worth its bytes on a busy link.
-_MIN_SCORE = 0.5
+# Loaded ahead from this chance of use on: the bytes are free while the link idles, but a victim
+# has to go for them. Residents this likely to be needed within the horizon are not victims.
+_MIN_SCORE = 0.35
+_MOST_AT_A_TIME = 16
+
+
+class Coming(NamedTuple):
+    """What a predictor's word means for the cache."""
+
+    load: list[ExpertKey]  # absent keys worth loading, best first
+    keep: NDArray[np.int64]  # resident flat keys that are about to be used
+
+
+_NOTHING = Coming([], np.empty(0, dtype=np.int64))
 
 
 class PrefetchPlanner:
-    """Turns scores over coming experts into an ordered list of keys worth loading ahead."""
+    """Turns scores over coming experts into loads, and learns from how they turned out."""
 
     def __init__(self, predictor: ExpertPredictor, directory: Directory) -> None:
         self.predictor = predictor
         self.directory = directory
+        self.meter = WasteMeter()
         shape = directory.shape
+        self.horizon = Horizon(most=shape.num_layers)
         counts = np.array(shape.experts_per_layer)[:, None]
         self._exists = np.arange(shape.num_experts) < counts  # [L, E]
+        self._layers = np.arange(shape.num_layers)
+        self._guesses: list[set[int]] = [set() for _ in counts]  # by layer: experts, unjudged
 
-    def plan(self, layer: int) -> list[ExpertKey]:
-        """Absent keys worth loading, seen from ``layer``, best first; nearer layers win ties."""
+    def observe(self, event: Event, found: Lookup) -> None:
+        """Show the predictor an event; judge by it what had been guessed of its layer."""
+        guessed = self._guesses[event.layer]
+        if guessed:
+            right = len(guessed.intersection(event.experts.tolist()))
+            self.meter.judge(right, len(guessed) - right)
+            self.horizon.learn(len(found.late), len(guessed) - right)
+            guessed.clear()
+        self.predictor.observe(event)
+
+    def forecast(self) -> NDArray[np.float64] | None:
+        return self.predictor.forecast()
+
+    def plan(self, layer: int) -> Coming:
+        """What the coming layers need, seen from ``layer``; the nearer the more it weighs."""
         scores = self.predictor.predict()
         if scores is None:
-            return []
-        absent = (self.directory.states == State.ABSENT).reshape(scores.shape)
-        worth = np.flatnonzero((absent & self._exists & (scores >= _MIN_SCORE)).ravel())
+            return _NOTHING
         num_layers, num_experts = scores.shape
-        distance = (worth // num_experts - layer - 1) % num_layers
-        order = np.lexsort((worth, distance, -scores.ravel()[worth]))
-        return [self.directory.key(flat) for flat in worth[order]]
+        distance = (self._layers - layer - 1) % num_layers
+        near = (distance < self.horizon.reach)[:, None]
+        likely = np.flatnonzero(near & self._exists & (scores >= _MIN_SCORE))
+        states = self.directory.states[likely]
+        absent = likely[states == State.ABSENT]
+        nearness = 1 - distance / num_layers
+        value = scores.ravel()[absent] * nearness[absent // num_experts]
+        best = absent[np.lexsort((absent, -value))][:_MOST_AT_A_TIME]
+        for flat in best.tolist():
+            self._guesses[flat // num_experts].add(flat % num_experts)
+        wanted = best[: self.meter.allowance(_MOST_AT_A_TIME)]
+        return Coming([self.directory.key(flat) for flat in wanted], likely)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.directory import Directory, State
@@ -102,6 +103,11 @@ class Residency:
         else:
             self.room.leave_ring(run.wave)
         return Lookup(hits, late, misses, disproved)
+
+    def advise(self, forecast: NDArray[np.float64] | None) -> None:
+        """Tell the policy what is foreseen, [W, L, E]; before the running event's victims go."""
+        if forecast is not None:
+            self.policy.on_forecast(forecast)
 
     def skip(self, keys: set[ExpertKey]) -> None:
         """Do not load these misses of the running event: a miss rule leaves them out."""

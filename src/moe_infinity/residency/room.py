@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.directory import Directory, State
@@ -32,7 +33,8 @@ class RoomFinder:
 
     Every size class has a ring: the few slots through which experts are streamed, oldest first.
     ahead: keys loaded before their event, neither used nor disproved yet. A load ahead never
-    evicts another one; a member of an event does when nothing else is left.
+    evicts another one; a member of an event does when nothing else is left. The same holds for
+    residents that ``protect`` named last.
     """
 
     def __init__(self, directory: Directory, policy: CachePolicy) -> None:
@@ -42,6 +44,11 @@ class RoomFinder:
         self._directory = directory
         self._policy = policy
         self._rings: list[deque[ExpertKey]] = [deque() for _ in shares]
+        self._protected: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def protect(self, flat_keys: NDArray[np.int64]) -> None:
+        """These, in place of those named before, are expected to be used shortly."""
+        self._protected = flat_keys
 
     def in_ring(self, key: ExpertKey, spare_ahead: bool) -> Room | None:
         """Room for a streamed expert, which joins the ring: its oldest member's or, while the ring
@@ -78,12 +85,11 @@ class RoomFinder:
         ahead = [k for k in sorted(self.ahead) if self._is_loose(k, size_class)]
         spoken_for = [self._directory.flat(k) for k in (*passing, *ahead)]
         others = np.setdiff1d(loose, spoken_for, assume_unique=True)
-        wanted = min(count - len(passing), len(others))
-        ranked = list(passing)
-        if wanted > 0:
-            chosen = self._policy.victims(others, wanted, layer)
-            ranked += [self._directory.key(int(flat)) for flat in chosen]
-        return deque(ranked if spare_ahead else (ranked + ahead)[:count])
+        ranked = passing + self._chosen(np.setdiff1d(others, self._protected), count, layer)
+        if not spare_ahead and len(ranked) < count:
+            ranked += self._chosen(np.intersect1d(others, self._protected), count, layer)
+            ranked += ahead
+        return deque(ranked[:count])
 
     def leave_ring(self, keys: Iterable[ExpertKey]) -> None:
         """These are residents like others from now on."""
@@ -98,12 +104,17 @@ class RoomFinder:
         self.leave_ring([key])
 
     def reset(self) -> None:
-        """Nothing is loaded ahead any more, and rings hold only what is resident."""
+        """Nothing is loaded ahead or expected any more, and rings hold only what is resident."""
         self.ahead.clear()
+        self._protected = self._protected[:0]
         state = self._directory.state
         self._rings = [
             deque(key for key in ring if state(key) is State.RESIDENT) for ring in self._rings
         ]
+
+    def _chosen(self, loose: NDArray[np.int64], count: int, layer: int) -> list[ExpertKey]:
+        chosen = self._policy.victims(loose, min(count, len(loose)), layer) if len(loose) else ()
+        return [self._directory.key(int(flat)) for flat in chosen]
 
     def _oldest(self, ring: deque[ExpertKey], spare_ahead: bool) -> Room | None:
         """The ring's first member that nothing pins. One in flight is waited for: who goes next

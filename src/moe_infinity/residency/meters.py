@@ -1,0 +1,60 @@
+"""Feedback for prefetching: does it pay, and how far ahead should it look? Reads no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MEMORY = 0.02  # weight of the newest guess in the running share of right ones: about 50 guesses
+_PRIOR = 0.5
+
+
+@dataclass
+class WasteMeter:
+    """Switches prefetching off when its guesses do not pay, and on again when they would.
+
+    Guesses are judged whether they were loaded or not, so it also sees when a predictor that is
+    switched off has become good. Between the two bounds it throttles: fewer loads at a time.
+    """
+
+    pays_not: float = 0.25  # off below this share of right guesses
+    pays: float = 0.4  # on again above
+    share_right: float = _PRIOR
+    is_on: bool = True
+
+    def judge(self, num_right: int, num_wrong: int) -> None:
+        """Guesses that a router has confirmed or disproved."""
+        for was_right in [1.0] * num_right + [0.0] * num_wrong:
+            self.share_right += _MEMORY * (was_right - self.share_right)
+        if self.share_right < self.pays_not:
+            self.is_on = False
+        elif self.share_right > self.pays:
+            self.is_on = True
+
+    def allowance(self, most: int) -> int:
+        """Loads ahead at a time, at most ``most``."""
+        if not self.is_on:
+            return 0
+        span = (self.share_right - self.pays_not) / (self.pays - self.pays_not)
+        return max(1, round(most * min(1.0, span)))
+
+
+@dataclass
+class Horizon:
+    """How many layers ahead to load: further when loads come late, nearer when they go to waste.
+
+    After the feedback rule of ExpertFlow (Shen et al., arXiv 2510.26730), with counts in place of
+    times, so that a replay decides the same.
+    """
+
+    most: int
+    layers: float = 2.0
+    step_late: float = 0.25
+    step_wasted: float = 0.05
+
+    def learn(self, num_late: int, num_wasted: int) -> None:
+        change = self.step_late * num_late - self.step_wasted * num_wasted
+        self.layers = min(float(self.most), max(1.0, self.layers + change))
+
+    @property
+    def reach(self) -> int:
+        return round(self.layers)

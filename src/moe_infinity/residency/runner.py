@@ -1,0 +1,182 @@
+"""Serves events: the order in which things are looked up, loaded, awaited and computed.
+
+The live cache and the simulator drive this same object; they differ in the Carrier they give it.
+Everything that depends on time comes in through ``Carrier.collect``: who replays what it returned
+gets the same decisions.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_infinity.residency.directory import State
+from moe_infinity.residency.planner import PrefetchPlanner
+from moe_infinity.residency.residency import Load, Residency
+from moe_infinity.tracing.event import Event
+from moe_infinity.types import ExpertKey, Phase, Priority
+
+# A miss rule: of the missing members of an event, those to load.
+ChooseMisses = Callable[[Event, list[ExpertKey]], list[ExpertKey]]
+
+
+class Settled(NamedTuple):
+    """A load that is over. error: what a demand load failed with, raised to the event."""
+
+    key: ExpertKey
+    arrived: bool
+    error: BaseException | None = None
+
+
+class Carrier(ABC):
+    """Carries out loads and computes experts; live with bytes, in the simulator with a clock."""
+
+    @abstractmethod
+    def start(self, loads: list[Load], priority: Priority) -> None:
+        """Begin loads; what an evicted key's slot held may be overwritten."""
+
+    @abstractmethod
+    def cancel(self, key: ExpertKey) -> None:
+        """Load no more of a key in flight; it settles soon, arrived or not."""
+
+    @abstractmethod
+    def promote(self, key: ExpertKey) -> None:
+        """An event waits for a key that was loaded ahead."""
+
+    @abstractmethod
+    def collect(self) -> list[Settled]:
+        """Loads that settled since the last call."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Until ``collect`` has something to say."""
+
+    @abstractmethod
+    def compute(self, key: ExpertKey) -> None:
+        """Compute a resident expert of the running event."""
+
+
+class EventRunner:
+    """Brings every member of an event to be computed, once each."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        planner: PrefetchPlanner,
+        choose_misses: ChooseMisses | None = None,
+    ) -> None:
+        self.residency = residency
+        self.planner = planner
+        self._choose_misses = choose_misses
+        self._pending: list[ExpertKey] = []  # members of the event that have a slot, uncomputed
+
+    def begin_request(self) -> None:
+        self.residency.policy.begin_request()
+        self.planner.predictor.begin_request()
+
+    def end_request(self) -> None:
+        self.residency.policy.end_request()
+        self.planner.predictor.end_request()
+
+    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
+        self.residency.begin_pass(phase)
+        self.planner.predictor.begin_pass(phase, embeddings)
+
+    def run(
+        self, event: Event, carrier: Carrier, foreseen: NDArray[np.float32] | None = None
+    ) -> None:
+        """Serve one event whole: residents are computed first, arrivals as they come.
+
+        foreseen: [T, D, E] what the next layers' routers say to this event's router input.
+        """
+        self._collect(carrier)
+        found = self.residency.begin_event(event)
+        self.planner.observe(event, found)
+        if foreseen is not None:
+            self.planner.predictor.foresee(event.layer, foreseen)
+        if self._choose_misses is not None:
+            wanted = self._choose_misses(event, found.misses)
+            self.residency.skip(set(found.misses).difference(wanted))
+        for key in found.disproved:
+            carrier.cancel(key)
+        for key in found.late:
+            carrier.promote(key)
+        self._pending = sorted(found.hits + found.late)
+        if self.residency.policy.wants_forecast:
+            self.residency.advise(self.planner.forecast())
+        self._admit(carrier)
+        self._load_ahead(event.layer, event.phase, carrier)
+        while not self.residency.is_done:
+            self._collect(carrier)
+            self._admit(carrier)
+            ready = self._next_ready(in_order=event.phase == "prefill")
+            if ready is None:
+                carrier.wait()
+                continue
+            self._pending.remove(ready)
+            carrier.compute(ready)
+            self.residency.finish(ready)
+        self.residency.end_event()
+
+    def foresee(
+        self, layer: int, phase: Phase, scores: NDArray[np.float32], carrier: Carrier
+    ) -> None:
+        """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
+        self._collect(carrier)
+        self.planner.predictor.foresee(layer, scores)
+        self._load_ahead(layer, phase, carrier)
+
+    def abort(self) -> None:
+        """Give up the running event; every transfer has to be over."""
+        self.residency.abort_event()
+        self._pending.clear()
+
+    def _load_ahead(self, layer: int, phase: Phase, carrier: Carrier) -> None:
+        if phase == "prefill":
+            return  # it streams the next layer whole
+        coming = self.planner.plan(layer)
+        self.residency.room.protect(coming.keep)
+        loads = self.residency.prefetch(coming.load, layer)
+        if loads:
+            carrier.start(loads, Priority.PREFETCH)
+
+    def _admit(self, carrier: Carrier) -> None:
+        """Begin what can begin: members first, then what is worth loading ahead."""
+        loads = self.residency.admit()
+        if loads:
+            carrier.start(loads, Priority.DEMAND)
+            self._pending += [load.key for load in loads]
+        ahead = self.residency.stream_ahead()
+        if ahead:
+            carrier.start(ahead, Priority.PREFETCH)
+
+    def _next_ready(self, in_order: bool) -> ExpertKey | None:
+        """A member that is here. Prefill takes them in order, so that which slot comes free when
+        does not depend on the disk; decode takes whichever is here first."""
+        state = self.residency.directory.state
+        for key in self._pending[:1] if in_order else self._pending:
+            if state(key) is State.RESIDENT:
+                return key
+        return None
+
+    def _collect(self, carrier: Carrier) -> None:
+        """Make resident what has arrived. Raises the error of a load that an event waits for.
+
+        A member whose prefetch failed, or was cancelled before the router asked for it again, is
+        loaded once more on demand.
+        """
+        error: BaseException | None = None
+        for settled in carrier.collect():
+            if settled.arrived:
+                self.residency.complete(settled.key)
+                continue
+            self.residency.fail(settled.key)
+            if settled.key in self._pending:
+                self._pending.remove(settled.key)
+            error = error or settled.error
+        if error is not None:
+            raise error

@@ -1,0 +1,168 @@
+"""Replays a recorded routing through the very objects that decide in a live run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from moe_infinity.errors import ConfigError
+from moe_infinity.policies.base import CachePolicy
+from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.residency.directory import Directory
+from moe_infinity.residency.planner import PrefetchPlanner
+from moe_infinity.residency.residency import Load, Residency
+from moe_infinity.residency.runner import EventRunner
+from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
+from moe_infinity.stats import Counters, PhaseCounters
+from moe_infinity.tracing.trace import Trace, TracePass
+from moe_infinity.types import ExpertShape, Priority
+
+Scope = Literal["global", "layer"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a replay counted, both phases together, and the seconds it took on its own clock."""
+
+    counters: PhaseCounters
+    stall_s: float
+    wall_s: float
+    num_slots: int
+    prefetch_off: bool = False  # the waste meter had switched prefetching off in the end
+
+    @property
+    def hit_rate(self) -> float | None:
+        c = self.counters
+        total = c.hits + c.late + c.misses
+        return c.hits / total if total else None
+
+
+@dataclass
+class LoggedCarrier(SimulatedCarrier):
+    """Keeps every load begun, in order: what a live run is compared with."""
+
+    log: list[Load] = field(default_factory=list)
+
+    def start(self, loads: list[Load], priority: Priority) -> None:
+        self.log += loads
+        super().start(loads, priority)
+
+
+def slots_of(shape: ExpertShape, capacity: float, scope: Scope = "global") -> tuple[int, ...]:
+    """Slots per pool of a share of all experts (or of each layer's). Raises ConfigError."""
+    pools = [shape.num_total] if scope == "global" else list(shape.experts_per_layer)
+    slots = tuple(math.floor(capacity * experts + 1e-9) for experts in pools)
+    if min(slots) < shape.top_k:
+        raise ConfigError(
+            f"capacity {capacity:.1%}: got {min(slots)} slots, expected at least {shape.top_k}, "
+            f"one token's experts of a layer; ask for {shape.top_k / min(pools):.1%} or more"
+        )
+    return slots
+
+
+def lacks(trace: Trace, policy: type[CachePolicy], predictor: type[ExpertPredictor]) -> str | None:
+    """What policy or predictor need and the trace does not hold; None: nothing."""
+    if trace.logits is None and (policy.needs_router_logits or predictor.needs_router_logits):
+        return "router logits"
+    if trace.hidden is None and predictor.needs_router_input:
+        return "router inputs"
+    if trace.embeddings is None and predictor.needs_embeddings:
+        return "embeddings"
+    wish = predictor.foresight
+    if wish is not None and wish.mode not in trace.foresight:
+        return f"foresight in mode {wish.mode}"
+    return None
+
+
+def replay(
+    trace: Trace,
+    policy: CachePolicy,
+    predictor: ExpertPredictor,
+    slots: Sequence[int],
+    cost: Cost | None = None,
+    carrier: SimulatedCarrier | None = None,
+) -> Result:
+    """Run every pass of ``trace`` through ``policy`` and ``predictor``; the cache starts cold.
+
+    slots: of the one pool, or of one pool per layer.
+    """
+    shape = trace.shape
+    pools = tuple(range(shape.num_layers)) if len(slots) > 1 else (0,) * shape.num_layers
+    directory = Directory(shape, tuple(slots), pools)
+    residency = Residency(directory, policy, Counters([1] * shape.num_layers))
+    planner = PrefetchPlanner(predictor, directory)
+    runner = EventRunner(residency, planner)
+    carrier = carrier or SimulatedCarrier(cost or Cost(), shape.top_k)
+    passes = list(trace.passes())
+    if predictor.needs_future:
+        predictor.set_future([event for each in passes for event in each.events])
+    for number, each in enumerate(passes):
+        if each.starts_request:
+            if number:
+                runner.end_request()
+            runner.begin_request()
+        _replay_pass(each, runner, carrier)
+    runner.end_request()
+    total = PhaseCounters()
+    total.add(residency.counters.prefill)
+    total.add(residency.counters.decode)
+    off = not planner.meter.is_on
+    return Result(total, carrier.stall_s, carrier.now_s, sum(slots), prefetch_off=off)
+
+
+def teach(predictor: ExpertPredictor, history: Trace) -> None:
+    """Let a predictor watch earlier requests, as it would have while they ran."""
+    for number, each in enumerate(history.passes()):
+        if each.starts_request:
+            if number:
+                predictor.end_request()
+            predictor.begin_request()
+        begin_pass(predictor, each)
+        for event in each.events:
+            predictor.observe(event)
+            foreseen = foresight_of(each, predictor, event.layer)
+            if foreseen is not None:
+                predictor.foresee(event.layer, foreseen)
+    predictor.end_request()
+
+
+def begin_pass(predictor: ExpertPredictor, each: TracePass) -> None:
+    wanted = predictor.needs_embeddings and each.embeddings is not None
+    embeddings = each.embeddings.astype(np.float32) if wanted else None  # type: ignore[union-attr]
+    predictor.begin_pass(each.phase, embeddings)
+
+
+def foresight_of(each: TracePass, predictor: ExpertPredictor, layer: int) -> np.ndarray | None:
+    """[T, D, E] what a pass's trace holds of the predictor's wish; None without one."""
+    wish = predictor.foresight
+    if wish is None or wish.mode not in each.foresight:
+        return None
+    return each.foresight[wish.mode][:, layer, : wish.depth].astype(np.float32)
+
+
+def load_learned(member: CachePolicy | ExpertPredictor, path: Path | None) -> None:
+    """Give a policy or predictor what was learned for it, where there is such a file."""
+    if path is not None and path.is_file():
+        member.load(path)
+
+
+def _replay_pass(each: TracePass, runner: EventRunner, carrier: SimulatedCarrier) -> None:
+    predictor = runner.planner.predictor
+    runner.residency.begin_pass(each.phase)
+    begin_pass(predictor, each)
+    runner.residency.counters.now.num_passes += 1
+    runner.residency.counters.now.num_tokens += (
+        len(each.events[0].top_k_index) if each.events else 0
+    )
+    late = predictor.foresight is not None and predictor.foresight.mode == "next_norm"
+    for event in each.events:
+        carrier.spend(carrier.cost.dense_s())
+        foreseen = foresight_of(each, predictor, event.layer)
+        runner.run(event, carrier, None if late else foreseen)
+        if late and foreseen is not None:
+            runner.foresee(event.layer, each.phase, foreseen, carrier)
