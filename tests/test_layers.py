@@ -21,6 +21,7 @@ LAYERS = (
     ("policies", "predictors"),
     ("residency",),
     ("simulator",),
+    ("training",),
     ("kernels",),
     ("checkpoint",),
     ("machine",),
@@ -28,7 +29,8 @@ LAYERS = (
     ("model",),
     ("size_classes",),
     ("planning",),
-    ("forecast", "assembly", "original_api", "reporting", "request"),
+    ("forecast", "assembly", "original_api", "reporting", "request", "learned"),
+    ("wiring",),
     ("engine",),
     ("server", "cli"),
 )

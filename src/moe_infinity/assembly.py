@@ -15,8 +15,10 @@ from moe_infinity.model.loading import Anatomy, read_config
 from moe_infinity.model.rules import MissRule
 from moe_infinity.planning import Plan
 from moe_infinity.policies import find_policy
+from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import find_predictor
+from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
@@ -34,7 +36,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:
     """The policy and predictor that were named. Raises UnknownNameError or ConfigError."""
     policy, predictor = find_policy(config.policy), find_predictor(config.prefetch)
-    _refuse_unrecorded(policy, predictor)
+    _refuse_oracles(predictor)
     return policy, predictor
 
 
@@ -47,8 +49,8 @@ def build_hierarchy(
 ) -> RamHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
     policy_class, predictor_class = find_choices(config)
-    policy = policy_class(anatomy.shape, plan.num_slots, config.seed)
-    predictor = predictor_class(anatomy.shape, config.seed)
+    policy = GuardedPolicy(policy_class(anatomy.shape, plan.num_slots, config.seed))
+    predictor = GuardedPredictor(predictor_class(anatomy.shape, config.seed))
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
     store = checkpoint.expert_store(anatomy.specs)
     layer_bytes = [0] * anatomy.shape.num_layers
@@ -67,15 +69,10 @@ def build_hierarchy(
     )
 
 
-def _refuse_unrecorded(policy: type[CachePolicy], predictor: type[ExpertPredictor]) -> None:
-    """Raise ConfigError for a member that needs what events do not carry yet."""
-    asks = {
-        policy: policy.needs_router_logits,
-        predictor: predictor.needs_router_logits or predictor.needs_router_input,
-    }
-    for member, needs in asks.items():
-        if needs:
-            raise ConfigError(
-                f"{member.__module__}.{member.__name__} needs router logits or inputs, which this "
-                f"version does not record; choose another"
-            )
+def _refuse_oracles(predictor: type[ExpertPredictor]) -> None:
+    """Raise ConfigError for a predictor that only a recorded trace can serve."""
+    if predictor.needs_future:
+        raise ConfigError(
+            f"prefetch: {predictor.__module__} knows the future, expected a predictor that does "
+            f"not; it is for moe-infinity simulate"
+        )

@@ -60,6 +60,11 @@ def state_dir() -> Path:
     return Path(os.path.expanduser(shared)) / "moe-infinity"
 
 
+def learned_path(fingerprint: str, name: str) -> Path:
+    """Where a policy or predictor keeps what it learned of the model with this fingerprint."""
+    return state_dir() / "learned" / fingerprint / f"{name.replace(':', '.')}.safetensors"
+
+
 def let_idle_threads_sleep() -> None:
     """Ask OpenMP, before torch loads it, not to spin between parallel regions.
 

@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,9 @@ from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
 from moe_infinity.errors import CheckpointError, ConfigError
 from moe_infinity.interrupts import deferred_interrupt
-from moe_infinity.kernels.reference import Kernel
+from moe_infinity.learned import Learned
 from moe_infinity.machine import Bandwidths, measure
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.inputs import (
     as_batch,
     context_tokens,
@@ -31,18 +29,20 @@ from moe_infinity.model.inputs import (
     wants_our_cache,
 )
 from moe_infinity.model.kv_cache import new_cache
-from moe_infinity.model.loading import Anatomy, examine, load
+from moe_infinity.model.loading import examine, load
+from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, LoadMisses
-from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.planning import make_plan
+from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
 from moe_infinity.reporting import Routing, RunFacts, build_stats
 from moe_infinity.request import Request
 from moe_infinity.state_file import StateFile, device_of
 from moe_infinity.stats import Counters, PhaseCounters, Stats
-from moe_infinity.tracing.recorder import Recorder
+from moe_infinity.tracing.trace_recorder import TraceRecorder
 from moe_infinity.types import ExpertKey
+from moe_infinity.wiring import Wiring
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +74,16 @@ class MoE:
                 self.checkpoint, anatomy, self.plan, self.config, self._rules[1]
             )
             undo.callback(self._hierarchy.close)
-            self._recorder = Recorder()
-            self.model = self._load(anatomy)
+            self.model: Any
+            self.model, modules = load(self.checkpoint, anatomy)
+            self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, self._rules[0])
+            undo.callback(self._wiring.close)
+            self._learned = Learned(
+                self._hierarchy.residency.policy,
+                self._hierarchy.runner.planner.predictor,
+                (self.config.policy, self.config.prefetch),
+                self.checkpoint.fingerprint,
+            )
             self._cleanup = undo.pop_all()
         self._shape = anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
@@ -87,7 +95,6 @@ class MoE:
         self._owner: int | None = None  # thread of the running request
         self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
-        self._request = Request(time.perf_counter())
         self._tokenizer: Any = None
 
     def __enter__(self) -> MoE:
@@ -166,7 +173,7 @@ class MoE:
 
     def stats(self, total: bool = False) -> Stats:
         """The report of the last request (or the running one), or of all since opening."""
-        request = self._request
+        request = self._wiring.request
         counters = request.counters or self._hierarchy.counters
         bandwidths = None
         with contextlib.suppress(CheckpointError, OSError):  # a report outlives its disk
@@ -175,18 +182,35 @@ class MoE:
             shape=self._shape,
             num_slots=self.plan.num_slots,
             dense_bytes=self.plan.dense_read_bytes,
-            bytes_written=self._state.bytes_written,
+            bytes_written=self._state.bytes_written + self._learned.bytes_written,
             lossy=tuple(type(rule).__name__ for rule in self._rules if rule.lossy),
             bandwidths=bandwidths,
+            faults=self._hierarchy.faults,
         )
         if total:
             summed = Counters(counters.expert_bytes, *self._total)
             return build_stats(summed, facts, None, None)
         routing = None
-        if self._recorder.is_complete:
-            routing = Routing(list(self._recorder.accesses), request.initial)
+        if self._wiring.recorder.is_complete:
+            routing = Routing(list(self._wiring.recorder.accesses), request.initial)
         ttft = request.first_token_s - request.start_s if request.first_token_s else None
         return build_stats(counters, facts, ttft if request.generates else None, routing)
+
+    @contextlib.contextmanager
+    def recording(
+        self, logits: bool = False, hidden: bool = False, foresight: int = 0
+    ) -> Iterator[TraceRecorder]:
+        """Record the routing of every request made inside the block: see ``trace()``.
+
+        logits: all router logits too. hidden: router inputs and embeddings too. foresight: what
+        the routers of so many next layers would say already at each one. Raises ConfigError if
+        the model cannot tell, or where another recording runs.
+        """
+        modes = tuple(Foresight(mode, foresight) for mode in FORESIGHT_MODES if foresight)
+        wishes = Wishes(logits, hidden, hidden, modes)
+        meta = {"model": self.path.name, "fingerprint": self.checkpoint.fingerprint}
+        with self._wiring.recording(wishes, meta) as recorder:
+            yield recorder
 
     def residency(self) -> list[dict[str, list[int]]]:
         """For every MoE layer, which experts are in which tier: ``{"ram": [...], "disk": ...}``."""
@@ -226,8 +250,8 @@ class MoE:
         self._closed = True
         self.cancel()
         with self._running:
+            self._learned.save()
             self._cleanup.close()
-            self._tap.close()
         self._state.save()
 
     def _require_room(self, ids: torch.Tensor, num_logits: int) -> None:
@@ -236,31 +260,6 @@ class MoE:
         needed = workspace_bytes(config, length, rows, self.model.dtype, pass_tokens=length)
         needed += num_logits * self._vocab_size * 4
         self.plan.require_room(needed, f"{rows} x {length} tokens in one pass")
-
-    def _load(self, anatomy: Anatomy) -> Any:
-        model, modules = load(self.checkpoint, anatomy)
-        self._runtime = Runtime(
-            self._hierarchy, Kernel(), self._rules[0], self._recorder, step=Step(0, "decode", 1, 1)
-        )
-        adapter = anatomy.adapter
-        for layer, module in enumerate(modules):
-            count = anatomy.shape.experts_per_layer[layer]
-            experts = ExpertsLayer(
-                layer, count, adapter.math(module), self._runtime, adapter.routes_padding
-            )
-            adapter.attach(module, experts.forward)
-        self._tap = StepTap(model, self._begin_step, self._end_step)
-        return model
-
-    def _begin_step(self, step: Step) -> None:
-        self._runtime.step = replace(step, phase=self._request.phase_of(step))
-        self._hierarchy.begin_pass(self._runtime.step.phase)
-        now = self._hierarchy.counters.now
-        now.num_passes += 1
-        now.num_tokens += step.num_rows * step.length
-
-    def _end_step(self) -> None:
-        self._request.end_step(self._runtime.step, time.perf_counter())
 
     @contextlib.contextmanager
     def _requesting(self, generates: bool, prompt_left: int | None = None) -> Iterator[None]:
@@ -285,16 +284,16 @@ class MoE:
 
     def _begin_request(self, generates: bool, prompt_left: int | None) -> None:
         self._hierarchy.counters.take()
-        self._recorder.clear()
         resident = frozenset(self._hierarchy.resident_flat())
-        self._request = Request(
+        request = Request(
             time.perf_counter(), initial=resident, generates=generates, prompt_left=prompt_left
         )
+        self._wiring.begin_request(request)
         self._hierarchy.begin_request()
 
     def _finish(self) -> None:
         counters = self._hierarchy.counters
-        self._request.finish(counters, time.perf_counter())
+        self._wiring.request.finish(counters, time.perf_counter())
         for total, part in zip(self._total, (counters.prefill, counters.decode), strict=True):
             total.add(part)
-        self._request.counters = counters.take()
+        self._wiring.request.counters = counters.take()

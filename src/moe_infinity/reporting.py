@@ -22,6 +22,7 @@ class RunFacts:
     bytes_written: int
     lossy: tuple[str, ...]
     bandwidths: Bandwidths | None
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def build_stats(
         belady_fraction=None if optimal is None else _limit_fraction(total, optimal, facts),
         bit_exact=not facts.lossy,
         lossy=facts.lossy,
+        faults=facts.faults,
     )
 
 

@@ -111,6 +111,7 @@ class Stats:
     token. tpot_s and tokens_per_s: decode only. peak_rss_bytes: the process's largest resident
     memory since it started. bytes_written: by this process to its state file. slots: capacity in
     experts. bit_exact: nothing that was chosen can change the logits; lossy names what does.
+    faults: a policy or predictor that failed, and what took its place.
     """
 
     prefill: PhaseStats
@@ -135,6 +136,7 @@ class Stats:
     belady_fraction: float | None
     bit_exact: bool = True
     lossy: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 def hit_rate(counters: PhaseCounters) -> float | None:

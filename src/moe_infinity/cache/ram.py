@@ -48,6 +48,13 @@ class RamHierarchy(Hierarchy, Carrier):
     def counters(self) -> Counters:
         return self.residency.counters
 
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What failed and was replaced: the policy, the predictor."""
+        members = (self.residency.policy, self.runner.planner.predictor)
+        found = (getattr(member, "fault", None) for member in members)
+        return tuple(fault for fault in found if fault)
+
     def begin_request(self) -> None:
         self.runner.begin_request()
 

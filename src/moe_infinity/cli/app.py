@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from moe_infinity.cli import chat, doctor, plan, run
+from moe_infinity.cli import chat, doctor, fit, plan, run, simulate, trace, trace_show
 
 _HELP = """Run Mixture-of-Experts models that do not fit into memory: exact, under a hard memory
 budget, experts streamed from disk. MODEL is a checkpoint's folder or a Hugging Face id; without
@@ -19,4 +19,8 @@ def build_app() -> typer.Typer:
     app.command()(chat.chat)
     app.command()(plan.plan)
     app.command()(doctor.doctor)
+    app.command()(trace_show.trace_show)
+    app.command()(trace.trace)
+    app.command()(simulate.simulate)
+    app.command()(fit.fit)
     return app

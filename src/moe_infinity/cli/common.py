@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,6 +18,7 @@ from moe_infinity.predictors import predictor_names
 from moe_infinity.stats import PhaseStats, Stats
 
 DEFAULTS = EngineConfig()
+_T = TypeVar("_T")
 
 Ram = Annotated[
     str, typer.Option(help="Memory for the whole process: a size such as 8GiB, or auto.")
@@ -59,7 +61,17 @@ def _is_folder(text: str) -> bool:
         return False
 
 
-def print_json(value: dict[str, Any]) -> None:
+def progress(items: Sequence[_T], title: str, quiet: bool = False) -> Iterator[_T]:
+    """Iterate with a bar on standard error, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    hidden = quiet or not console.is_terminal
+    yield from track(items, description=title, console=console, disable=hidden, transient=True)
+
+
+def print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:
     json.dump(value, sys.stdout)
     sys.stdout.write("\n")
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
+from moe_infinity.model.observer import Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
 from moe_infinity.tracing.event import Event
@@ -30,6 +31,7 @@ class Runtime:
     routing: RoutingRule
     recorder: Recorder
     step: Step
+    observer: Observer | None = None  # None: nobody asked to see more than the routing
 
 
 class ExpertsLayer:
@@ -69,13 +71,14 @@ class ExpertsLayer:
             ids = np.where(real[:, None], ids, -1)
         rows = step.request_rows(num_tokens)
         chunks = [
-            self._chunk(x[s], ids[s], top_k_weights[s], rows[s])
+            self._chunk(s.start, x[s], ids[s], top_k_weights[s], rows[s])
             for s in _slices(num_tokens, PREFILL_CHUNK_TOKENS)
         ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
     def _chunk(
         self,
+        start: int,
         x: torch.Tensor,
         ids: NDArray[np.int64],
         weights: torch.Tensor,
@@ -92,9 +95,12 @@ class ExpertsLayer:
             tokens = x if num_tokens == 1 else x[place // top_k]
             out[place] = self._runtime.kernel.forward(self._math, views, tokens)
 
-        event = self._event(ids, weights, rows, routed)
+        observer = self._runtime.observer
+        real: NDArray[np.bool_] = np.any(routed, axis=1)
+        seen = observer.see(self.layer, start, x, ids, weights, real) if observer else Seen()
+        event = self._event(ids, weights, rows, real, seen)
         self._runtime.recorder.record(event)
-        self._runtime.hierarchy.run_event(event, compute)
+        self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
         out = out.view(num_tokens, top_k, -1)
         sums = [_combine(out[s], weights[s], x.dtype) for s in _slices(num_tokens, _COMBINE_TOKENS)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
@@ -104,14 +110,24 @@ class ExpertsLayer:
         ids: NDArray[np.int64],
         weights: torch.Tensor,
         rows: NDArray[np.int64],
-        routed: NDArray[np.bool_],
+        real: NDArray[np.bool_],
+        seen: Seen,
     ) -> Event:
         values = weights.float().numpy(force=True)
-        if not routed.all():
-            real = routed.any(axis=1)
+        if not real.all():
             ids, values, rows = ids[real], values[real], rows[real]
         step = self._runtime.step
-        return Event(step.number, step.phase, self.layer, rows, ids, values, self.num_experts)
+        return Event(
+            step.number,
+            step.phase,
+            self.layer,
+            rows,
+            ids,
+            values,
+            self.num_experts,
+            seen.router_logits,
+            seen.router_input,
+        )
 
 
 def _places_by_expert(ids: NDArray[np.int64], routed: NDArray[np.bool_]) -> dict[int, torch.Tensor]:

@@ -29,6 +29,7 @@ class Step:
     length: int
     is_real: NDArray[np.bool_] | None = None  # [rows * length]; None: all are
     is_encoder: bool = False
+    token_ids: NDArray[np.int64] | None = None  # [rows * length]; None: embeddings were given
 
     def real_tokens(self, num_tokens: int) -> NDArray[np.bool_] | None:
         """The mask if it is about these tokens; a layer that sees others (images) has none."""
@@ -75,12 +76,15 @@ class StepTap:
         self, is_encoder: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")
+        ids = None
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
+        else:
+            ids = tokens.reshape(-1).numpy(force=True)
         rows, length = tokens.shape
         phase: Phase = "decode" if length == 1 and not is_encoder else "prefill"
         mask = _real(kwargs.get("attention_mask"), rows, length)
-        self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder)
+        self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder, ids)
         self._on_begin(self.step)
 
     def _after(self, *_: Any) -> None:

@@ -84,10 +84,13 @@ class RoomFinder:
         passing = [k for k in self._rings[size_class] if self._is_passing(k)][:count]
         ahead = [k for k in sorted(self.ahead) if self._is_loose(k, size_class)]
         spoken_for = [self._directory.flat(k) for k in (*passing, *ahead)]
-        others = np.setdiff1d(loose, spoken_for, assume_unique=True)
-        ranked = passing + self._chosen(np.setdiff1d(others, self._protected), count, layer)
+        others = np.setdiff1d(loose, spoken_for, assume_unique=True) if spoken_for else loose
+        expected = np.isin(others, self._protected) if len(self._protected) else None
+        free = others if expected is None else others[~expected]
+        ranked = passing + self._chosen(free, count - len(passing), layer)
         if not spare_ahead and len(ranked) < count:
-            ranked += self._chosen(np.intersect1d(others, self._protected), count, layer)
+            if expected is not None:
+                ranked += self._chosen(others[expected], count - len(ranked), layer)
             ranked += ahead
         return deque(ranked[:count])
 
@@ -113,7 +116,8 @@ class RoomFinder:
         ]
 
     def _chosen(self, loose: NDArray[np.int64], count: int, layer: int) -> list[ExpertKey]:
-        chosen = self._policy.victims(loose, min(count, len(loose)), layer) if len(loose) else ()
+        wanted = min(count, len(loose))
+        chosen = self._policy.victims(loose, wanted, layer) if wanted > 0 else ()
         return [self._directory.key(int(flat)) for flat in chosen]
 
     def _oldest(self, ring: deque[ExpertKey], spare_ahead: bool) -> Room | None:

@@ -1,8 +1,9 @@
 """The offline optimum on a recorded routing: the misses no cache of this size can avoid.
 
 Belady's rule (L. A. Belady, 1966), event by event: an event is looked up whole, then its misses
-are admitted, and the residents needed again last make room. Forced admission, equal sizes: an event
-that fits is resident whole when it is over; of a larger one, what is needed soonest stays.
+are admitted, and the residents needed again last make room. Equal sizes. Forced admission: an event
+that fits is resident whole when it is over; of a larger one, what is needed soonest stays. With
+bypass a missed expert need not stay: it was computed from a place that counts as no slot.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def optimal_misses(
     num_slots: int,
     num_experts: int,
     initial: Iterable[int] = (),
+    bypass: bool = False,
 ) -> list[int]:
     """Misses of every event. events: (layer, distinct experts), in order.
 
@@ -39,7 +41,7 @@ def optimal_misses(
         for key, when in zip(wanted, needed, strict=True):
             resident[key] = when
             heapq.heappush(heap, (-when, key))
-        staying = set(wanted) if len(wanted) <= num_slots else set()
+        staying = set(wanted) if len(wanted) <= num_slots and not bypass else set()
         _make_room(resident, heap, num_slots, staying)
     return misses
 

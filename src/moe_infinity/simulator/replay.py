@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from moe_infinity.errors import ConfigError
+from moe_infinity.errors import ConfigError, TraceError
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
@@ -116,7 +116,14 @@ def replay(
 
 
 def teach(predictor: ExpertPredictor, history: Trace) -> None:
-    """Let a predictor watch earlier requests, as it would have while they ran."""
+    """Let a predictor watch earlier requests, as it would have while they ran.
+
+    Raises TraceError if they are another model's.
+    """
+    if history.shape != predictor.shape:
+        raise TraceError(
+            f"{history.name} is of a model with {history.shape}, expected {predictor.shape}"
+        )
     for number, each in enumerate(history.passes()):
         if each.starts_request:
             if number:
@@ -140,7 +147,7 @@ def begin_pass(predictor: ExpertPredictor, each: TracePass) -> None:
 def foresight_of(each: TracePass, predictor: ExpertPredictor, layer: int) -> np.ndarray | None:
     """[T, D, E] what a pass's trace holds of the predictor's wish; None without one."""
     wish = predictor.foresight
-    if wish is None or wish.mode not in each.foresight:
+    if wish is None or wish.mode not in each.foresight or each.phase != "decode":
         return None
     return each.foresight[wish.mode][:, layer, : wish.depth].astype(np.float32)
 

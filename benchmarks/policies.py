@@ -1,0 +1,95 @@
+"""Which policy and predictor are best on recorded routing? The table behind the defaults.
+
+Every trace is replayed by the simulator with the very objects of a live run. A trace of many
+requests is split by request: predictors watch the history first, the rest is replayed from a cold
+cache. Stalls are in layer times, on links that load an expert in 1/4, 1 and 4 of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from limits import provenance, save
+
+CAPACITIES = (0.12, 0.25, 0.5)
+PAIRED = ("lru", "next_use", "activation", "expert_map", "forecast")  # policies x all predictors
+LINKS = (0.25, 1.0, 4.0)  # load time over layer time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("traces", nargs="+", type=Path)
+    parser.add_argument("--split", type=Path, help="one of the traces: history and test")
+    parser.add_argument("--history", type=int, default=150, help="its requests for predictors")
+    parser.add_argument("--test", type=int, default=50, help="its requests that are replayed")
+    parser.add_argument("--processes", type=int)
+    args = parser.parse_args()
+    from moe_infinity.simulator.sweep import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        sources = [(path, None) for path in args.traces if path != args.split]
+        if args.split:
+            sources.append(split(args.split, args.history, args.test, Path(folder)))
+        tasks = [task for source in sources for task in tasks_for(*source)]
+        print(f"{len(tasks)} replays", flush=True)
+        done = [0]
+
+        def count() -> None:
+            done[0] += 1
+            if done[0] % 20 == 0:
+                print(done[0], flush=True)
+
+        rows = run(tasks, args.processes, on_row=count)
+    for row, task in zip(rows, tasks, strict=True):
+        row["link"] = task.cost.load_s
+    save("policies", {**provenance(), "history_requests": args.history, "rows": rows})
+
+
+def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path]:
+    """The trace in two files: (test, history)."""
+    import numpy as np
+
+    from moe_infinity.tracing.trace_file import load_trace, save_trace
+
+    trace = load_trace(path)
+    early, late = trace.split(history)
+    requests = np.unique(late.request)[:test]
+    late = late.select(np.isin(late.request, requests))
+    early.meta["name"], late.meta["name"] = f"{trace.name}-history", trace.name
+    files = folder / f"{trace.name}.safetensors", folder / "history.safetensors"
+    save_trace(late, files[0])
+    save_trace(early, files[1])
+    return files
+
+
+def tasks_for(trace: Path, history: Path | None) -> list:
+    from moe_infinity.policies import policy_names
+    from moe_infinity.predictors import predictor_names
+    from moe_infinity.simulator.cost_model import Cost
+    from moe_infinity.simulator.sweep import ORACLES, Task
+
+    def task(policy: str, prefetch: str, capacity: float, link: float) -> Task:
+        cost = Cost(load_s=link, layer_s=1.0)
+        return Task(trace, policy, prefetch, capacity, cost=cost, history=history)
+
+    alone = (*policy_names(), *ORACLES)
+    tasks = [task(p, "none", c, 1.0) for p in alone for c in CAPACITIES]
+    for policy in PAIRED:
+        for prefetch in predictor_names():
+            if prefetch != "none":
+                tasks += [task(policy, prefetch, c, 1.0) for c in CAPACITIES]
+    for policy, prefetch in (("lru", "none"), ("next_use", "none"), ("next_use", BEST)):
+        tasks += [
+            task(policy, prefetch, c, link) for c in CAPACITIES for link in LINKS if link != 1
+        ]
+    return tasks
+
+
+BEST = "gate_lookahead"
+
+if __name__ == "__main__":
+    main()

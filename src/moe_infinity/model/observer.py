@@ -1,0 +1,166 @@
+"""Shows predictors and traces what they asked for, and costs nothing where nobody asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from moe_infinity.cache.base import Hierarchy
+from moe_infinity.model.routers import RouterTaps, Wishes, as_recorded
+from moe_infinity.model.taps import Step
+from moe_infinity.predictors.base import Foresight
+from moe_infinity.tracing.trace_recorder import TraceRecorder
+
+
+class Seen(NamedTuple):
+    """What belongs to one event, as far as somebody asked: [T, E], [T, H], [T, D, E]."""
+
+    router_logits: NDArray[np.float32] | None = None
+    router_input: NDArray[np.float32] | None = None
+    foreseen: NDArray[np.float32] | None = None
+
+
+@dataclass
+class Observer:
+    """Between the model's routers and those who watch them.
+
+    names: of the experts modules, in the order of layers. wish: the predictor's own foresight,
+    which is passed on to the cache.
+    """
+
+    model: nn.Module
+    names: list[str]
+    num_experts: list[int]
+    hierarchy: Hierarchy
+    wishes: Wishes = Wishes()  # noqa: RUF009 (frozen)
+    wish: Foresight | None = None
+    trace: TraceRecorder | None = None
+
+    def __post_init__(self) -> None:
+        self._taps: RouterTaps | None = None
+        self._handles: list[RemovableHandle] = []
+        self._norm_handles: list[RemovableHandle] = []
+        self._step = Step(0, "prefill", 1, 1)
+        self.ask(self.wishes)
+
+    def ask(self, wishes: Wishes) -> None:
+        """Watch for this too from now on. Raises ConfigError if the model cannot tell."""
+        self.wishes = self.wishes | wishes
+        if self.wishes.needs_routers and self._taps is None:
+            self._taps = RouterTaps(self.model, self.names, self.num_experts)
+        modes = {wish.mode for wish in self.wishes.foresight}
+        if "next_norm" in modes and not self._handles:
+            assert self._taps is not None
+            self._norm_handles = self._taps.watch_norms()
+            self._handles = [
+                block.register_forward_hook(self._after_block(layer))
+                for layer, block in enumerate(self._taps.blocks)
+            ]
+
+    def close(self) -> None:
+        for handle in (*self._handles, *self._norm_handles):
+            handle.remove()
+        if self._taps is not None:
+            self._taps.close()
+
+    def begin_step(self, step: Step) -> NDArray[np.float32] | None:
+        """A forward pass starts; returns the embeddings [T, H] of its tokens, where asked for."""
+        self._step = step
+        embeddings = self._embed(step) if self.wishes.embeddings else None
+        if self.trace is not None:
+            rows = step.request_rows(step.num_rows * step.length)
+            ids = step.token_ids
+            self.trace.begin_pass(step.number, step.phase, rows, step.is_real, ids, embeddings)
+        return embeddings
+
+    def end_step(self) -> None:
+        if self.trace is not None:
+            self.trace.end_pass()
+
+    def see(
+        self,
+        layer: int,
+        start: int,
+        x: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: torch.Tensor,
+        real: NDArray[np.bool_],
+    ) -> Seen:
+        """One layer's routing of the tokens from ``start`` on: x [T, H], ids and weights [T, K];
+        real: [T] which of them are in the event."""
+        logits = hidden = foreseen = None
+        taps, wishes = self._taps, self.wishes
+        if taps is not None and self._norm_handles:
+            taps.learn_norms(layer, x)
+            if layer == len(self.names) - 1:
+                self._stop_watching_norms()
+        if taps is not None and wishes.router_logits:
+            said = taps.logits(layer)[start : start + len(x)]
+            logits = as_recorded(said)
+        if wishes.router_input:
+            hidden = as_recorded(x)
+        if self._step.phase == "decode" and taps is not None:
+            taps.see_input(layer, x)
+            foreseen = self._foresee_input(taps, layer, start, x)
+        self._note(layer, start, {"ids": ids, "logits": logits, "hidden": hidden})
+        if self.trace is not None:
+            values = weights.float().numpy(force=True)
+            self.trace.record("weights", layer, start, values)
+        return Seen(_cut(logits, real), _cut(hidden, real), _cut(foreseen, real))
+
+    def _foresee_input(
+        self, taps: RouterTaps, layer: int, start: int, x: torch.Tensor
+    ) -> NDArray[np.float32] | None:
+        foreseen = None
+        for wish in self.wishes.foresight:
+            if wish.mode == "next_norm":
+                continue
+            said = taps.foresee(wish.mode, layer, x, wish.depth)
+            self._note(layer, start, {f"foresight.{wish.mode}": said})
+            if wish == self.wish:
+                foreseen = said
+        return foreseen
+
+    def _after_block(self, layer: int) -> Any:
+        def look(module: nn.Module, args: Any, output: Any) -> None:
+            if self._step.phase != "decode" or self._taps is None or self._norm_handles:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            x = hidden.reshape(-1, hidden.shape[-1])
+            for wish in self.wishes.foresight:
+                if wish.mode == "next_norm":
+                    said = self._taps.foresee(wish.mode, layer, x, wish.depth)
+                    self._note(layer, 0, {"foresight.next_norm": said})
+                    if wish == self.wish:
+                        self.hierarchy.foresee(layer, said)
+
+        return look
+
+    def _note(self, layer: int, start: int, found: dict[str, NDArray[Any] | None]) -> None:
+        if self.trace is None:
+            return
+        for name, values in found.items():
+            if values is not None:
+                self.trace.record(name, layer, start, values)
+
+    def _stop_watching_norms(self) -> None:
+        for handle in self._norm_handles:
+            handle.remove()
+        self._norm_handles = []
+
+    def _embed(self, step: Step) -> NDArray[np.float32] | None:
+        if step.token_ids is None:
+            return None
+        embed: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        vectors: torch.Tensor = embed(torch.from_numpy(step.token_ids))
+        return as_recorded(vectors)
+
+
+def _cut(values: NDArray[np.float32] | None, real: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+    return values if values is None or real.all() else values[real]

@@ -1,0 +1,119 @@
+"""Connects an opened model to its cache: experts, steps, and those who watch the routing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.errors import ConfigError
+from moe_infinity.kernels.reference import Kernel
+from moe_infinity.model.experts import ExpertsLayer, Runtime
+from moe_infinity.model.loading import Anatomy
+from moe_infinity.model.observer import Observer
+from moe_infinity.model.routers import Wishes
+from moe_infinity.model.rules import RoutingRule
+from moe_infinity.model.taps import Step, StepTap
+from moe_infinity.policies.base import CachePolicy
+from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.request import Request
+from moe_infinity.tracing.recorder import Recorder
+from moe_infinity.tracing.trace_recorder import TraceRecorder
+
+
+def wishes_of(policy: CachePolicy, predictor: ExpertPredictor) -> Wishes:
+    """What these two declare to need beside the routing."""
+    return Wishes(
+        policy.needs_router_logits or predictor.needs_router_logits,
+        predictor.needs_router_input,
+        predictor.needs_embeddings,
+        (predictor.foresight,) if predictor.foresight else (),
+    )
+
+
+class Wiring:
+    """The taps of one opened model. ``request`` is the one that runs, or the last one."""
+
+    def __init__(
+        self,
+        model: Any,
+        modules: list[Any],
+        anatomy: Anatomy,
+        hierarchy: RamHierarchy,
+        routing: RoutingRule,
+    ) -> None:
+        self.request = Request(time.perf_counter())
+        self.recorder = Recorder()
+        self._anatomy = anatomy
+        self._model = model
+        self._hierarchy = hierarchy
+        step = Step(0, "decode", 1, 1)
+        self._runtime = Runtime(hierarchy, Kernel(), routing, self.recorder, step)
+        self._attach(modules)
+        residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
+        self._wishes = wishes_of(residency.policy, predictor)
+        if self._wishes != Wishes():
+            self._runtime.observer = self._observer(predictor)
+        self._tap = StepTap(model, self._begin_step, self._end_step)
+
+    def begin_request(self, request: Request) -> None:
+        self.request = request
+        self.recorder.clear()
+        observer = self._runtime.observer
+        if observer is not None and observer.trace is not None:
+            observer.trace.begin_request()
+
+    @contextmanager
+    def recording(self, wishes: Wishes, meta: dict[str, Any]) -> Iterator[TraceRecorder]:
+        """Record every request until the end of the block; meta goes into the trace."""
+        observer = self._runtime.observer or self._observer(None)
+        if observer.trace is not None:
+            raise ConfigError("a trace is being recorded already; end that recording first")
+        observer.ask(wishes)
+        observer.trace = TraceRecorder(self._anatomy.shape, meta)
+        self._runtime.observer = observer
+        try:
+            yield observer.trace
+        finally:
+            observer.trace = None
+
+    def close(self) -> None:
+        self._tap.close()
+        if self._runtime.observer is not None:
+            self._runtime.observer.close()
+
+    def _attach(self, modules: list[Any]) -> None:
+        adapter = self._anatomy.adapter
+        for layer, module in enumerate(modules):
+            count = self._anatomy.shape.experts_per_layer[layer]
+            experts = ExpertsLayer(
+                layer, count, adapter.math(module), self._runtime, adapter.routes_padding
+            )
+            adapter.attach(module, experts.forward)
+
+    def _observer(self, predictor: ExpertPredictor | None) -> Observer:
+        return Observer(
+            self._model,
+            [module.name for module in self._anatomy.experts],
+            list(self._anatomy.shape.experts_per_layer),
+            self._hierarchy,
+            self._wishes,
+            predictor.foresight if predictor else None,
+        )
+
+    def _begin_step(self, step: Step) -> None:
+        step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
+        observer = self._runtime.observer
+        embeddings = observer.begin_step(step) if observer else None
+        self._hierarchy.begin_pass(step.phase, embeddings)
+        now = self._hierarchy.counters.now
+        now.num_passes += 1
+        now.num_tokens += step.num_rows * step.length
+
+    def _end_step(self) -> None:
+        if self._runtime.observer is not None:
+            self._runtime.observer.end_step()
+        self.request.end_step(self._runtime.step, time.perf_counter())

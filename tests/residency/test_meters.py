@@ -1,0 +1,87 @@
+"""Prefetching that does not pay is switched off, and on again when it would."""
+
+import numpy as np
+
+from moe_infinity.residency.directory import Directory
+from moe_infinity.residency.meters import Horizon, WasteMeter
+from moe_infinity.residency.planner import PrefetchPlanner
+from moe_infinity.residency.residency import Lookup
+from support.guesses import Guessing
+from support.routing import event, grid
+
+NOTHING_FOUND = Lookup([], [], [], [])
+
+
+def test_wrong_guesses_switch_it_off_and_right_ones_on_again() -> None:
+    meter = WasteMeter()
+    meter.judge(0, 30)
+    assert meter.is_on and 0 < meter.allowance(16) <= 16
+    meter.judge(0, 100)
+    assert not meter.is_on and meter.allowance(16) == 0
+    meter.judge(10, 0)
+    assert not meter.is_on
+    meter.judge(100, 0)
+    assert meter.is_on and meter.allowance(16) == 16
+
+
+def test_it_throttles_in_between() -> None:
+    meter = WasteMeter()
+    allowed = [meter.allowance(16)]
+    for _ in range(60):
+        meter.judge(0, 1)
+        allowed.append(meter.allowance(16))
+    assert allowed[0] == 16 and allowed == sorted(allowed, reverse=True)
+    assert len(set(allowed)) > 4
+
+
+def test_the_horizon_grows_with_late_loads_and_shrinks_with_waste() -> None:
+    horizon = Horizon(most=4)
+    start = horizon.reach
+    horizon.learn(num_late=8, num_wasted=0)
+    assert horizon.reach == 4 > start
+    horizon.learn(num_late=0, num_wasted=200)
+    assert horizon.reach == 1
+
+
+def planner() -> PrefetchPlanner:
+    shape = grid(4, 8, top_k=2)
+    return PrefetchPlanner(Guessing(shape), Directory(shape, (10,), (0,) * 4))
+
+
+def test_a_planner_that_is_off_still_judges_its_guesses() -> None:
+    plan = planner()
+    guesses = plan.predictor
+    assert isinstance(guesses, Guessing)
+    for _ in range(40):  # always wrong
+        guesses.say({(1, 0): 1.0, (1, 1): 1.0, (1, 2): 1.0})
+        plan.plan(0)
+        plan.observe(event(1, [6, 7], 8), NOTHING_FOUND)
+    guesses.say({(1, 0): 1.0})
+    assert plan.plan(0).load == []
+    for _ in range(60):  # right from now on, though nothing is loaded
+        plan.observe(event(1, [0, 1], 8), NOTHING_FOUND)
+        guesses.say({(1, 0): 1.0, (1, 1): 1.0})
+        plan.plan(0)
+    assert len(plan.plan(0).load) == 2
+
+
+def test_residents_that_are_about_to_be_used_are_kept() -> None:
+    plan = planner()
+    key = plan.directory.key(9)
+    plan.directory.begin_load(key)
+    plan.directory.complete(key)
+    assert isinstance(plan.predictor, Guessing)
+    plan.predictor.say({(1, 1): 0.9, (1, 2): 0.2})
+    coming = plan.plan(0)
+    assert coming.load == [] and coming.keep.tolist() == [9]
+
+
+def test_what_lies_beyond_the_horizon_waits() -> None:
+    plan = planner()
+    assert isinstance(plan.predictor, Guessing)
+    plan.predictor.say({(3, 1): 1.0})
+    plan.horizon.layers = 2.0
+    assert plan.plan(0).load == []
+    plan.horizon.layers = 3.0
+    assert [tuple(key) for key in plan.plan(0).load] == [(3, 1)]
+    assert np.isfinite(plan.horizon.layers)
