@@ -98,5 +98,6 @@ def test_bad_names_and_values_are_refused(tmp_path: Path) -> None:
     assert "--capacity" in refused("fit", "weighted", path, "--capacity", "some")
     assert "slots" in refused("fit", "weighted", path, "--capacity", "1%")
     assert "no such file" in refused("fit", "popularity", tmp_path / "absent.safetensors")
-    lonely = written(tmp_path, random_trace(3, 8, 2, 10, seed=0), "lonely")
-    assert "at least 2" in refused("fit", "popularity", lonely)
+    lonely = written(tmp_path, by_hidden(10, 0), "lonely")
+    assert "at least 2" in refused("fit", "learned", lonely)
+    assert run("fit", "popularity", lonely).code == 0

@@ -131,7 +131,7 @@ def test_a_forecast_of_the_truth_approaches_the_optimum() -> None:
 def test_what_a_trace_lacks_is_named() -> None:
     trace, lru = random_trace(2, 6, 2, 5, seed=0), find_policy("lru")
     assert lacks(trace, lru, find_predictor("none")) is None
-    assert lacks(trace, lru, find_predictor("gate_lookahead")) == "foresight in mode next_norm"
+    assert lacks(trace, lru, find_predictor("gate_lookahead")) == "foresight in mode residual"
 
 
 def test_predictors_learn_from_history() -> None:

@@ -107,7 +107,7 @@ def test_watching_saves_what_can_be_loaded(name: str, tmp_path: Path) -> None:
     trace = two_habits(30)
     result = watch(find_predictor(name)(trace.shape), trace, tmp_path / "learned")
     find_predictor(name)(trace.shape).load(tmp_path / "learned")
-    assert result["validation_recall"] > 2 * CHANCE
+    assert result["validation_recall"] > 1.5 * CHANCE
 
 
 def test_expert_map_learns_a_language_of_few_paths(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from moe_infinity.cli import common
@@ -14,7 +15,7 @@ from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import find_predictor, predictor_names
 from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.tracing.trace import Trace
+from moe_infinity.tracing.trace import PHASES, Trace
 from moe_infinity.training import TRAINERS
 
 # What a trace may lack, as simulator/replay.py names it, and the option that records it.
@@ -24,10 +25,13 @@ _RECORDED_BY = {
     "embeddings": "--hidden",
     "foresight": "--foresight 3",
 }
+_MOST_EVENTS = 10_000  # that a policy is tuned by
 
 
 def fit(
-    name: Annotated[str, typer.Argument(help="Policy or predictor that learns.")],
+    name: Annotated[
+        str, typer.Argument(help="What learns: weighted, learned, expert_map, eamc...")
+    ],
     traces: Annotated[list[Path], typer.Argument(help="Traces of one model.")],
     output: Annotated[
         Path | None,
@@ -36,7 +40,7 @@ def fit(
     capacity: Annotated[
         str, typer.Option(help="Share of all experts that a policy is tuned for.")
     ] = "25%",
-    seed: common.Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the training.")] = 0,
     json: common.Json = False,
 ) -> None:
     """Fit NAME to traces (see ``trace``) and save what it learned for runs of that model."""
@@ -52,6 +56,8 @@ def fit(
             f"run would find what is learned; say where to save it with -o"
         )
     path = output or learned_path(str(trace.fingerprint), name)
+    if issubclass(member, CachePolicy):
+        trace = _excerpt(trace)
     measures = _fit(name, member, trace, path, share, seed)
     if json:
         common.print_json({"name": name, "path": str(path), "measures": measures})
@@ -86,6 +92,13 @@ def _fit(
         return counters.misses + counters.late
 
     return member.fit(trace.shape, sum(slots), misses_of, path, trace.fingerprint or "")
+
+
+def _excerpt(trace: Trace) -> Trace:
+    """Its first decode tokens: a policy's fit replays them dozens of times, a second each."""
+    decode = trace.select(trace.phase != PHASES.index("prefill"))
+    most = max(1, _MOST_EVENTS // trace.shape.num_layers)
+    return decode.select(np.arange(decode.num_tokens) < most)
 
 
 def _member(name: str) -> type[CachePolicy] | type[ExpertPredictor]:

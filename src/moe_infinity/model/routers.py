@@ -129,7 +129,7 @@ class RouterTaps:
         if norm is None:
             raise ConfigError(
                 f"prefetch: the norm before the router of MoE layer {later} was not found, "
-                f"expected one in {type(self._blocks[later]).__name__}; use gate_lookahead_raw"
+                f"expected one in {type(self._blocks[later]).__name__}; use gate_lookahead"
             )
         shown: torch.Tensor = norm.forward(x)
         return shown

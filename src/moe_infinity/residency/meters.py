@@ -39,6 +39,28 @@ class WasteMeter:
 
 
 @dataclass
+class Threshold:
+    """The chance of use from which an expert is loaded ahead.
+
+    While loads arrive in time the link has time to spare, and a guess may be wrong often; the more
+    of them come late, the more a wrong one delays the right ones behind it.
+    """
+
+    idle: float = 0.25  # where every load is in time
+    busy: float = 0.75  # where every load comes late
+    late_share: float = 0.5
+
+    def judge(self, num_late: int, num_in_time: int) -> None:
+        """Right guesses that were loaded ahead, and whether they had arrived when needed."""
+        for was_late in [1.0] * num_late + [0.0] * num_in_time:
+            self.late_share += _MEMORY * (was_late - self.late_share)
+
+    @property
+    def chance(self) -> float:
+        return self.idle + (self.busy - self.idle) * self.late_share
+
+
+@dataclass
 class Horizon:
     """How many layers ahead to load: further when loads come late, nearer when they go to waste.
 

@@ -12,14 +12,11 @@ from numpy.typing import NDArray
 
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory, State
-from moe_infinity.residency.meters import Horizon, WasteMeter
+from moe_infinity.residency.meters import Horizon, Threshold, WasteMeter
 from moe_infinity.residency.residency import Lookup
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
 
-# Loaded ahead from this chance of use on: the bytes are free while the link idles, but a victim
-# has to go for them. Residents this likely to be needed within the horizon are not victims.
-_MIN_SCORE = 0.35
 _MOST_AT_A_TIME = 16
 
 
@@ -40,6 +37,7 @@ class PrefetchPlanner:
         self.predictor = predictor
         self.directory = directory
         self.meter = WasteMeter()
+        self.threshold = Threshold()
         shape = directory.shape
         self.horizon = Horizon(most=shape.num_layers)
         counts = np.array(shape.experts_per_layer)[:, None]
@@ -51,9 +49,12 @@ class PrefetchPlanner:
         """Show the predictor an event; judge by it what had been guessed of its layer."""
         guessed = self._guesses[event.layer]
         if guessed:
-            right = len(guessed.intersection(event.experts.tolist()))
-            self.meter.judge(right, len(guessed) - right)
-            self.horizon.learn(len(found.late), len(guessed) - right)
+            right = guessed.intersection(event.experts.tolist())
+            num_wrong = len(guessed) - len(right)
+            self.meter.judge(len(right), num_wrong)
+            self.horizon.learn(len(found.late), num_wrong)
+            in_time = right.intersection(key.expert for key in found.hits)
+            self.threshold.judge(len(found.late), len(in_time))
             guessed.clear()
         self.predictor.observe(event)
 
@@ -68,7 +69,7 @@ class PrefetchPlanner:
         num_layers, num_experts = scores.shape
         distance = (self._layers - layer - 1) % num_layers
         near = (distance < self.horizon.reach)[:, None]
-        likely = np.flatnonzero(near & self._exists & (scores >= _MIN_SCORE))
+        likely = np.flatnonzero(near & self._exists & (scores >= self.threshold.chance))
         states = self.directory.states[likely]
         absent = likely[states == State.ABSENT]
         nearness = 1 - distance / num_layers

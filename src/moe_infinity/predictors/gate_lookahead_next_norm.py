@@ -1,4 +1,4 @@
-"""The model's own next routers, asked early: this router's input plus the mean change to theirs."""
+"""The model's own next routers, asked early: on a layer's output, after the next layer's norm."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from moe_infinity.predictors.gate_lookahead import Predictor as GateLookahead
 
 
 class Predictor(GateLookahead):
-    """DALI's correction (arXiv 2602.03495); the mean change is learned while running."""
+    """Later and surer than the router's input (compare Speculating Experts, arXiv 2603.19289)."""
 
-    foresight = Foresight("residual", DEPTH)
+    foresight = Foresight("next_norm", DEPTH)
