@@ -54,8 +54,8 @@ def test_chances_become_what_came_true(is_right: bool) -> None:
         predictor.foresee(0, said(3, 6, depth=1))
         predictor.observe(event(1, [3, 6] if is_right else [0, 1], 8))
     predictor.foresee(0, said(3, 6, depth=1))
-    assert (predictor.predict()[1, 3] > 0.9) is is_right
-    assert (predictor.predict()[1, 3] < 0.1) is not is_right
+    assert bool(predictor.predict()[1, 3] > 0.9) is is_right
+    assert bool(predictor.predict()[1, 3] < 0.1) is not is_right
 
 
 def test_tokens_of_a_batch_add_up() -> None:
