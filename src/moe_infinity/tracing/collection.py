@@ -6,6 +6,7 @@ similar one, which keeps it recent and diverse. Matching is incremental: one row
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -84,10 +85,11 @@ class Query:
         shape, capacity = collection.shape, collection.capacity
         self._counts = np.zeros((2, shape.num_layers, shape.num_experts), dtype=np.float32)
         self._dots = np.zeros((2, capacity), dtype=np.float32)
-        self._own_norms = np.zeros(2)
+        self._own_norms = [0.0, 0.0]
         self._norms = np.zeros((2, capacity), dtype=np.float32)  # of entries, over rows seen
+        self._inverse = np.zeros((2, capacity), dtype=np.float32)  # 1 / their roots
         self._seen = np.zeros((2, shape.num_layers), dtype=bool)
-        self._num_events = np.zeros(2)
+        self._num_events = [0, 0]
 
     @property
     def counts(self) -> NDArray[np.float32]:
@@ -101,21 +103,27 @@ class Query:
         row = self._counts[phase, layer]
         before = row[experts]
         row[experts] = before + counts
-        self._own_norms[phase] += float(counts @ (2 * before + counts))
-        self._dots[phase] += counts @ self._of.by_expert[phase, layer, experts]
+        self._own_norms[phase] += float(counts.dot(2 * before + counts))
+        self._dots[phase] += counts.dot(self._of.by_expert[phase, layer].take(experts, axis=0))
         self._num_events[phase] += 1
         if not self._seen[phase, layer]:
             self._seen[phase, layer] = True
             self._norms[phase] += self._of.norms[phase, layer]
+            self._inverse[phase] = 1 / np.sqrt(self._norms[phase] + _TINY)
 
     def similarities(self) -> NDArray[np.float32]:
         """[C] 0 to 1, for the entries there are."""
-        size = self._of.size
-        total = np.zeros(size, dtype=np.float32)
         decoded = self._num_events[1] / self._of.shape.num_layers
-        weights = np.array([self._SEED_PASSES * (self._num_events[0] > 0), decoded])
-        for phase in np.flatnonzero(weights):
-            norms = self._norms[phase, :size] * np.float32(self._own_norms[phase])
-            share = np.float32(weights[phase] / weights.sum())
-            total += share * self._dots[phase, :size] / np.sqrt(norms + _TINY)
+        weights = (self._SEED_PASSES if self._num_events[0] else 0.0, decoded)
+        total = np.zeros(self._of.size, dtype=np.float32)
+        for phase in (0, 1):
+            if weights[phase]:
+                total += self._cosines(phase, weights[phase] / sum(weights))
         return total
+
+    def _cosines(self, phase: int, share: float) -> NDArray[np.float32]:
+        size = self._of.size
+        scale = np.float32(share / math.sqrt(self._own_norms[phase] + _TINY))
+        cosines: NDArray[np.float32] = self._dots[phase, :size] * self._inverse[phase, :size]
+        cosines *= scale
+        return cosines
