@@ -44,6 +44,7 @@ class Observer:
 
     def __post_init__(self) -> None:
         self._taps: RouterTaps | None = None
+        self._listens = False
         self._handles: list[RemovableHandle] = []
         self._norm_handles: list[RemovableHandle] = []
         self._step = Step(0, "prefill", 1, 1)
@@ -54,8 +55,12 @@ class Observer:
         self.wishes = self.wishes | wishes
         if self.wishes.needs_routers and self._taps is None:
             self._taps = RouterTaps(self.model, self.names, self.num_experts)
-        modes = {wish.mode for wish in self.wishes.foresight}
-        if "next_norm" in modes and not self._handles:
+        if self.wishes.router_logits and not self._listens:
+            assert self._taps is not None
+            self._taps.listen()
+            self._listens = True
+        self._modes = {wish.mode for wish in self.wishes.foresight}
+        if "next_norm" in self._modes and not self._handles:
             assert self._taps is not None
             self._norm_handles = self._taps.watch_norms()
             self._handles = [
@@ -106,7 +111,8 @@ class Observer:
         if wishes.router_input:
             hidden = as_recorded(x)
         if self._step.phase == "decode" and taps is not None:
-            taps.see_input(layer, x)
+            if "residual" in self._modes:
+                taps.see_input(layer, x)
             foreseen = self._foresee_input(taps, layer, start, x)
         self._note(layer, start, {"ids": ids, "logits": logits, "hidden": hidden})
         if self.trace is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_infinity.errors import ConfigError
 from moe_infinity.predictors.base import Foresight, ForesightMode
 
+_FURTHEST = 8  # layers that a residual look-ahead may reach
 _MEMORY = 0.02  # weight of the newest token in the mean change between two layers' router inputs
 
 
@@ -53,11 +56,17 @@ class RouterTaps:
         ]
         self._blocks = [_block_around(model, name) for name in names]
         self._widest = max(num_experts)
+        self._is_linear: list[bool | None] = [None] * len(names)  # None: not tried yet
         self._logits: list[torch.Tensor | None] = [None] * len(names)
         self._norms: list[nn.Module | None] = [None] * len(names)
-        self._changes: dict[tuple[int, int], torch.Tensor] = {}  # (layer, later layer): mean
-        self._inputs: list[torch.Tensor | None] = [None] * len(names)
-        self._handles: list[RemovableHandle] = [
+        # By layer: mean change from its router's input to those of the D next layers, [D, H].
+        self._changes: dict[int, NDArray[np.float32]] = {}
+        self._inputs: list[NDArray[np.float32] | None] = [None] * len(names)
+        self._handles: list[RemovableHandle] = []
+
+    def listen(self) -> None:
+        """Keep what every router says from now on, for ``logits``."""
+        self._handles = [
             router.register_forward_hook(self._keep(layer))
             for layer, router in enumerate(self._routers)
         ]
@@ -73,12 +82,14 @@ class RouterTaps:
         return kept
 
     def see_input(self, layer: int, x: torch.Tensor) -> None:
-        """The router's input [T, H] of one decode token: learn the mean change between layers."""
-        self._inputs[layer] = x
-        for (before, later), mean in list(self._changes.items()):
-            source = self._inputs[before]
-            if later == layer and source is not None and source.shape == x.shape:
-                mean += _MEMORY * ((x - source).float().mean(dim=0) - mean)
+        """The router's input [T, H] of a decode step: learn the mean change between layers."""
+        mean = x.float().mean(dim=0).numpy(force=True)
+        self._inputs[layer] = mean
+        for before in range(max(0, layer - _FURTHEST), layer):
+            changes, source = self._changes.get(before), self._inputs[before]
+            if changes is not None and source is not None and layer - before <= len(changes):
+                change = changes[layer - before - 1]
+                change += _MEMORY * (mean - source - change)
 
     def foresee(
         self, mode: ForesightMode, layer: int, x: torch.Tensor, depth: int
@@ -88,13 +99,12 @@ class RouterTaps:
         x: the layer's router input, or for next_norm its output. Layers that do not exist say
         nothing: -inf.
         """
-        said = np.full((len(x), depth, self._widest), -np.inf, dtype=np.float32)
-        for distance in range(min(depth, len(self._routers) - layer - 1)):
-            later = layer + 1 + distance
-            shown = self._shown(mode, layer, later, x)
-            scores = _logits_of(self._routers[later].forward(shown), self._routers[later])
-            said[:, distance, : scores.shape[-1]] = as_recorded(scores)
-        return said
+        said = torch.full((len(x), depth, self._widest), -math.inf)
+        reach = min(depth, len(self._routers) - layer - 1)
+        for distance, shown in enumerate(self._shown(mode, layer, x, reach, depth)):
+            scores = self._ask(layer + 1 + distance, shown)
+            said[:, distance, : scores.shape[-1]] = scores
+        return as_recorded(said)
 
     def learn_norms(self, layer: int, x: torch.Tensor) -> None:
         """Find which norm of the layer's block made the router's input ``x``, once."""
@@ -118,21 +128,42 @@ class RouterTaps:
             if "norm" in type(module).__name__.lower()
         ]
 
-    def _shown(self, mode: ForesightMode, layer: int, later: int, x: torch.Tensor) -> torch.Tensor:
+    def _ask(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """[T, E] the layer's router on x [T, H]; most are one product and more that only picks."""
+        router: Any = self._routers[layer]
+        bias = getattr(router, "bias", None)
+        if self._is_linear[layer]:
+            return torch.nn.functional.linear(x, router.weight, bias)
+        said = _logits_of(router.forward(x), router)
+        if self._is_linear[layer] is None:
+            fits = bias is None or bias.shape == router.weight.shape[:1]
+            plain = torch.nn.functional.linear(x, router.weight, bias) if fits else None
+            close = plain is not None and torch.allclose(plain.float(), said.float(), 1e-2, 1e-2)
+            self._is_linear[layer] = close
+        return said
+
+    def _shown(
+        self, mode: ForesightMode, layer: int, x: torch.Tensor, reach: int, depth: int
+    ) -> Iterable[torch.Tensor]:
+        """What to show the routers of the next ``reach`` layers: [T, H] each."""
         if mode == "raw":
-            return x
-        if mode == "residual":
-            start = torch.zeros(x.shape[-1], dtype=torch.float32)
-            change = self._changes.setdefault((layer, later), start)
-            return x + change.to(x.dtype)
-        norm = self._norms[later]
+            return [x] * reach
+        if mode == "next_norm":
+            return (self._normed(layer + 1 + distance, x) for distance in range(reach))
+        changes = self._changes.get(layer)
+        if changes is None:
+            changes = self._changes[layer] = np.zeros((depth, x.shape[-1]), dtype=np.float32)
+        return x[None] + torch.from_numpy(changes[:reach, None]).to(x.dtype)
+
+    def _normed(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        norm = self._norms[layer]
         if norm is None:
             raise ConfigError(
-                f"prefetch: the norm before the router of MoE layer {later} was not found, "
-                f"expected one in {type(self._blocks[later]).__name__}; use gate_lookahead"
+                f"prefetch: the norm before the router of MoE layer {layer} was not found, "
+                f"expected one in {type(self._blocks[layer]).__name__}; use gate_lookahead"
             )
-        shown: torch.Tensor = norm.forward(x)
-        return shown
+        normed: torch.Tensor = norm.forward(x)
+        return normed
 
     def _keep(self, layer: int) -> Any:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -147,9 +178,11 @@ class RouterTaps:
 
 
 def as_recorded(values: torch.Tensor) -> NDArray[np.float32]:
-    """Rounded to the half precision of traces: what predictors see live they see in a replay."""
-    limit = float(np.finfo(np.float16).max)
-    half = values.float().clamp(-limit, limit).to(torch.float16)
+    """Rounded to the half precision of traces: what predictors see live they see in a replay.
+
+    Beyond 65504 that is infinite, here as there.
+    """
+    half = values.to(torch.float16)
     return half.float().numpy(force=True)
 
 

@@ -59,7 +59,9 @@ class GuardedPolicy(CachePolicy):
     def victims(self, candidates: NDArray[np.int64], count: int, layer: int) -> NDArray[np.int64]:
         def choose(policy: CachePolicy) -> NDArray[np.int64]:
             chosen = policy.victims(candidates, count, layer)
-            if len(np.intersect1d(chosen, candidates)) != count or len(chosen) != count:
+            found = np.searchsorted(candidates, chosen).clip(max=len(candidates) - 1)
+            named = len(set(chosen.tolist())) == len(chosen) == count
+            if not named or (candidates[found] != chosen).any():
                 raise ValueError(f"got victims {chosen}, expected {count} distinct candidates")
             return chosen
 

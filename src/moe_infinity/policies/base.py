@@ -59,7 +59,7 @@ class CachePolicy(ABC):
         """[L, E] worth of keeping each key, seen from ``layer``; the lowest evictable one goes."""
 
     def victims(self, candidates: NDArray[np.int64], count: int, layer: int) -> NDArray[np.int64]:
-        """``count`` of the evictable flat keys (layer * E + expert), least worth keeping first.
+        """``count`` of the evictable flat keys (layer * E + expert, ascending), worst first.
 
         Ties go to the smallest key. List-structured policies may answer this directly.
         """
