@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 
@@ -23,20 +24,33 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     lines = PROMPTS.read_text().splitlines()[-args.prompts :]
     prompts = [json.loads(line)["prompt"] for line in lines]
+    if args.worker:
+        ram, policy, prefetch = args.worker
+        print(json.dumps(measure(args, int(ram), policy, prefetch, prompts)))
+        return
     size = sum(file.stat().st_size for file in args.checkpoint.glob("*.safetensors"))
     points = []
     for share in map(float, args.shares.split(",")):
         trials: dict[str, list[dict]] = {}
         for _ in range(args.trials):
             for policy, prefetch in SYSTEMS:
-                row = measure(args, int(share * size), policy, prefetch, prompts)
+                row = measure_apart(int(share * size), policy, prefetch)
                 trials.setdefault(f"{policy}+{prefetch}", []).append(row)
                 print(share, policy, prefetch, row, flush=True)
         points.append({"share": share, "summary": summarise(trials), "trials": trials})
     save("prefetch_disk", {**provenance(), "checkpoint": args.checkpoint.name, "points": points})
+
+
+def measure_apart(ram: int, policy: str, prefetch: str) -> dict:
+    """In a process of its own: what an earlier run left in memory is not in the budget."""
+    worker = ["--worker", str(ram), policy, prefetch]
+    command = [sys.executable, __file__, *sys.argv[1:], *worker]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(

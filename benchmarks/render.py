@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import render_policies
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -17,6 +21,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(fill(readme.read_text()))
     (ROOT / "docs" / "families.md").write_text(families_page(load("families")))
+    (ROOT / "docs" / "policies.md").write_text(render_policies.page(load, _provenance))
 
 
 def load(name: str) -> dict[str, Any]:
@@ -125,6 +130,11 @@ def _family_row(row: dict) -> str:
     return f"| {row['family']} | {cells[0]} | {cells[1]} | {count if same else 'NOT identical'} |"
 
 
+def _with_source(name: str, table: Callable[[dict], str]) -> str:
+    result = load(name)
+    return table(result) + "\n" + _provenance(result) + "\n"
+
+
 def _provenance(result: dict) -> str:
     return f"*`{result['command']}` at {result['commit']}, {result['machine']}, {result['date']}.*"
 
@@ -133,6 +143,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
     "plan": plan_table,
+    "policies": lambda: _with_source("policies", render_policies.summary_table),
+    "disk": lambda: _with_source("prefetch_disk", render_policies.disk_table),
 }
 
 if __name__ == "__main__":

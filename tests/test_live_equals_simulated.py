@@ -28,7 +28,9 @@ class Watched:
     def __init__(self, moe: MoE, patch: pytest.MonkeyPatch) -> None:
         self.loads: list[Load] = []
         self.arrivals: list[list[Settled]] = []
+        self.looks: list[bool] = []
         hierarchy = moe._hierarchy
+        looks_ahead = hierarchy.looks_ahead
         start, collect = hierarchy.start, hierarchy.collect
 
         def watched_start(loads: list[Load], priority: Priority) -> None:
@@ -40,16 +42,22 @@ class Watched:
             self.arrivals.append(settled)
             return settled
 
+        def watched_looks() -> bool:
+            self.looks.append(looks_ahead())
+            return self.looks[-1]
+
         patch.setattr(hierarchy, "start", watched_start)
+        patch.setattr(hierarchy, "looks_ahead", watched_looks)
         patch.setattr(hierarchy, "collect", watched_collect)
 
 
 class RecordedCarrier(LoggedCarrier):
-    """Lets arrive what arrived live, when it did."""
+    """Lets arrive what arrived live, when it did, and looks ahead when that run did."""
 
-    def __init__(self, arrivals: list[list[Settled]], top_k: int) -> None:
+    def __init__(self, watched: Watched, top_k: int) -> None:
         super().__init__(Cost(), top_k)
-        self._coming = iter(arrivals)
+        self._coming = iter(watched.arrivals)
+        self._looks = iter(watched.looks)
 
     def start(self, loads: list[Load], priority: Priority) -> None:
         self.log += loads
@@ -62,6 +70,9 @@ class RecordedCarrier(LoggedCarrier):
 
     def collect(self) -> list[Settled]:
         return next(self._coming)
+
+    def looks_ahead(self) -> bool:
+        return next(self._looks)
 
 
 def run_live(
@@ -98,7 +109,7 @@ def assert_same_counts(result: Result, live: PhaseCounters) -> None:
 @pytest.mark.parametrize("slots", [16, 64])
 @pytest.mark.parametrize("policy", policy_names())
 def test_on_demand(policy: str, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    watched, trace, live = run_live(monkeypatch, slots, policy=policy)
+    watched, trace, live = run_live(monkeypatch, slots, policy=policy, prefetch="none")
     log, result = again(trace, slots, policy, "none", lambda k: LoggedCarrier(Cost(), k))
     assert log == watched.loads
     assert live.misses > 0
@@ -110,7 +121,7 @@ def test_loading_ahead_with_the_arrivals_of_the_live_run(
     prefetch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched, trace, live = run_live(monkeypatch, 48, prefetch=prefetch)
-    carrier: Callable[[int], LoggedCarrier] = lambda k: RecordedCarrier(watched.arrivals, k)  # noqa: E731
+    carrier: Callable[[int], LoggedCarrier] = lambda k: RecordedCarrier(watched, k)  # noqa: E731
     log, result = again(trace, 48, "next_use", prefetch, carrier)
     assert log == watched.loads
     assert_same_counts(result, live)

@@ -12,6 +12,7 @@ from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
 from moe_infinity.errors import ConfigError
 from moe_infinity.model.loading import Anatomy, read_config
+from moe_infinity.model.routers import has_routers
 from moe_infinity.model.rules import MissRule
 from moe_infinity.planning import Plan
 from moe_infinity.policies import find_policy
@@ -26,6 +27,8 @@ from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
 
+_AUTO = "gate_lookahead"
+
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Its config is read first: it explains more than missing files."""
@@ -34,10 +37,25 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:
-    """The policy and predictor that were named. Raises UnknownNameError or ConfigError."""
-    policy, predictor = find_policy(config.policy), find_predictor(config.prefetch)
+    """The policy and predictor that were named; of "auto" the one it tries first.
+
+    Raises UnknownNameError or ConfigError.
+    """
+    name = _AUTO if config.prefetch == "auto" else config.prefetch
+    policy, predictor = find_policy(config.policy), find_predictor(name)
     _refuse_oracles(predictor)
     return policy, predictor
+
+
+def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
+    """The predictor's name. "auto" loads nothing ahead where all experts fit, or where the model
+    has no routers that can be asked."""
+    if config.prefetch != "auto":
+        return config.prefetch
+    if plan.num_slots >= anatomy.shape.num_total:
+        return "none"
+    names = [module.name for module in anatomy.experts]
+    return _AUTO if has_routers(anatomy.meta, names, anatomy.shape.experts_per_layer) else "none"
 
 
 def build_hierarchy(
@@ -45,10 +63,11 @@ def build_hierarchy(
     anatomy: Anatomy,
     plan: Plan,
     config: EngineConfig,
+    prefetch: str,
     miss_rule: MissRule,
 ) -> RamHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
-    policy_class, predictor_class = find_choices(config)
+    policy_class, predictor_class = find_policy(config.policy), find_predictor(prefetch)
     policy = GuardedPolicy(policy_class(anatomy.shape, plan.num_slots, config.seed))
     predictor = GuardedPredictor(predictor_class(anatomy.shape, config.seed))
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)

@@ -21,6 +21,7 @@ _DEVICES = ("cpu",)
 # Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
 # matrix product decides its last bits, and logits must not depend on how much memory there is.
 PREFILL_CHUNK_TOKENS = 2048
+_LEAST_RAM_BYTES = 1024**2
 MAX_DEFAULT_CONTEXT = 32_768
 
 
@@ -95,7 +96,7 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str | None = None  # None: as the checkpoint says
     policy: str = "next_use"
-    prefetch: str = "none"
+    prefetch: str = "auto"  # "auto": ask the model's next routers early, where that is possible
     miss: str = "load"
     ram_slots: int | None = None  # capacity in experts, all layers together; with ram, both bind
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
@@ -104,8 +105,11 @@ class EngineConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.ram != "auto":
-            parse_size(self.ram, "ram")
+        if self.ram != "auto" and parse_size(self.ram, "ram") < _LEAST_RAM_BYTES:
+            raise ConfigError(
+                f"ram: got {self.ram!r}, that is {parse_size(self.ram)} bytes, expected memory for "
+                f"a whole process; did you mean {str(self.ram).strip()}GiB?"
+            )
         if self.vram is not None:
             raise ConfigError(
                 f"vram: got {self.vram!r}, expected None: this version computes on the CPU; "

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 
-from moe_infinity.assembly import build_hierarchy, find_choices, open_checkpoint
+from moe_infinity.assembly import (
+    build_hierarchy,
+    choose_prefetch,
+    find_choices,
+    open_checkpoint,
+)
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
 from moe_infinity.errors import CheckpointError, ConfigError
@@ -41,7 +46,6 @@ from moe_infinity.request import Request
 from moe_infinity.state_file import StateFile, device_of
 from moe_infinity.stats import Counters, PhaseCounters, Stats
 from moe_infinity.tracing.trace_recorder import TraceRecorder
-from moe_infinity.types import ExpertKey
 from moe_infinity.wiring import Wiring
 
 _log = logging.getLogger(__name__)
@@ -70,8 +74,9 @@ class MoE:
             self.plan = make_plan(anatomy, self.config)
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
             self._rules = (KeepRouting(), LoadMisses())
+            prefetch = choose_prefetch(self.config, anatomy, self.plan)
             self._hierarchy = build_hierarchy(
-                self.checkpoint, anatomy, self.plan, self.config, self._rules[1]
+                self.checkpoint, anatomy, self.plan, self.config, prefetch, self._rules[1]
             )
             undo.callback(self._hierarchy.close)
             self.model: Any
@@ -81,10 +86,11 @@ class MoE:
             self._learned = Learned(
                 self._hierarchy.residency.policy,
                 self._hierarchy.runner.planner.predictor,
-                (self.config.policy, self.config.prefetch),
+                (self.config.policy, prefetch),
                 self.checkpoint.fingerprint,
             )
             self._cleanup = undo.pop_all()
+        self._prefetch = prefetch
         self._shape = anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
@@ -186,6 +192,7 @@ class MoE:
             lossy=tuple(type(rule).__name__ for rule in self._rules if rule.lossy),
             bandwidths=bandwidths,
             faults=self._hierarchy.faults,
+            choices=(self.config.policy, self._prefetch),
         )
         if total:
             summed = Counters(counters.expert_bytes, *self._total)
@@ -214,13 +221,7 @@ class MoE:
 
     def residency(self) -> list[dict[str, list[int]]]:
         """For every MoE layer, which experts are in which tier: ``{"ram": [...], "disk": ...}``."""
-        layers = []
-        for layer, count in enumerate(self._shape.experts_per_layer):
-            tiers: dict[str, list[int]] = {"ram": [], "disk": []}
-            for expert in range(count):
-                tiers[self._hierarchy.tier_of(ExpertKey(layer, expert))].append(expert)
-            layers.append(tiers)
-        return layers
+        return self._hierarchy.tiers()
 
     def bandwidths(self) -> Bandwidths | None:
         """Speeds of this machine, from the state file or measured now (about a second).

@@ -51,5 +51,8 @@ def _find_spec(module_name: str) -> object:
         return sys.modules[module_name]
     try:
         return importlib.util.find_spec(module_name)
-    except ModuleNotFoundError:
-        return None
+    except ModuleNotFoundError as error:
+        # Only where a part of the name itself is missing; what a parent imports is its affair.
+        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
+            return None
+        raise

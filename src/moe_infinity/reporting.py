@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from moe_infinity.machine import Bandwidths, peak_resident_bytes
 from moe_infinity.simulator.belady import optimal_misses
-from moe_infinity.stats import Counters, PhaseCounters, Stats, hit_rate, phase_stats
+from moe_infinity.stats import Counters, PhaseCounters, PhaseStats, Stats, hit_rate, phase_stats
 from moe_infinity.tracing.recorder import Access
 from moe_infinity.types import ExpertShape, Phase
 
@@ -23,6 +23,7 @@ class RunFacts:
     lossy: tuple[str, ...]
     bandwidths: Bandwidths | None
     faults: tuple[str, ...] = ()
+    choices: tuple[str, str] = ("", "")  # policy and predictor
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,7 @@ def build_stats(
 ) -> Stats:
     """The report. ``routing`` None (incomplete, or of many requests): no Belady fractions."""
     best = _optimal_bytes(counters, facts, routing) if routing else {}
-    phases = {}
-    for name, phase in (("prefill", counters.prefill), ("decode", counters.decode)):
-        own = phase.demand_bytes + phase.prefetch_bytes
-        limit = _limit_fraction(phase, own, facts)
-        optimum = _limit_fraction(phase, min(best[name], own), facts) if name in best else None
-        phases[name] = phase_stats(phase, limit, optimum)
+    phases = _phases(counters, facts, best)
     total = PhaseCounters()
     total.add(counters.prefill)
     total.add(counters.decode)
@@ -74,7 +70,22 @@ def build_stats(
         bit_exact=not facts.lossy,
         lossy=facts.lossy,
         faults=facts.faults,
+        policy=facts.choices[0],
+        prefetch=facts.choices[1],
     )
+
+
+def _phases(counters: Counters, facts: RunFacts, best: dict[Phase, int]) -> dict[Phase, PhaseStats]:
+    """best: bytes that the offline optimum would have missed, by phase; empty: not known."""
+    phases: dict[Phase, PhaseStats] = {}
+    each: tuple[tuple[Phase, PhaseCounters], ...]
+    each = (("prefill", counters.prefill), ("decode", counters.decode))
+    for name, phase in each:
+        own = phase.demand_bytes + phase.prefetch_bytes
+        limit = _limit_fraction(phase, own, facts)
+        optimum = _limit_fraction(phase, min(best[name], own), facts) if name in best else None
+        phases[name] = phase_stats(phase, limit, optimum)
+    return phases
 
 
 def _per_pass_s(decode: PhaseCounters) -> float | None:

@@ -111,7 +111,8 @@ class Stats:
     token. tpot_s and tokens_per_s: decode only. peak_rss_bytes: the process's largest resident
     memory since it started. bytes_written: by this process to its state file. slots: capacity in
     experts. bit_exact: nothing that was chosen can change the logits; lossy names what does.
-    faults: a policy or predictor that failed, and what took its place.
+    faults: a policy or predictor that failed, and what took its place. policy and prefetch: the
+    names of those that were chosen.
     """
 
     prefill: PhaseStats
@@ -137,6 +138,8 @@ class Stats:
     bit_exact: bool = True
     lossy: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
+    policy: str = ""
+    prefetch: str = ""
 
 
 def hit_rate(counters: PhaseCounters) -> float | None:

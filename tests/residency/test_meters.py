@@ -3,7 +3,7 @@
 import numpy as np
 
 from moe_infinity.residency.directory import Directory
-from moe_infinity.residency.meters import Horizon, WasteMeter
+from moe_infinity.residency.meters import Horizon, StallMeter, Threshold, WasteMeter
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Lookup
 from support.guesses import Guessing
@@ -85,3 +85,24 @@ def test_what_lies_beyond_the_horizon_waits() -> None:
     plan.horizon.layers = 3.0
     assert [tuple(key) for key in plan.plan(0).load] == [(3, 1)]
     assert np.isfinite(plan.horizon.layers)
+
+
+def test_looking_ahead_ends_where_nothing_waits_and_begins_where_something_does() -> None:
+    meter = StallMeter()
+    assert meter.is_worth_it
+    for _ in range(200):
+        meter.spend(0.0, 1.0)
+    assert not meter.is_worth_it
+    meter.spend(0.0, 0.0)  # no time passed: nothing to learn
+    for _ in range(20):
+        meter.spend(0.5, 1.0)
+    assert meter.is_worth_it
+
+
+def test_late_loads_raise_the_threshold_and_punctual_ones_lower_it() -> None:
+    threshold = Threshold()
+    start = threshold.chance
+    threshold.judge(num_late=100, num_in_time=0)
+    assert start < threshold.chance <= threshold.busy
+    threshold.judge(num_late=0, num_in_time=300)
+    assert threshold.idle <= threshold.chance < start

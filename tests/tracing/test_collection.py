@@ -12,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_infinity.errors import TraceError
+from moe_infinity.predictors import find_predictor
 from moe_infinity.tracing.collection import EAMCollection, Query
+from moe_infinity.tracing.eam import counts_by_row
+from moe_infinity.tracing.event import Event
 from support.routing import grid
+from support.traces import random_trace
 
 SHAPE = grid(3, 5, top_k=2)
 
@@ -135,3 +139,40 @@ files.write_atomically(__import__('pathlib').Path({str(path)!r}), b'half')
     died = subprocess.run([sys.executable, "-c", code], env=os.environ)
     assert died.returncode == -signal.SIGKILL
     assert path.read_bytes() == before
+
+
+def test_rows_of_a_batch_are_counted_apart() -> None:
+    index = np.array([[0, 1], [1, 2], [3, -1], [0, 1]])
+    batch = Event(0, "prefill", 1, np.array([0, 0, 1, 2]), index, np.ones((4, 2), np.float32), 5)
+    rows = {row: counts.tolist() for row, counts in counts_by_row(batch).items()}
+    assert rows == {0: [1, 2, 1, 0, 0], 1: [0, 0, 0, 1, 0], 2: [1, 1, 0, 0, 0]}
+    assert sum(map(np.array, rows.values())).tolist() == batch.counts.tolist()
+
+
+def test_a_batch_adds_one_matrix_per_request() -> None:
+    predictor = find_predictor("eamc")(SHAPE)
+    predictor.begin_request()
+    for layer in range(3):
+        index = np.array([[0, 1], [3, 4]])
+        ones = np.ones((2, 2), np.float32)
+        predictor.observe(Event(0, "decode", layer, np.array([0, 1]), index, ones, 5))
+    predictor.end_request()
+    assert predictor.collection.size == 2
+    assert predictor.collection.entries[0, 1, 0].tolist() == [1, 1, 0, 0, 0]
+    assert predictor.collection.entries[1, 1, 2].tolist() == [0, 0, 0, 1, 1]
+
+
+def test_one_passs_matrix_equals_the_plain_count() -> None:
+    """The iEAM of a pass, and its sum over a request, from the events alone."""
+    trace = random_trace(3, 5, 2, 10, seed=3)
+    query = Query(EAMCollection(SHAPE, 1))
+    for each in trace.passes():
+        for event in each.events:
+            experts = np.flatnonzero(event.counts)
+            query.add(1, event.layer, experts, event.counts[experts].astype(np.float32))
+    plain = np.zeros((3, 5))
+    for token in trace.ids:
+        for layer, chosen in enumerate(token):
+            plain[layer, chosen] += 1
+    assert (query.counts[1] == plain).all()
+    assert not query.counts[0].any()

@@ -46,6 +46,10 @@ class Hierarchy(ABC):
         """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
 
     @abstractmethod
+    def looks_ahead(self) -> bool:
+        """Whether ``foreseen`` and ``foresee`` are of use now; else they need not be made."""
+
+    @abstractmethod
     def tier_of(self, key: ExpertKey) -> TierName:
         """Where a request for the expert would find it now."""
 

@@ -16,6 +16,7 @@ from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.residency.directory import State
+from moe_infinity.residency.meters import StallMeter
 from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, EventRunner, Settled
 from moe_infinity.stats import Counters
@@ -43,6 +44,9 @@ class RamHierarchy(Hierarchy, Carrier):
         self._computing: Compute | None = None  # of the running event
         self._is_clean = True  # False while an event runs, or was given up halfway
         self._views: dict[ExpertKey, dict[str, list[torch.Tensor]]] = {}
+        self._stalls = StallMeter()
+        self._stalled_s = 0.0  # in the running event
+        self._event_ended_s: float | None = None  # in this pass
 
     @property
     def counters(self) -> Counters:
@@ -62,6 +66,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self.runner.end_request()
 
     def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
+        self._event_ended_s = None
         self.runner.begin_pass(phase, embeddings)
 
     def run_event(
@@ -74,6 +79,7 @@ class RamHierarchy(Hierarchy, Carrier):
             self._computing = compute
             self.runner.run(event, self, foreseen)
             self._count_activity()
+            self._count_stall(event.phase)
             self._is_clean = True
         except BaseException:
             self._abort()
@@ -90,6 +96,16 @@ class RamHierarchy(Hierarchy, Carrier):
 
     def tier_of(self, key: ExpertKey) -> TierName:
         return "ram" if self.residency.directory.state(key) is State.RESIDENT else "disk"
+
+    def tiers(self) -> list[dict[str, list[int]]]:
+        """For every layer, the experts in each tier."""
+        layers = []
+        for layer, count in enumerate(self.residency.directory.shape.experts_per_layer):
+            found: dict[str, list[int]] = {"ram": [], "disk": []}
+            for expert in range(count):
+                found[self.tier_of(ExpertKey(layer, expert))].append(expert)
+            layers.append(found)
+        return layers
 
     def resident_flat(self) -> list[int]:
         """Flat keys (layer * num_experts + expert) that are resident now."""
@@ -131,7 +147,12 @@ class RamHierarchy(Hierarchy, Carrier):
         return settled
 
     def wait(self) -> None:
-        self.counters.now.stall_s += self._engine.wait_any()
+        stall_s = self._engine.wait_any()
+        self._stalled_s += stall_s
+        self.counters.now.stall_s += stall_s
+
+    def looks_ahead(self) -> bool:
+        return self._stalls.is_worth_it
 
     def compute(self, key: ExpertKey) -> None:
         if self.cancelled.is_set():
@@ -155,6 +176,13 @@ class RamHierarchy(Hierarchy, Carrier):
         busy_s, num_bytes = self._engine.take_activity()
         self.counters.now.read_busy_s += busy_s
         self.counters.now.read_bytes += num_bytes
+
+    def _count_stall(self, phase: Phase) -> None:
+        """Prompts stream whatever the cache holds: only decode says whether looking ahead pays."""
+        now = time.perf_counter()
+        if phase == "decode" and self._event_ended_s is not None:
+            self._stalls.spend(self._stalled_s, now - self._event_ended_s)
+        self._event_ended_s, self._stalled_s = now, 0.0
 
     def _abort(self) -> None:
         """Leave nothing pinned or in flight behind a failed event, wherever it was interrupted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -57,7 +58,11 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{absent[0]!r}); download the checkpoint again"
             )
         self.tensors = tensors
-        self._opened = [DirectFile(file) for file in self.files]
+        with contextlib.ExitStack() as undo:  # a later one may refuse
+            self._opened = [
+                undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
+            ]
+            undo.pop_all()
         self._scratch = threading.local()
 
     @cached_property

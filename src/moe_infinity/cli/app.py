@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from moe_infinity.cli import chat, doctor, fit, plan, run, simulate, trace, trace_show
@@ -15,6 +17,7 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         help=_HELP, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
     )
+    app.callback()(_options)
     app.command()(run.run)
     app.command()(chat.chat)
     app.command()(plan.plan)
@@ -24,3 +27,15 @@ def build_app() -> typer.Typer:
     app.command()(simulate.simulate)
     app.command()(fit.fit)
     return app
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Say which version this is.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(f"moe-infinity {installed('moe-infinity')}")
+        raise typer.Exit

@@ -37,7 +37,7 @@ Policy = Annotated[
     str, typer.Option(help=f"Which experts stay: {', '.join(policy_names())}, or module:Class.")
 ]
 Prefetch = Annotated[
-    str, typer.Option(help=f"What is loaded ahead: {', '.join(predictor_names())}.")
+    str, typer.Option(help=f"What is loaded ahead: auto, {', '.join(predictor_names())}.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]
@@ -110,10 +110,13 @@ def print_stats(stats: Stats) -> None:
         f"{stats.slots} of {stats.experts_total} experts fit in memory | first token after "
         f"{_number(stats.ttft_s, 2)} s | peak memory {format_bytes(stats.peak_rss_bytes)} | "
         f"written {stats.bytes_written} B | "
+        f"policy {stats.policy}, prefetch {stats.prefetch} | "
         + ("bit-exact" if stats.bit_exact else f"lossy: {', '.join(stats.lossy)}"),
         highlight=False,
         soft_wrap=True,
     )
+    for fault in stats.faults:
+        console.print(f"note: {fault}", highlight=False, soft_wrap=True, markup=False)
 
 
 def _phase_cells(phase: PhaseStats) -> list[str]:

@@ -125,7 +125,7 @@ class Observer:
     ) -> NDArray[np.float32] | None:
         foreseen = None
         for wish in self.wishes.foresight:
-            if wish.mode == "next_norm":
+            if wish.mode == "next_norm" or not self._is_awaited(wish):
                 continue
             said = taps.foresee(wish.mode, layer, x, wish.depth)
             self._note(layer, start, {f"foresight.{wish.mode}": said})
@@ -140,13 +140,17 @@ class Observer:
             hidden = output[0] if isinstance(output, tuple) else output
             x = hidden.reshape(-1, hidden.shape[-1])
             for wish in self.wishes.foresight:
-                if wish.mode == "next_norm":
+                if wish.mode == "next_norm" and self._is_awaited(wish):
                     said = self._taps.foresee(wish.mode, layer, x, wish.depth)
                     self._note(layer, 0, {"foresight.next_norm": said})
                     if wish == self.wish:
                         self.hierarchy.foresee(layer, said)
 
         return look
+
+    def _is_awaited(self, wish: Foresight) -> bool:
+        """A trace records everything; the cache listens while it waits for loads."""
+        return self.trace is not None or (wish == self.wish and self.hierarchy.looks_ahead())
 
     def _note(self, layer: int, start: int, found: dict[str, NDArray[Any] | None]) -> None:
         if self.trace is None:

@@ -177,6 +177,16 @@ class RouterTaps:
         return self._blocks
 
 
+def has_routers(model: nn.Module, names: Iterable[str], num_experts: Iterable[int]) -> bool:
+    """Whether ``RouterTaps`` would find a router beside each of these modules of experts."""
+    try:
+        for name, count in zip(names, num_experts, strict=True):
+            _router_beside(model, name, count)
+    except ConfigError:
+        return False
+    return True
+
+
 def as_recorded(values: torch.Tensor) -> NDArray[np.float32]:
     """Rounded to the half precision of traces: what predictors see live they see in a replay.
 

@@ -9,6 +9,30 @@ _PRIOR = 0.5
 
 
 @dataclass
+class StallMeter:
+    """Says whether there is enough waiting for looking ahead to be worth its own time.
+
+    share: running share of the time spent waiting for loads. Looking ahead ends below ``little``
+    and begins again above ``much``.
+    """
+
+    little: float = 0.02
+    much: float = 0.04
+    share: float = _PRIOR
+    is_worth_it: bool = True
+
+    def spend(self, stall_s: float, wall_s: float) -> None:
+        """One event, from the end of the one before: seconds waited and seconds passed."""
+        if wall_s <= 0:
+            return
+        self.share += _MEMORY * (min(1.0, stall_s / wall_s) - self.share)
+        if self.share < self.little:
+            self.is_worth_it = False
+        elif self.share > self.much:
+            self.is_worth_it = True
+
+
+@dataclass
 class WasteMeter:
     """Switches prefetching off when its guesses do not pay, and on again when they would.
 

@@ -59,6 +59,10 @@ class Carrier(ABC):
     def compute(self, key: ExpertKey) -> None:
         """Compute a resident expert of the running event."""
 
+    @abstractmethod
+    def looks_ahead(self) -> bool:
+        """Whether waiting takes enough of the time now for looking ahead to be worth its own."""
+
 
 class EventRunner:
     """Brings every member of an event to be computed, once each."""
@@ -96,7 +100,7 @@ class EventRunner:
         self._collect(carrier)
         found = self.residency.begin_event(event)
         self.planner.observe(event, found)
-        if foreseen is not None:
+        if foreseen is not None and carrier.looks_ahead():
             self.planner.predictor.foresee(event.layer, foreseen)
         if self._choose_misses is not None:
             wanted = self._choose_misses(event, found.misses)
@@ -126,6 +130,8 @@ class EventRunner:
         self, layer: int, phase: Phase, scores: NDArray[np.float32], carrier: Carrier
     ) -> None:
         """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
+        if not carrier.looks_ahead():
+            return
         self._collect(carrier)
         self.planner.predictor.foresee(layer, scores)
         self._load_ahead(layer, phase, carrier)

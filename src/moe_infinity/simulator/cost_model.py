@@ -9,6 +9,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from moe_infinity.residency.meters import StallMeter
 from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, Settled
 from moe_infinity.types import ExpertKey, Priority
@@ -59,6 +60,17 @@ class SimulatedCarrier(Carrier):
     _reading: _Job | None = None
     _chunk_ends_s: float = math.inf
     _settled: list[Settled] = field(default_factory=list)
+    _stalls: StallMeter = field(default_factory=StallMeter)
+    _counted: tuple[float, float] = (0.0, 0.0)  # stall_s and now_s when it was last told
+
+    def end_event(self) -> None:
+        """An event is over: what it waited tells whether looking ahead is worth it."""
+        stall_s, now_s = self._counted
+        self._stalls.spend(self.stall_s - stall_s, self.now_s - now_s)
+        self._counted = (self.stall_s, self.now_s)
+
+    def looks_ahead(self) -> bool:
+        return self._stalls.is_worth_it
 
     def spend(self, seconds: float) -> None:
         """Time passes on the processor; the link works meanwhile."""

@@ -1,7 +1,7 @@
-"""Expert activation matrices: how often each expert of each layer was used, per request.
+"""Rows of expert activation matrices (EAM), apart for the requests of a batch.
 
-An iEAM is the count matrix of one pass; an rEAM sums those of a request, prefill and decode apart
-(Xue et al., arXiv 2401.14361).
+An iEAM is the count matrix of one pass, filled row by row; an rEAM sums those of a request, prefill
+and decode apart (Xue et al., arXiv 2401.14361). ``collection.Query`` keeps the running request's.
 """
 
 from __future__ import annotations
@@ -10,20 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.tracing.event import Event
-from moe_infinity.tracing.trace import PHASES
-from moe_infinity.types import ExpertShape
-
-
-class RequestEAM:
-    """The rEAM of one row of a batch. L: layers, E: experts."""
-
-    def __init__(self, shape: ExpertShape) -> None:
-        # [prefill/decode, L, E]
-        self.counts = np.zeros((2, shape.num_layers, shape.num_experts), dtype=np.float32)
-
-    def add(self, event: Event, counts: NDArray[np.int64]) -> None:
-        """counts: [E] tokens of this row routed to each expert."""
-        self.counts[PHASES.index(event.phase), event.layer] += counts
 
 
 def counts_by_row(event: Event) -> dict[int, NDArray[np.int64]]:
