@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("traces", nargs="+", type=Path)
     parser.add_argument("--split", type=Path, help="one of the traces: history and test")
     parser.add_argument("--history", type=int, default=150, help="its requests for predictors")
-    parser.add_argument("--test", type=int, default=50, help="its requests that are replayed")
+    parser.add_argument("--test", type=int, default=30, help="its requests that are replayed")
     parser.add_argument("--processes", type=int)
     args = parser.parse_args()
     from moe_infinity.simulator.sweep import run

@@ -1,5 +1,6 @@
 """The engine's words are the model's own: to the last bit among its own settings, and stock's."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,19 @@ import transformers
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.policies import policy_names
+from moe_infinity.predictors import find_predictor, predictor_names
 from support.checkpoints import tiny_checkpoint
 
 BUDGET = "8GiB"
-POLICIES = ("fifo", "lru", "lfu", "lfru", "next_use")
+POLICIES = tuple(policy_names())
+PREDICTORS = [n for n in predictor_names() if not find_predictor(n).needs_future]
 CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
 # In the checkpoint's dtype every policy at the minimum and at a quarter, the default one at all
 # capacities; in another dtype each of them once.
 SETTINGS = [("bfloat16", policy, slots) for policy in POLICIES for slots in (4, 64)]
 SETTINGS += [("bfloat16", "next_use", 8), ("bfloat16", "next_use", 13), ("bfloat16", "lru", 13)]
 SETTINGS += [("bfloat16", "next_use", 256)]
-SETTINGS += [("float32", *pair) for pair in zip(POLICIES, CAPACITIES, strict=True)]
+SETTINGS += [("float32", *pair) for pair in zip(POLICIES, itertools.cycle(CAPACITIES))]
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 DTYPES = ("bfloat16", "float32")
 NUM_DECODE_STEPS = 4
@@ -75,8 +78,15 @@ def stock_in_float32() -> Any:
     return stock(bundled_model_path(), "float32")
 
 
-def test_every_policy_is_compared() -> None:
-    assert set(policy_names()) == set(POLICIES)
+@pytest.mark.parametrize("prefetch", PREDICTORS)
+def test_bit_identical_whatever_is_loaded_ahead(
+    references: dict[str, list[torch.Tensor]], prefetch: str
+) -> None:
+    with MoE(bundled_model_path(), ram=BUDGET, ram_slots=48, prefetch=prefetch) as moe:
+        for _ in range(2):  # the second time it has learned something
+            got = steps(moe, moe.new_cache)
+            pairs = zip(got, references["bfloat16"], strict=True)
+            assert all(torch.equal(one, other) for one, other in pairs)
 
 
 @pytest.mark.parametrize(("dtype", "policy", "num_slots"), SETTINGS)

@@ -167,7 +167,7 @@ class TestCtrlC:
     def test_a_second_one_does_not_wait(self, moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
         import signal
 
-        def stuck(event: Any, compute: Any) -> None:
+        def stuck(event: Any, compute: Any, foreseen: Any = None) -> None:
             for _ in range(2):
                 os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("the second Ctrl-C was put off")

@@ -1,6 +1,7 @@
 """A trace recorded live and replayed makes the same decisions: hits, victims, loads, in order."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,6 +105,12 @@ def assert_same_counts(result: Result, live: PhaseCounters) -> None:
     names = ("hits", "late", "misses", "demand_loads", "proactive_loads", "wasted_loads")
     for name in names:
         assert getattr(result.counters, name) == getattr(live, name), name
+
+
+@pytest.fixture(autouse=True)
+def _nothing_learned_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay starts with nothing learned, and so must the live run."""
+    monkeypatch.setenv("MOE_INFINITY_STATE_DIR", str(tmp_path))
 
 
 @pytest.mark.parametrize("slots", [16, 64])

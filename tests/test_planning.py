@@ -205,7 +205,7 @@ class TestForecast:
             plan(bundled), read_bytes_per_token=10**9, bytes_per_token=10**9, dense_read_bytes=0
         )
         without_layers = decode_s(made, 0, 0.5, SPEEDS)
-        assert without_layers == pytest.approx(0.5 / 2.0 + 1.0 / 10.0)
+        assert without_layers == pytest.approx(0.5 / 2.0 + 1.0 / 10.0 - 0.5 * 0.1)  # overlapped
         assert decode_s(made, 10, 0.5, SPEEDS) > without_layers
 
     @pytest.mark.parametrize("num_slots", [4, 20, 64, 256])

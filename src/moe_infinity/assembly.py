@@ -18,7 +18,7 @@ from moe_infinity.planning import Plan
 from moe_infinity.policies import find_policy
 from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.policies.base import CachePolicy
-from moe_infinity.predictors import find_predictor
+from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
@@ -26,8 +26,6 @@ from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
-
-_AUTO = "gate_lookahead"
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -41,7 +39,7 @@ def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPr
 
     Raises UnknownNameError or ConfigError.
     """
-    name = _AUTO if config.prefetch == "auto" else config.prefetch
+    name = AUTO_PREFETCH if config.prefetch == "auto" else config.prefetch
     policy, predictor = find_policy(config.policy), find_predictor(name)
     _refuse_oracles(predictor)
     return policy, predictor
@@ -55,7 +53,11 @@ def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
     if plan.num_slots >= anatomy.shape.num_total:
         return "none"
     names = [module.name for module in anatomy.experts]
-    return _AUTO if has_routers(anatomy.meta, names, anatomy.shape.experts_per_layer) else "none"
+    return (
+        AUTO_PREFETCH
+        if has_routers(anatomy.meta, names, anatomy.shape.experts_per_layer)
+        else "none"
+    )
 
 
 def build_hierarchy(

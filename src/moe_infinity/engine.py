@@ -87,7 +87,7 @@ class MoE:
                 self._hierarchy.residency.policy,
                 self._hierarchy.runner.planner.predictor,
                 (self.config.policy, prefetch),
-                self.checkpoint.fingerprint,
+                self.checkpoint.identity,
             )
             self._cleanup = undo.pop_all()
         self._prefetch = prefetch
@@ -215,7 +215,7 @@ class MoE:
         """
         modes = tuple(Foresight(mode, foresight) for mode in FORESIGHT_MODES if foresight)
         wishes = Wishes(logits, hidden, hidden, modes)
-        meta = {"model": self.path.name, "fingerprint": self.checkpoint.fingerprint}
+        meta = {"model": self.path.name, "fingerprint": self.checkpoint.identity}
         with self._wiring.recording(wishes, meta) as recorder:
             yield recorder
 

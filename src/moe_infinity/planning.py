@@ -17,6 +17,7 @@ from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.workspace import workspace_bytes
+from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
 from moe_infinity.types import ExpertSpec
 
@@ -118,7 +119,7 @@ class Plan:
             ("dense weights", self.dense_bytes),
             (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
             ("activations and logits", self.workspace_bytes),
-            ("transfer staging", self.staging_bytes),
+            ("transfer staging and prediction", self.staging_bytes),
             ("runtime", self.runtime_bytes),
             (f"expert slots ({self.num_slots} of {self.experts_total})", self.cache_bytes),
         ]
@@ -133,12 +134,13 @@ class Plan:
 class _Needs:
     """What a model takes beside its expert slots, as a function of the context."""
 
-    def __init__(self, anatomy: Anatomy, max_batch: int) -> None:
+    def __init__(self, anatomy: Anatomy, config: EngineConfig) -> None:
+        self.staging_bytes = _TRANSFER_BYTES + _prediction_bytes(anatomy, config)
         self.dense_bytes = _dense_bytes(anatomy)
         self.runtime_bytes = resident_bytes() + RUNTIME_MARGIN_BYTES
         self.kv = KvShape.of(anatomy.meta)
         self._anatomy = anatomy
-        self._rows = max_batch
+        self._rows = config.max_batch
 
     def kv_bytes(self, context: int) -> int:
         return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
@@ -148,13 +150,13 @@ class _Needs:
 
     def total(self, context: int) -> int:
         growing = self.kv_bytes(context) + self.workspace_bytes(context)
-        return self.dense_bytes + growing + _TRANSFER_BYTES + self.runtime_bytes
+        return self.dense_bytes + growing + self.staging_bytes + self.runtime_bytes
 
 
 def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
     """Divide the budget. Raises BudgetError with the arithmetic if it cannot work."""
     budget = config.ram_bytes or _auto_budget()
-    needs = _Needs(anatomy, config.max_batch)
+    needs = _Needs(anatomy, config)
     classes, class_of_layer = size_classes(anatomy)
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
@@ -168,7 +170,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         dense_read_bytes=needs.dense_bytes - _looked_up_bytes(anatomy),
         kv_bytes=needs.kv_bytes(context),
         workspace_bytes=needs.workspace_bytes(context),
-        staging_bytes=_TRANSFER_BYTES,
+        staging_bytes=needs.staging_bytes,
         runtime_bytes=needs.runtime_bytes,
         slots_per_class=divide(budget - needs.total(context), smallest, config.ram_slots),
         slot_bytes=tuple(c.slot_bytes for c in classes),
@@ -223,6 +225,13 @@ def _dense_bytes(anatomy: Anatomy) -> int:
     owned = {id(p) for module in anatomy.experts for p in module.module.parameters(recurse=False)}
     dense = (p for p in anatomy.meta.parameters() if id(p) not in owned)
     return sum(p.numel() * anatomy.dtype.itemsize for p in dense)
+
+
+def _prediction_bytes(anatomy: Anatomy, config: EngineConfig) -> int:
+    """What the predictor learns and is shown; "auto" may turn out to need less."""
+    name = AUTO_PREFETCH if config.prefetch == "auto" else config.prefetch
+    hidden_size = first_number(anatomy.config.get_text_config(), "hidden_size", "d_model") or 0
+    return find_predictor(name).memory.num_bytes(anatomy.shape, hidden_size)
 
 
 def _looked_up_bytes(anatomy: Anatomy) -> int:

@@ -74,11 +74,12 @@ class Wiring:
             raise ConfigError("a trace is being recorded already; end that recording first")
         observer.ask(wishes)
         observer.trace = TraceRecorder(self._anatomy.shape, meta)
+        observer.traced = wishes.foresight
         self._runtime.observer = observer
         try:
             yield observer.trace
         finally:
-            observer.trace = None
+            observer.trace, observer.traced = None, ()
 
     def close(self) -> None:
         self._tap.close()

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -62,3 +63,27 @@ def test_sees_no_tensors_and_stays_short(name: str) -> None:
 
 def test_none_says_nothing() -> None:
     assert all(scores is None for scores in observed("none"))
+
+
+def test_takes_no_more_memory_than_is_planned_for(name: str) -> None:
+    """Filled by a thousand passes of a model of usual proportions, small."""
+    shape = grid(6, 32, top_k=4)
+    kind = find_predictor(name)
+    planned = kind.memory.num_bytes(shape, hidden_size=64)
+    tracemalloc.start()
+    try:
+        predictor = kind(shape)
+        if kind.needs_future:
+            predictor.set_future([])
+        for number, each in enumerate(random_decode(shape, 200, seed=3)):
+            if number % 60 == 0:
+                predictor.end_request()
+                predictor.begin_request()
+            if each.layer == 0:
+                predictor.begin_pass("decode", np.full((1, 64), number, dtype=np.float32))
+            predictor.observe(each)
+            predictor.predict()
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken <= planned + 256 * 1024

@@ -34,6 +34,14 @@ class Checkpoint(ABC):
     def fingerprint(self) -> str:
         """Hex digest that changes when config, tensor names, shapes or places change."""
 
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """The fingerprint with a sample of the weights in it: tells fine-tunes apart.
+
+        Raises ReadError.
+        """
+
     @abstractmethod
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         """Copy the tensor's bytes into memory the caller owns. Thread-safe. Raises ReadError."""

@@ -77,8 +77,13 @@ class SafetensorsCheckpoint(Checkpoint):
             digest.update(f"{file.name} {opened.num_bytes}\n".encode())
         for entry in self.tensors.values():
             digest.update(repr(entry).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def identity(self) -> str:
+        digest = hashlib.sha256(self.fingerprint.encode())
         page = memoryview(allocate(ALIGNMENT_BYTES))
-        for opened in self._opened:  # fine-tunes differ in their weights alone
+        for opened in self._opened:
             start = align_down(opened.num_bytes // 2)
             needed = min(ALIGNMENT_BYTES, opened.num_bytes - start)
             opened.read_into(page, start, needed)

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.model.routers import RouterTaps, Wishes, as_recorded
 from moe_infinity.model.taps import Step
-from moe_infinity.predictors.base import Foresight
+from moe_infinity.predictors.base import Foresight, ForesightMode
 from moe_infinity.tracing.trace_recorder import TraceRecorder
 
 
@@ -41,6 +41,7 @@ class Observer:
     wishes: Wishes = Wishes()  # noqa: RUF009 (frozen)
     wish: Foresight | None = None
     trace: TraceRecorder | None = None
+    traced: tuple[Foresight, ...] = ()  # the trace's
 
     def __post_init__(self) -> None:
         self._taps: RouterTaps | None = None
@@ -124,13 +125,10 @@ class Observer:
         self, taps: RouterTaps, layer: int, start: int, x: torch.Tensor
     ) -> NDArray[np.float32] | None:
         foreseen = None
-        for wish in self.wishes.foresight:
-            if wish.mode == "next_norm" or not self._is_awaited(wish):
-                continue
-            said = taps.foresee(wish.mode, layer, x, wish.depth)
-            self._note(layer, start, {f"foresight.{wish.mode}": said})
-            if wish == self.wish:
-                foreseen = said
+        for mode, depth in self._awaited().items():
+            if mode != "next_norm":
+                said = taps.foresee(mode, layer, x, depth)
+                foreseen = self._tell(layer, start, mode, said, foreseen)
         return foreseen
 
     def _after_block(self, layer: int) -> Any:
@@ -139,18 +137,40 @@ class Observer:
                 return
             hidden = output[0] if isinstance(output, tuple) else output
             x = hidden.reshape(-1, hidden.shape[-1])
-            for wish in self.wishes.foresight:
-                if wish.mode == "next_norm" and self._is_awaited(wish):
-                    said = self._taps.foresee(wish.mode, layer, x, wish.depth)
-                    self._note(layer, 0, {"foresight.next_norm": said})
-                    if wish == self.wish:
-                        self.hierarchy.foresee(layer, said)
+            for mode, depth in self._awaited().items():
+                if mode == "next_norm":
+                    said = self._taps.foresee(mode, layer, x, depth)
+                    foreseen = self._tell(layer, 0, mode, said, None)
+                    if foreseen is not None:
+                        self.hierarchy.foresee(layer, foreseen)
 
         return look
 
-    def _is_awaited(self, wish: Foresight) -> bool:
-        """A trace records everything; the cache listens while it waits for loads."""
-        return self.trace is not None or (wish == self.wish and self.hierarchy.looks_ahead())
+    def _awaited(self) -> dict[ForesightMode, int]:
+        """Depth by mode: a trace records everything, the cache listens while it waits for loads."""
+        wishes = list(self.traced) if self.trace is not None else []
+        if self.wish is not None and self.hierarchy.looks_ahead():
+            wishes.append(self.wish)
+        depths: dict[ForesightMode, int] = {}
+        for mode, depth in wishes:
+            depths[mode] = max(depth, depths.get(mode, 0))
+        return depths
+
+    def _tell(
+        self,
+        layer: int,
+        start: int,
+        mode: ForesightMode,
+        said: NDArray[np.float32],
+        foreseen: NDArray[np.float32] | None,
+    ) -> NDArray[np.float32] | None:
+        """Record what the trace asked for; returns what the predictor did, or ``foreseen``."""
+        for wish in self.traced if self.trace is not None else ():
+            if wish.mode == mode:
+                self._note(layer, start, {f"foresight.{mode}": said[:, : wish.depth]})
+        if self.wish is not None and self.wish.mode == mode:
+            return said[:, : self.wish.depth]
+        return foreseen
 
     def _note(self, layer: int, start: int, found: dict[str, NDArray[Any] | None]) -> None:
         if self.trace is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,10 @@ class RouterTaps:
         self._changes: dict[int, NDArray[np.float32]] = {}
         self._inputs: list[NDArray[np.float32] | None] = [None] * len(names)
         self._handles: list[RemovableHandle] = []
+        self._trials = [
+            router.register_forward_hook(self._try_product(layer))
+            for layer, router in enumerate(self._routers)
+        ]
 
     def listen(self) -> None:
         """Keep what every router says from now on, for ``logits``."""
@@ -72,7 +76,7 @@ class RouterTaps:
         ]
 
     def close(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._trials):
             handle.remove()
 
     def logits(self, layer: int) -> torch.Tensor:
@@ -131,16 +135,21 @@ class RouterTaps:
     def _ask(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         """[T, E] the layer's router on x [T, H]; most are one product and more that only picks."""
         router: Any = self._routers[layer]
-        bias = getattr(router, "bias", None)
-        if self._is_linear[layer]:
-            return torch.nn.functional.linear(x, router.weight, bias)
-        said = _logits_of(router.forward(x), router)
-        if self._is_linear[layer] is None:
-            fits = bias is None or bias.shape == router.weight.shape[:1]
-            plain = torch.nn.functional.linear(x, router.weight, bias) if fits else None
-            close = plain is not None and torch.allclose(plain.float(), said.float(), 1e-2, 1e-2)
-            self._is_linear[layer] = close
-        return said
+        if self._is_linear[layer] is False:
+            return _logits_of(router.forward(x), router)
+        return _product(router, x)
+
+    def _try_product(self, layer: int) -> Callable[..., None]:
+        """On a router's first own call: is one product with its weights all there is to it?"""
+
+        def compare(router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._is_linear[layer] is None and args:
+                x = args[0].reshape(-1, args[0].shape[-1])
+                plain, said = _product(router, x).float(), _logits_of(output, router).float()
+                self._is_linear[layer] = torch.allclose(plain, said, 2e-2, 2e-2)
+            self._trials[layer].remove()
+
+        return compare
 
     def _shown(
         self, mode: ForesightMode, layer: int, x: torch.Tensor, reach: int, depth: int
@@ -151,7 +160,7 @@ class RouterTaps:
         if mode == "next_norm":
             return (self._normed(layer + 1 + distance, x) for distance in range(reach))
         changes = self._changes.get(layer)
-        if changes is None:
+        if changes is None or len(changes) < depth:
             changes = self._changes[layer] = np.zeros((depth, x.shape[-1]), dtype=np.float32)
         return x[None] + torch.from_numpy(changes[:reach, None]).to(x.dtype)
 
@@ -220,6 +229,14 @@ def _block_around(model: nn.Module, name: str) -> nn.Module:
             return model.get_submodule(name)
         name = parent
     return model
+
+
+def _product(router: Any, x: torch.Tensor) -> torch.Tensor:
+    bias = getattr(router, "bias", None)
+    fits = isinstance(bias, torch.Tensor) and bias.shape == router.weight.shape[:1]
+    weight: torch.Tensor = router.weight
+    logits = torch.nn.functional.linear(x.to(weight.dtype), weight, bias if fits else None)
+    return logits
 
 
 def _logits_of(output: Any, router: Any) -> torch.Tensor:

@@ -7,6 +7,8 @@ import sys
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.registry import find_class, member_names
 
+AUTO_PREFETCH = "gate_lookahead"  # what prefetch="auto" tries first
+
 
 def predictor_names() -> list[str]:
     return member_names(sys.modules[__name__])

@@ -26,6 +26,23 @@ class Foresight(NamedTuple):
     depth: int
 
 
+class Memory(NamedTuple):
+    """Bytes a predictor takes at most: per expert, per pair of a layer's experts, per element of
+    the hidden size once and in every layer, and otherwise."""
+
+    per_expert: int = 256
+    per_pair: int = 0
+    per_hidden: int = 0
+    per_layer_hidden: int = 0
+    other: int = 0
+
+    def num_bytes(self, shape: ExpertShape, hidden_size: int) -> int:
+        cells = shape.num_layers * shape.num_experts
+        per_layer = self.per_layer_hidden * hidden_size
+        experts = cells * (self.per_expert + self.per_pair * shape.num_experts)
+        return experts + self.per_hidden * hidden_size + shape.num_layers * per_layer + self.other
+
+
 class ExpertPredictor(ABC):
     """Ranks the experts of layers to come. Deterministic given ``seed``. L: layers, E: experts.
 
@@ -37,6 +54,7 @@ class ExpertPredictor(ABC):
     needs_embeddings: ClassVar[bool] = False  # begin_pass reads embeddings
     needs_future: ClassVar[bool] = False  # an oracle: set_future is called; simulator only
     foresight: ClassVar[Foresight | None] = None  # foresee is called
+    memory: ClassVar[Memory] = Memory()  # planned for: budgets are hard
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:
         self.shape = shape

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.collection import EAMCollection, Query
 from moe_infinity.tracing.eam import counts_by_row
 from moe_infinity.tracing.event import Event
@@ -25,6 +25,8 @@ _EPSILON = 1e-6
 
 class Predictor(ExpertPredictor):
     """Chances from the ``_BEST`` most similar past requests, rows normalised to top-k uses."""
+
+    memory = Memory(per_expert=20 * CAPACITY)
 
     def __init__(self, shape: ExpertShape, seed: int = 0, capacity: int = CAPACITY) -> None:
         super().__init__(shape, seed)

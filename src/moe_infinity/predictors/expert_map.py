@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.predictors._map_store import MapStore
 from moe_infinity.predictors._networks import mean_probabilities
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state, save_state
 from moe_infinity.types import ExpertShape, Phase
@@ -27,6 +27,7 @@ _FORM = "expert_map"
 class Predictor(ExpertPredictor):
     """Chance by rank in the matched map: how often the r-th of one so found was used."""
 
+    memory = Memory(per_expert=5 * CAPACITY, per_hidden=5 * CAPACITY)
     needs_router_logits = True
     needs_embeddings = True
 

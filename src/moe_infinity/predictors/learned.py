@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.predictors._networks import any_of, check_width, sigmoid
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state
 from moe_infinity.types import ExpertShape
@@ -27,6 +27,7 @@ class Predictor(ExpertPredictor):
     networks: w1 [L, H, M], b1 [L, M], w2 [L, M, 2E], b2 [L, 2E]; M: width of a network.
     """
 
+    memory = Memory(per_expert=4 * 128 * 2 * 2, per_layer_hidden=4 * 128 * 2)
     needs_router_input = True
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:

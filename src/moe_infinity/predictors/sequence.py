@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.predictors._networks import check_width, lstm_cell, sigmoid, sparsemax
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state
 from moe_infinity.types import ExpertShape, Phase
@@ -31,6 +31,7 @@ class Predictor(ExpertPredictor):
     out_bias [L*E]. Tokens of a batch are read as one text, in their order in the pass.
     """
 
+    memory = Memory(per_expert=4 * 128 * 2, per_hidden=4 * 128 * 2, other=8 * 1024**2)
     needs_embeddings = True
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:

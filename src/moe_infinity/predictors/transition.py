@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state, save_state
 from moe_infinity.types import ExpertShape
@@ -21,6 +21,8 @@ class Predictor(ExpertPredictor):
 
     The first layer follows the last one of the token before. Only the next layer is predicted.
     """
+
+    memory = Memory(per_pair=4)
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:
         super().__init__(shape, seed)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.predictors import transition
 from moe_infinity.predictors._pair_table import PairTable
+from moe_infinity.predictors.base import Memory
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state, save_state
 from moe_infinity.types import ExpertShape
@@ -26,6 +27,8 @@ _FORM = "transition_pairs"
 
 class Predictor(transition.Predictor):
     """Order 2, backing off to order 1. Only the next layer is predicted."""
+
+    memory = Memory(per_pair=4, other=3 * 128 * MAX_PAIRS)
 
     def __init__(self, shape: ExpertShape, seed: int = 0, max_pairs: int = MAX_PAIRS) -> None:
         super().__init__(shape, seed)

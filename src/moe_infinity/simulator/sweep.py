@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,12 +15,15 @@ from typing import Any
 
 from moe_infinity.config import learned_path
 from moe_infinity.policies import find_policy
+from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import find_predictor
+from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.simulator.belady import optimal_misses
 from moe_infinity.simulator.cost_model import Cost
 from moe_infinity.simulator.replay import Scope, lacks, load_learned, replay, slots_of, teach
 from moe_infinity.tracing.trace import Trace
 from moe_infinity.tracing.trace_file import load_trace
+from moe_infinity.types import ExpertShape
 
 ORACLES = ("belady", "belady_bypass")  # bounds, not policies: no live cache knows the future
 NOT_AVAILABLE = "n/a"
@@ -101,12 +106,10 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     if lacks(trace, policy_class, predictor_class):
         return dict.fromkeys(names.split(), NOT_AVAILABLE)
     policy = policy_class(trace.shape, sum(slots), task.seed)
-    predictor = predictor_class(trace.shape, task.seed)
-    for member, name in ((policy, task.policy), (predictor, task.prefetch)):
-        member.fingerprint = trace.fingerprint or ""
-        load_learned(member, learned_path(trace.fingerprint, name) if trace.fingerprint else None)
-    if task.history is not None:
-        teach(predictor, load_trace(task.history))
+    _recall(policy, task.policy, trace.fingerprint)
+    predictor = pickle.loads(
+        _taught(task.prefetch, trace.shape, trace.fingerprint, task.history, task.seed)
+    )
     result = replay(trace, policy, predictor, slots, task.cost)
     c = result.counters
     return {
@@ -119,6 +122,24 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
         "wasted_loads": c.wasted_loads,
         "stall_s": result.stall_s,
     }
+
+
+@functools.lru_cache(maxsize=32)
+def _taught(
+    prefetch: str, shape: ExpertShape, fingerprint: str | None, history: Path | None, seed: int
+) -> bytes:
+    """A predictor that has watched ``history``, pickled: many replays begin with the same one."""
+    predictor = find_predictor(prefetch)(shape, seed)
+    _recall(predictor, prefetch, fingerprint)
+    if history is not None:
+        teach(predictor, load_trace(history))
+    return pickle.dumps(predictor)
+
+
+def _recall(member: CachePolicy | ExpertPredictor, name: str, fingerprint: str | None) -> None:
+    """Give it what was learned for this model before, where there is such a file."""
+    member.fingerprint = fingerprint or ""
+    load_learned(member, learned_path(fingerprint, name) if fingerprint else None)
 
 
 def _bound(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
