@@ -97,7 +97,7 @@ class ExpertsLayer:
 
         observer = self._runtime.observer
         real: NDArray[np.bool_] = np.any(routed, axis=1)
-        seen = observer.see(self.layer, start, x, ids, weights, real) if observer else Seen()
+        seen = observer.see(self.layer, start, ids, weights, real) if observer else Seen()
         event = self._event(ids, weights, rows, real, seen)
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute, seen.foreseen)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_infinity.cache.base import Hierarchy
+from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.model.routers import RouterTaps, Wishes, as_recorded
 from moe_infinity.model.taps import Step
 from moe_infinity.predictors.base import Foresight, ForesightMode
@@ -45,7 +46,6 @@ class Observer:
 
     def __post_init__(self) -> None:
         self._taps: RouterTaps | None = None
-        self._listens = False
         self._handles: list[RemovableHandle] = []
         self._norm_handles: list[RemovableHandle] = []
         self._step = Step(0, "prefill", 1, 1)
@@ -56,10 +56,6 @@ class Observer:
         self.wishes = self.wishes | wishes
         if self.wishes.needs_routers and self._taps is None:
             self._taps = RouterTaps(self.model, self.names, self.num_experts)
-        if self.wishes.router_logits and not self._listens:
-            assert self._taps is not None
-            self._taps.listen()
-            self._listens = True
         self._modes = {wish.mode for wish in self.wishes.foresight}
         if "next_norm" in self._modes and not self._handles:
             assert self._taps is not None
@@ -93,33 +89,40 @@ class Observer:
         self,
         layer: int,
         start: int,
-        x: torch.Tensor,
         ids: NDArray[np.int64],
         weights: torch.Tensor,
         real: NDArray[np.bool_],
     ) -> Seen:
-        """One layer's routing of the tokens from ``start`` on: x [T, H], ids and weights [T, K];
-        real: [T] which of them are in the event."""
-        logits = hidden = foreseen = None
-        taps, wishes = self._taps, self.wishes
-        if taps is not None and self._norm_handles:
-            taps.learn_norms(layer, x)
-            if layer == len(self.names) - 1:
-                self._stop_watching_norms()
-        if taps is not None and wishes.router_logits:
-            said = taps.logits(layer)[start : start + len(x)]
-            logits = as_recorded(said)
-        if wishes.router_input:
-            hidden = as_recorded(x)
-        if self._step.phase == "decode" and taps is not None:
-            if "residual" in self._modes:
-                taps.see_input(layer, x)
-            foreseen = self._foresee_input(taps, layer, start, x)
-        self._note(layer, start, {"ids": ids, "logits": logits, "hidden": hidden})
+        """One layer's routing of the tokens from ``start`` on: ids and weights [T, K]; real: [T]
+        which of them are in the event."""
+        seen = Seen()
+        if self._taps is not None:
+            seen = self._see_router(self._taps, layer, start, len(ids))
+        self._note(layer, start, {"ids": ids, "logits": seen[0], "hidden": seen[1]})
         if self.trace is not None:
             values = weights.float().numpy(force=True)
             self.trace.record("weights", layer, start, values)
-        return Seen(_cut(logits, real), _cut(hidden, real), _cut(foreseen, real))
+        return seen if real.all() else Seen(*(v if v is None else v[real] for v in seen))
+
+    def _see_router(self, taps: RouterTaps, layer: int, start: int, count: int) -> Seen:
+        last = taps.last(layer, start, count)
+        if last is None:
+            return Seen()
+        shown, said = last
+        if self._norm_handles:
+            taps.learn_norms(layer, shown)
+            if layer == len(self.names) - 1:
+                self._stop_watching_norms()
+        logits = as_recorded(said) if self.wishes.router_logits else None
+        hidden = as_recorded(shown) if self.wishes.router_input else None
+        foreseen = None
+        if self._step.phase == "decode":
+            if "residual" in self._modes:
+                taps.see_input(layer, shown)
+            foreseen = self._foresee_input(taps, layer, start, shown)
+        elif count < PREFILL_CHUNK_TOKENS:
+            taps.forget()
+        return Seen(logits, hidden, foreseen)
 
     def _foresee_input(
         self, taps: RouterTaps, layer: int, start: int, x: torch.Tensor
@@ -190,7 +193,3 @@ class Observer:
         embed: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         vectors: torch.Tensor = embed(torch.from_numpy(step.token_ids))
         return as_recorded(vectors)
-
-
-def _cut(values: NDArray[np.float32] | None, real: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-    return values if values is None or real.all() else values[real]

@@ -31,7 +31,7 @@ class Wishes:
 
     @property
     def needs_routers(self) -> bool:
-        return self.router_logits or bool(self.foresight)
+        return self.router_logits or self.router_input or bool(self.foresight)
 
     def __or__(self, other: Wishes) -> Wishes:
         return Wishes(
@@ -56,34 +56,38 @@ class RouterTaps:
         ]
         self._blocks = [_block_around(model, name) for name in names]
         self._widest = max(num_experts)
-        self._is_linear: list[bool | None] = [None] * len(names)  # None: not tried yet
-        self._logits: list[torch.Tensor | None] = [None] * len(names)
+        self._is_linear: list[bool | None] = [None] * len(names)  # None: it has not run yet
+        self._shown_to = -1  # the layer whose router ran last, what it saw [T, H] and said [T, E]
+        self._input: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
         self._norms: list[nn.Module | None] = [None] * len(names)
         # By layer: mean change from its router's input to those of the D next layers, [D, H].
         self._changes: dict[int, NDArray[np.float32]] = {}
         self._inputs: list[NDArray[np.float32] | None] = [None] * len(names)
-        self._handles: list[RemovableHandle] = []
-        self._trials = [
-            router.register_forward_hook(self._try_product(layer))
-            for layer, router in enumerate(self._routers)
-        ]
-
-    def listen(self) -> None:
-        """Keep what every router says from now on, for ``logits``."""
-        self._handles = [
-            router.register_forward_hook(self._keep(layer))
+        self._handles: list[RemovableHandle] = [
+            router.register_forward_hook(self._keep(layer), with_kwargs=True)
             for layer, router in enumerate(self._routers)
         ]
 
     def close(self) -> None:
-        for handle in (*self._handles, *self._trials):
+        for handle in self._handles:
             handle.remove()
 
-    def logits(self, layer: int) -> torch.Tensor:
-        """[T, E] what the layer's router last said, before softmax."""
-        kept = self._logits[layer]
-        assert kept is not None, f"the router of MoE layer {layer} did not run"
-        return kept
+    def last(self, layer: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What the layer's router last saw [T, H] and said before softmax [T, E], of ``count``
+        tokens from ``start`` on. Experts may be shown something else: a projection, say.
+
+        None if that router did not run on these tokens.
+        """
+        if self._shown_to != layer or self._input is None or self._logits is None:
+            return None
+        if len(self._input) < start + count or len(self._logits) < start + count:
+            return None
+        return self._input[start : start + count], self._logits[start : start + count]
+
+    def forget(self) -> None:
+        """A prompt's router input is large: it must not outlive its layer."""
+        self._shown_to, self._input, self._logits = -1, None, None
 
     def see_input(self, layer: int, x: torch.Tensor) -> None:
         """The router's input [T, H] of a decode step: learn the mean change between layers."""
@@ -139,18 +143,6 @@ class RouterTaps:
             return _logits_of(router.forward(x), router)
         return _product(router, x)
 
-    def _try_product(self, layer: int) -> Callable[..., None]:
-        """On a router's first own call: is one product with its weights all there is to it?"""
-
-        def compare(router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._is_linear[layer] is None and args:
-                x = args[0].reshape(-1, args[0].shape[-1])
-                plain, said = _product(router, x).float(), _logits_of(output, router).float()
-                self._is_linear[layer] = torch.allclose(plain, said, 2e-2, 2e-2)
-            self._trials[layer].remove()
-
-        return compare
-
     def _shown(
         self, mode: ForesightMode, layer: int, x: torch.Tensor, reach: int, depth: int
     ) -> Iterable[torch.Tensor]:
@@ -174,9 +166,16 @@ class RouterTaps:
         normed: torch.Tensor = norm.forward(x)
         return normed
 
-    def _keep(self, layer: int) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            self._logits[layer] = _logits_of(output, module)
+    def _keep(self, layer: int) -> Callable[..., None]:
+        def keep(router: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            shown = next(v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+            self._shown_to = layer
+            self._input = shown.reshape(-1, shown.shape[-1])
+            self._logits = _logits_of(output, router)
+            if self._is_linear[layer] is None:  # is one product all there is to its logits?
+                plain = _product(router, self._input).float()
+                close = torch.allclose(plain, self._logits.float(), 2e-2, 2e-2)
+                self._is_linear[layer] = close
 
         return keep
 

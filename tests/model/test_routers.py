@@ -1,0 +1,70 @@
+"""Asking routers early: found beside the experts, shown what they are used to, never in the way."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.errors import ConfigError
+from moe_infinity.model.routers import RouterTaps
+from support.engine import BUDGET, generate
+from support.families import family, save_tiny
+
+# Of a plain kind; with experts behind a projection that the router does not see (two); with biases.
+ASKED = ("qwen3_moe", "nemotron_h", "muse_spark", "gpt_oss", "deepseek_v3", "lfm2_moe")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 3, 4, 2]])
+
+
+def generated(path: Path, **options: object) -> tuple[torch.Tensor, MoE]:
+    with MoE(path, ram=BUDGET, max_batch=2, **options) as moe:
+        out = moe.generate(IDS, max_new_tokens=4, eos_token_id=None, pad_token_id=0)
+        return out, moe
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_looking_ahead_changes_no_word(name: str, tmp_path: Path) -> None:
+    save_tiny(family(name), tmp_path)
+    plain, moe = generated(tmp_path, prefetch="none")
+    slots = max(moe.plan.working_set // 2 + 2, moe.plan.num_slots // 2)
+    ahead, moe = generated(tmp_path, ram_slots=slots)
+    assert torch.equal(ahead, plain)
+    assert moe._prefetch == "gate_lookahead"
+    assert moe._hierarchy.faults == ()
+
+
+def test_a_model_without_a_router_in_sight_loads_nothing_ahead(tmp_path: Path) -> None:
+    save_tiny(family("afmoe"), tmp_path)
+    _, moe = generated(tmp_path, ram_slots=6)
+    assert moe._prefetch == "none"
+    with pytest.raises(ConfigError, match="found no router beside these experts"):
+        generated(tmp_path, ram_slots=6, prefetch="gate_lookahead")
+
+
+def test_where_everything_fits_nothing_is_loaded_ahead() -> None:
+    with MoE(bundled_model_path(), ram=BUDGET) as moe:
+        assert moe._prefetch == "none"
+
+
+def test_what_routers_say_early_is_what_they_would_say() -> None:
+    """On its own input, a router asked early gives the logits it gave."""
+    with MoE(bundled_model_path(), ram=BUDGET, ram_slots=64) as moe:
+        observer = moe._wiring._runtime.observer
+        assert observer is not None
+        taps = observer._taps
+        assert isinstance(taps, RouterTaps)
+        with moe.recording(logits=True, hidden=True, foresight=2) as recorder:
+            generate(moe, num_new=6)
+        trace = recorder.trace().of_phase("decode")
+        x = torch.from_numpy(trace.hidden[:, 3].astype(np.float32)).to(torch.bfloat16)
+        said = taps.foresee("raw", 2, x, 1)[:, 0]
+        assert np.abs(said - trace.logits[:, 3].astype(np.float32)).max() < 0.05
+        assert trace.foresight["raw"].shape[2] == 2
+        assert (trace.foresight["raw"][:, -1] == -np.inf).all()  # after the last layer is none
+
+
+def test_a_prompts_router_input_does_not_outlive_its_layer() -> None:
+    with MoE(bundled_model_path(), ram=BUDGET, ram_slots=64) as moe:
+        moe(torch.arange(1, 40)[None])
+        assert moe._wiring._runtime.observer._taps._input is None
