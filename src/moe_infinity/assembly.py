@@ -24,6 +24,7 @@ from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.room import FEWEST_SLOTS
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
 
@@ -46,11 +47,11 @@ def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPr
 
 
 def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
-    """The predictor's name. "auto" loads nothing ahead where all experts fit, or where the model
-    has no routers that can be asked."""
+    """The predictor's name. "auto" loads nothing ahead where all experts fit, where there are too
+    few slots to spare any, or where the model has no routers that can be asked."""
     if config.prefetch != "auto":
         return config.prefetch
-    if plan.num_slots >= anatomy.shape.num_total:
+    if plan.num_slots >= anatomy.shape.num_total or max(plan.slots_per_class) < FEWEST_SLOTS:
         return "none"
     names = [module.name for module in anatomy.experts]
     return (

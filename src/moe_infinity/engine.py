@@ -157,10 +157,8 @@ class MoE:
         return tokens
 
     def new_cache(self) -> Any:
-        """An empty KV cache of the planned context, for ``past_key_values``.
-
-        None for families that must begin every prompt with a cache the library makes.
-        """
+        """An empty KV cache of the planned context, for ``past_key_values``; None for families that
+        must begin every prompt with a cache the library makes."""
         return new_cache(self.model.config, self.plan.max_context)
 
     def cancel(self) -> None:
@@ -191,7 +189,7 @@ class MoE:
             bytes_written=self._state.bytes_written + self._learned.bytes_written,
             lossy=tuple(type(rule).__name__ for rule in self._rules if rule.lossy),
             bandwidths=bandwidths,
-            faults=self._hierarchy.faults,
+            faults=self._hierarchy.faults + self._wiring.faults,
             choices=(self.config.policy, self._prefetch),
         )
         if total:
@@ -214,9 +212,8 @@ class MoE:
         the model cannot tell, or where another recording runs.
         """
         modes = tuple(Foresight(mode, foresight) for mode in FORESIGHT_MODES if foresight)
-        wishes = Wishes(logits, hidden, hidden, modes)
         meta = {"model": self.path.name, "fingerprint": self.checkpoint.identity}
-        with self._wiring.recording(wishes, meta) as recorder:
+        with self._wiring.recording(Wishes(logits, hidden, hidden, modes), meta) as recorder:
             yield recorder
 
     def residency(self) -> list[dict[str, list[int]]]:
@@ -251,8 +248,10 @@ class MoE:
         self._closed = True
         self.cancel()
         with self._running:
-            self._learned.save()
-            self._cleanup.close()
+            try:
+                self._learned.save()
+            finally:
+                self._cleanup.close()
         self._state.save()
 
     def _require_room(self, ids: torch.Tensor, num_logits: int) -> None:

@@ -39,7 +39,7 @@ class Learned:
         before = _written(self._path)
         try:
             self._predictor.save(self._path)
-        except OSError as error:
+        except Exception as error:  # a policy of one's own may do anything; closing goes on
             _log.warning("%s not written: %s", self._path, error)
             return
         after = _written(self._path)
@@ -52,7 +52,7 @@ def _load(member: CachePolicy | ExpertPredictor, path: Path) -> None:
         return
     try:
         member.load(path)
-    except TraceError as error:
+    except (TraceError, KeyError, ValueError, OSError) as error:
         _log.warning("starts with nothing learned: %s", error)
 
 

@@ -72,6 +72,7 @@ class Wiring:
         observer = self._runtime.observer or self._observer(None)
         if observer.trace is not None:
             raise ConfigError("a trace is being recorded already; end that recording first")
+        before = observer.wishes if self._runtime.observer else Wishes()
         observer.ask(wishes)
         observer.trace = TraceRecorder(self._anatomy.shape, meta)
         observer.traced = wishes.foresight
@@ -80,6 +81,14 @@ class Wiring:
             yield observer.trace
         finally:
             observer.trace, observer.traced = None, ()
+            observer.drop(before)
+            if before == Wishes():
+                self._runtime.observer = None
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        observer = self._runtime.observer
+        return (observer.fault,) if observer is not None and observer.fault else ()
 
     def close(self) -> None:
         self._tap.close()

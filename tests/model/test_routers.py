@@ -28,9 +28,9 @@ def test_looking_ahead_changes_no_word(name: str, tmp_path: Path) -> None:
     save_tiny(family(name), tmp_path)
     plain, moe = generated(tmp_path, prefetch="none")
     slots = max(moe.plan.working_set // 2 + 2, moe.plan.num_slots // 2)
-    ahead, moe = generated(tmp_path, ram_slots=slots)
+    ahead, moe = generated(tmp_path, ram_slots=slots, prefetch="gate_lookahead")
     assert torch.equal(ahead, plain)
-    assert moe._prefetch == "gate_lookahead"
+    assert moe._wiring._runtime.observer is not None
     assert moe._hierarchy.faults == ()
 
 
@@ -42,9 +42,26 @@ def test_a_model_without_a_router_in_sight_loads_nothing_ahead(tmp_path: Path) -
         generated(tmp_path, ram_slots=6, prefetch="gate_lookahead")
 
 
-def test_where_everything_fits_nothing_is_loaded_ahead() -> None:
-    with MoE(bundled_model_path(), ram=BUDGET) as moe:
-        assert moe._prefetch == "none"
+@pytest.mark.parametrize(("slots", "chosen"), [(256, "none"), (64, "gate_lookahead"), (12, "none")])
+def test_auto_looks_ahead_where_it_can_be_of_use(slots: int, chosen: str) -> None:
+    with MoE(bundled_model_path(), ram=BUDGET, ram_slots=slots) as moe:
+        assert moe._prefetch == chosen
+
+
+def test_recording_leaves_no_hooks_behind() -> None:
+    def num_hooks(moe: MoE) -> int:
+        modules = moe.model.modules()
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
+
+    for prefetch in ("none", "gate_lookahead"):
+        with MoE(bundled_model_path(), ram=BUDGET, ram_slots=64, prefetch=prefetch) as moe:
+            before = num_hooks(moe)
+            with moe.recording(logits=True, hidden=True, foresight=2) as recorder:
+                generate(moe, num_new=3)
+                assert num_hooks(moe) > before
+            assert num_hooks(moe) == before
+            generate(moe, num_new=3)  # and it still runs
+            assert recorder.trace().num_tokens > 0
 
 
 def test_what_routers_say_early_is_what_they_would_say() -> None:

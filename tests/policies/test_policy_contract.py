@@ -121,3 +121,17 @@ def source_of(name: str) -> Path:
 def test_the_trivial_and_the_default_policy_exist() -> None:
     assert {"fifo", "lru", "next_use"} <= set(policy_names())
     assert "base" not in policy_names()
+
+
+def test_a_forecast_of_some_layers_only_harms_none(name: str) -> None:
+    """What is foreseen to be used is not what goes first."""
+    fresh = find_policy(name)(RAGGED, 10)
+    if not fresh.wants_forecast:
+        pytest.skip("asks for no forecast")
+    forecast = np.zeros((1, 3, 8))
+    forecast[0, 1, [2, 3]] = 0.9
+    fresh.on_event(event(0, [0, 1], 8))
+    fresh.on_event(event(1, [2, 3], 8))
+    fresh.on_forecast(forecast)
+    ranked = fresh.victims(np.arange(24), 22, 0).tolist()
+    assert {8 + 2, 8 + 3}.isdisjoint(ranked[:12])

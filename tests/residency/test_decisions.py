@@ -102,7 +102,7 @@ def test_ring_full_of_the_next_layer_gives_way() -> None:
         residency.finish(key(0, expert))
         driver.begin(residency.stream_ahead())
     residency.end_event()
-    assert residency.room.ahead == {key(1, 0), key(1, 1)}
+    assert set(residency.room.ahead) == {key(1, 0), key(1, 1)}
     assert residency.room.ring_slots == [2]
     driver.run(event(0, range(16), 16, "prefill"))
     assert residency.counters.prefill.wasted_loads > 0
@@ -214,7 +214,7 @@ def crowded() -> Residency:
     Driver(residency).run(event(0, range(14), 40))
     for load in residency.prefetch([key(1, 0), key(1, 1), key(1, 2)], 0):
         residency.complete(load.key)
-    assert residency.room.ahead == {key(1, 0), key(1, 1)}, "a ring's worth is the limit"
+    assert set(residency.room.ahead) == {key(1, 0), key(1, 1)}, "a ring's worth is the limit"
     return residency
 
 
@@ -358,3 +358,29 @@ def test_ragged_layers_in_two_classes(
             key((each.layer + 1) % 4, e) for e in range(min(3, per_layer[(each.layer + 1) % 4]))
         ]
         driver.run(each, prefetch=ahead if number % 2 else ())
+
+
+def test_what_is_loaded_ahead_for_a_layer_that_never_runs_is_given_up() -> None:
+    """Of a model whose layers do not all run in every pass; else nothing would be loaded ahead
+    any more once a ring's worth of them had gathered."""
+    residency = new_residency(grid(4, 16, top_k=2), [16])
+    driver = Driver(residency)
+    for expert in range(0, 12, 2):
+        residency.begin_pass("decode")
+        driver.run(event(0, [0, 1], 16), prefetch=[key(1, expert), key(1, expert + 1)])
+        assert residency.room.ahead
+        driver.run(event(2, [2, 3], 16))
+    residency.begin_pass("decode")
+    assert not residency.room.ahead
+    assert residency.counters.decode.wasted_loads == residency.counters.decode.proactive_loads > 0
+
+
+def test_a_prompt_streams_the_layer_that_follows_in_truth() -> None:
+    residency = new_residency(grid(4, 4, top_k=2), [8])
+    driver = Driver(residency)
+    for _ in range(2):
+        residency.begin_pass("prefill")
+        for layer in (0, 2):
+            driver.run(event(layer, range(4), 4, "prefill"))
+    streamed = {load.key.layer for load in driver.log[-8:] if load.proactive}
+    assert 1 not in streamed

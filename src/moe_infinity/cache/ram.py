@@ -46,7 +46,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self._views: dict[ExpertKey, dict[str, list[torch.Tensor]]] = {}
         self._stalls = StallMeter()
         self._stalled_s = 0.0  # in the running event
-        self._event_ended_s: float | None = None  # in this pass
+        self._event_ended_s: float | None = None  # of decode
 
     @property
     def counters(self) -> Counters:
@@ -66,7 +66,6 @@ class RamHierarchy(Hierarchy, Carrier):
         self.runner.end_request()
 
     def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
-        self._event_ended_s = None
         self.runner.begin_pass(phase, embeddings)
 
     def run_event(
@@ -182,7 +181,8 @@ class RamHierarchy(Hierarchy, Carrier):
         now = time.perf_counter()
         if phase == "decode" and self._event_ended_s is not None:
             self._stalls.spend(self._stalled_s, now - self._event_ended_s)
-        self._event_ended_s, self._stalled_s = now, 0.0
+        self._event_ended_s = now if phase == "decode" else None
+        self._stalled_s = 0.0
 
     def _abort(self) -> None:
         """Leave nothing pinned or in flight behind a failed event, wherever it was interrupted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +17,10 @@ from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.model.routers import RouterTaps, Wishes, as_recorded
 from moe_infinity.model.taps import Step
 from moe_infinity.predictors.base import Foresight, ForesightMode
+from moe_infinity.tracing.trace import MISSING
 from moe_infinity.tracing.trace_recorder import TraceRecorder
+
+_log = logging.getLogger(__name__)
 
 
 class Seen(NamedTuple):
@@ -43,6 +47,7 @@ class Observer:
     wish: Foresight | None = None
     trace: TraceRecorder | None = None
     traced: tuple[Foresight, ...] = ()  # the trace's
+    fault: str | None = None
 
     def __post_init__(self) -> None:
         self._taps: RouterTaps | None = None
@@ -56,20 +61,33 @@ class Observer:
         self.wishes = self.wishes | wishes
         if self.wishes.needs_routers and self._taps is None:
             self._taps = RouterTaps(self.model, self.names, self.num_experts)
+        self._set_up()
+
+    def drop(self, wishes: Wishes) -> None:
+        """Watch for no more than ``wishes`` from now on."""
+        self.wishes = wishes
+        self._set_up()
+        if self._taps is not None and not wishes.needs_routers:
+            self._taps.close()
+            self._taps = None
+
+    def close(self) -> None:
+        self.drop(Wishes())
+
+    def _set_up(self) -> None:
         self._modes = {wish.mode for wish in self.wishes.foresight}
-        if "next_norm" in self._modes and not self._handles:
+        wanted = "next_norm" in self._modes
+        if wanted and not self._handles:
             assert self._taps is not None
             self._norm_handles = self._taps.watch_norms()
             self._handles = [
                 block.register_forward_hook(self._after_block(layer))
                 for layer, block in enumerate(self._taps.blocks)
             ]
-
-    def close(self) -> None:
-        for handle in (*self._handles, *self._norm_handles):
-            handle.remove()
-        if self._taps is not None:
-            self._taps.close()
+        if not wanted:
+            for handle in (*self._handles, *self._norm_handles):
+                handle.remove()
+            self._handles, self._norm_handles = [], []
 
     def begin_step(self, step: Step) -> NDArray[np.float32] | None:
         """A forward pass starts; returns the embeddings [T, H] of its tokens, where asked for."""
@@ -98,7 +116,8 @@ class Observer:
         seen = Seen()
         if self._taps is not None:
             seen = self._see_router(self._taps, layer, start, len(ids))
-        self._note(layer, start, {"ids": ids, "logits": seen[0], "hidden": seen[1]})
+        known = np.where((ids >= 0) & (ids < self.num_experts[layer]), ids, MISSING)
+        self._note(layer, start, {"ids": known, "logits": seen[0], "hidden": seen[1]})
         if self.trace is not None:
             values = weights.float().numpy(force=True)
             self.trace.record("weights", layer, start, values)
@@ -130,9 +149,22 @@ class Observer:
         foreseen = None
         for mode, depth in self._awaited().items():
             if mode != "next_norm":
-                said = taps.foresee(mode, layer, x, depth)
-                foreseen = self._tell(layer, start, mode, said, foreseen)
+                said = self._ask(taps, mode, layer, x, depth)
+                if said is not None:
+                    foreseen = self._tell(layer, start, mode, said, foreseen)
         return foreseen
+
+    def _ask(
+        self, taps: RouterTaps, mode: ForesightMode, layer: int, x: torch.Tensor, depth: int
+    ) -> NDArray[np.float32] | None:
+        """What later routers say; a model whose routers cannot be asked is left in peace."""
+        try:
+            return taps.foresee(mode, layer, x, depth)
+        except Exception as error:
+            self.fault = f"looking ahead failed ({type(error).__name__}: {error}); it was given up"
+            _log.warning("%s", self.fault, exc_info=error)
+            self.wish, self.traced = None, ()
+            return None
 
     def _after_block(self, layer: int) -> Any:
         def look(module: nn.Module, args: Any, output: Any) -> None:
@@ -142,8 +174,8 @@ class Observer:
             x = hidden.reshape(-1, hidden.shape[-1])
             for mode, depth in self._awaited().items():
                 if mode == "next_norm":
-                    said = self._taps.foresee(mode, layer, x, depth)
-                    foreseen = self._tell(layer, 0, mode, said, None)
+                    said = self._ask(self._taps, mode, layer, x, depth)
+                    foreseen = None if said is None else self._tell(layer, 0, mode, said, None)
                     if foreseen is not None:
                         self.hierarchy.foresee(layer, foreseen)
 

@@ -41,7 +41,10 @@ class Policy(CachePolicy):
         self._predicted = forecast[0]
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
-        matrix = self._own if self._predicted is None else self._predicted
-        rows = matrix.sum(axis=1, keepdims=True)
-        shares: NDArray[np.float64] = (matrix + _EPSILON) / (rows + _EPSILON) * self._decay
+        matrix = self._own
+        if self._predicted is not None:  # a predictor may speak of some layers only
+            speaks = self._predicted.any(axis=1, keepdims=True)
+            matrix = np.where(speaks, self._predicted, self._own)
+        rows = matrix.sum(axis=1, keepdims=True) + _EPSILON * matrix.shape[1]
+        shares: NDArray[np.float64] = (matrix + _EPSILON) / rows * self._decay
         return shares

@@ -51,7 +51,7 @@ class Policy(CachePolicy):
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         num_layers = self.shape.num_layers
-        distance = (self._ids - layer - 1) % num_layers + 1
+        distance = (self._ids - layer) % num_layers
         terms = np.tensordot(self.weights[:3], self._counts, axes=1) / max(self._passes, 1)
         scores: NDArray[np.float64] = terms + self.weights[3] * (1 - distance / num_layers)[:, None]
         return scores

@@ -78,4 +78,5 @@ class PrefetchPlanner:
         for flat in best.tolist():
             self._guesses[flat // num_experts].add(flat % num_experts)
         wanted = best[: self.meter.allowance(_MOST_AT_A_TIME)]
-        return Coming([self.directory.key(flat) for flat in wanted], likely)
+        keep = likely if self.meter.is_on else likely[:0]
+        return Coming([self.directory.key(flat) for flat in wanted], keep)

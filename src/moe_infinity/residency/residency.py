@@ -73,6 +73,9 @@ class Residency:
         self.counters = counters
         self.room = RoomFinder(directory, policy)
         self._running: _Running | None = None
+        self._pass = 0
+        self._layer = -1  # of the last event in this pass
+        self._following: dict[int, int] = {}  # layer: the one that ran after it last time
         layers = directory.class_of_layer
         self._quota = [
             slots // max(1, layers.count(c)) for c, slots in enumerate(directory.slots_per_class)
@@ -80,12 +83,22 @@ class Residency:
 
     def begin_pass(self, phase: Phase) -> None:
         self.counters.phase = phase
+        self._pass += 1
+        self._layer = -1
+        # Some layers do not run in every pass (an encoder's, another modality's): what was loaded
+        # ahead for those would otherwise be waited for without end.
+        for key in [key for key, due in self.room.ahead.items() if due < self._pass]:
+            del self.room.ahead[key]
+            self.counters.waste(key.layer)
         self.policy.begin_pass(phase)
 
     def begin_event(self, event: Event) -> Lookup:
         """Look all members up, pin those that are here, tell the policy. Evicts nothing."""
         assert self._running is None, "the previous event was not ended"
         self.policy.on_event(event)
+        if event.layer > self._layer:
+            self._following[self._layer] = event.layer
+        self._layer = event.layer
         found: dict[State, list[ExpertKey]] = {state: [] for state in State}
         for key in event.keys:
             found[self.directory.state(key)].append(key)
@@ -179,9 +192,9 @@ class Residency:
         run = self._running
         if run is None or not run.streaming or run.waiting:
             return []
-        layer = run.event.layer + 1
+        layer = self._following.get(run.event.layer, run.event.layer + 1)
         shape = self.directory.shape
-        if layer >= shape.num_layers or not self._covers_most(run.event):
+        if not run.event.layer < layer < shape.num_layers or not self._covers_most(run.event):
             return []
         coming = (ExpertKey(layer, e) for e in range(shape.experts_per_layer[layer]))
         return self._begin_ahead(coming, lambda key: self.room.in_ring(key, spare_ahead=True))
@@ -198,15 +211,14 @@ class Residency:
         loads: list[Load] = []
         waiting = self._running.waiting if self._running else ()
         for key in keys:
-            ring_slots = self.room.ring_slots[self.directory.class_of(key)]
-            if ring_slots < 2 or len(self.room.ahead) >= ring_slots:
-                break
+            if self.room.spares_none(self.directory.class_of(key)):
+                continue
             if self.directory.state(key) is not State.ABSENT or key in waiting:
                 continue
             room = find_room(key)
             if room is None:
                 break
-            self.room.ahead.add(key)
+            self.room.ahead[key] = self._pass + (key.layer <= self._layer)
             loads.append(self._begin(key, room.victim, proactive=True))
         return loads
 
@@ -214,7 +226,7 @@ class Residency:
         """The router has spoken on ``layer``: what was loaded ahead for it is used or wasted."""
         in_flight = []
         for key in sorted(key for key in self.room.ahead if key.layer == layer):
-            self.room.ahead.discard(key)
+            del self.room.ahead[key]
             if key not in members:
                 self.counters.waste(layer)
                 if self.directory.state(key) is State.IN_FLIGHT:

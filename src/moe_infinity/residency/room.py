@@ -20,6 +20,8 @@ from moe_infinity.types import ExpertKey
 # a few reads in flight keep an SSD busy, the rest stays with what decode has warmed.
 _MAX_RING_SLOTS = 16
 _RING_SHARE = 8
+_FEWEST_RING_SLOTS = 2  # below this nothing is loaded ahead: one is needed for what streams now
+FEWEST_SLOTS = _RING_SHARE * _FEWEST_RING_SLOTS  # of a size class, for anything to be loaded ahead
 
 
 class Room(NamedTuple):
@@ -40,7 +42,7 @@ class RoomFinder:
     def __init__(self, directory: Directory, policy: CachePolicy) -> None:
         shares = [max(1, slots // _RING_SHARE) for slots in directory.slots_per_class]
         self.ring_slots = [min(_MAX_RING_SLOTS, share) for share in shares]
-        self.ahead: set[ExpertKey] = set()
+        self.ahead: dict[ExpertKey, int] = {}  # to the pass in which its layer is due
         self._directory = directory
         self._policy = policy
         self._rings: list[deque[ExpertKey]] = [deque() for _ in shares]
@@ -49,6 +51,11 @@ class RoomFinder:
     def protect(self, flat_keys: NDArray[np.int64]) -> None:
         """These, in place of those named before, are expected to be used shortly."""
         self._protected = flat_keys
+
+    def spares_none(self, size_class: int) -> bool:
+        """Whether the ring is too short, or as full as it may be, for another load ahead."""
+        ring_slots = self.ring_slots[size_class]
+        return ring_slots < _FEWEST_RING_SLOTS or len(self.ahead) >= ring_slots
 
     def in_ring(self, key: ExpertKey, spare_ahead: bool) -> Room | None:
         """Room for a streamed expert, which joins the ring: its oldest member's or, while the ring
@@ -103,7 +110,7 @@ class RoomFinder:
 
     def forget(self, key: ExpertKey) -> None:
         """``key`` has lost its slot."""
-        self.ahead.discard(key)
+        self.ahead.pop(key, None)
         self.leave_ring([key])
 
     def reset(self) -> None:

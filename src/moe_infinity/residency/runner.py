@@ -88,6 +88,8 @@ class EventRunner:
 
     def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
         self.residency.begin_pass(phase)
+        if phase == "prefill":
+            self.residency.room.protect(np.empty(0, dtype=np.int64))
         self.planner.predictor.begin_pass(phase, embeddings)
 
     def run(

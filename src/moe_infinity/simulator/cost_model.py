@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from moe_infinity.residency.meters import StallMeter
 from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, Settled
-from moe_infinity.types import ExpertKey, Priority
+from moe_infinity.types import ExpertKey, Phase, Priority
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,12 @@ class SimulatedCarrier(Carrier):
     _stalls: StallMeter = field(default_factory=StallMeter)
     _counted: tuple[float, float] = (0.0, 0.0)  # stall_s and now_s when it was last told
 
-    def end_event(self) -> None:
-        """An event is over: what it waited tells whether looking ahead is worth it."""
+    def end_event(self, phase: Phase) -> None:
+        """An event is over: what it waited tells whether looking ahead is worth it. Prompts
+        stream whatever the cache holds: only decode counts."""
         stall_s, now_s = self._counted
-        self._stalls.spend(self.stall_s - stall_s, self.now_s - now_s)
+        if phase == "decode":
+            self._stalls.spend(self.stall_s - stall_s, self.now_s - now_s)
         self._counted = (self.stall_s, self.now_s)
 
     def looks_ahead(self) -> bool:

@@ -171,6 +171,6 @@ def _replay_pass(each: TracePass, runner: EventRunner, carrier: SimulatedCarrier
         carrier.spend(carrier.cost.dense_s())
         foreseen = foresight_of(each, predictor, event.layer)
         runner.run(event, carrier, None if late else foreseen)
-        carrier.end_event()
+        carrier.end_event(each.phase)
         if late and foreseen is not None:
             runner.foresee(event.layer, each.phase, foreseen, carrier)

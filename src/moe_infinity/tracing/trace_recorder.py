@@ -106,7 +106,9 @@ class TraceRecorder:
             ids=self._empty("ids", 0, (self._shape.top_k,)),
             weights=self._empty("weights", 0, (self._shape.top_k,)),
             token_ids=np.zeros(0, dtype=np.int32),
-            meta=self._meta | ({"domains": self._domains} if self._domains else {}),
+            meta={"complete": True}
+            | self._meta
+            | ({"domains": self._domains} if self._domains else {}),
         )
         return replace(empty, foresight=foresight, **joined)
 
