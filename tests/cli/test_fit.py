@@ -57,10 +57,10 @@ def test_fits_to_where_a_run_looks(name: str, tmp_path: Path) -> None:
 
 def test_several_traces_are_fitted_together(tmp_path: Path) -> None:
     paths = [written(tmp_path, by_hidden(40, seed), f"t{seed}") for seed in (1, 2)]
-    result = run("fit", "popularity", *paths, "-o", tmp_path / "out")
+    result = run("fit", "popularity", *paths, "-o", tmp_path / "out.safetensors")
     assert result.code == 0, result.both
     assert "80 tokens" in result.out and "validation_recall" in result.out
-    assert (tmp_path / "out").is_file()
+    assert (tmp_path / "out.safetensors").is_file()
 
 
 def test_traces_of_two_models_are_refused(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_says_what_the_trace_lacks(name: str, missing: str, option: str, tmp_pat
 def test_an_unknown_checkpoint_needs_a_place(tmp_path: Path) -> None:
     path = written(tmp_path, random_trace(3, 8, 2, 40, seed=0), fingerprint="")
     assert "-o" in refused("fit", "popularity", path)
-    assert run("fit", "popularity", path, "-o", tmp_path / "out").code == 0
+    assert run("fit", "popularity", path, "-o", tmp_path / "out.safetensors").code == 0
 
 
 def test_bad_names_and_values_are_refused(tmp_path: Path) -> None:

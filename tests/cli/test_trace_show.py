@@ -118,7 +118,11 @@ class TestRefusals:
         assert "no tokens of phase 'decode'" in refused("trace-show", path)
 
     def test_a_picture_that_cannot_be_written(self, trace_path: Path, tmp_path: Path) -> None:
-        assert "cannot be written" in refused("trace-show", trace_path, "--png", tmp_path)
+        folder = tmp_path / "folder.png"
+        folder.mkdir()
+        assert "cannot be written" in refused("trace-show", trace_path, "--png", folder)
+        message = refused("trace-show", trace_path, "--png", tmp_path / "prompts.jsonl")
+        assert "expected a name ending in .png" in message
 
 
 def heat_map(out: str) -> list[str]:

@@ -74,9 +74,13 @@ def test_one_array_of_rows(made_up: Path) -> None:
 
 
 def test_what_a_trace_lacks_reads_not_available(made_up: Path) -> None:
-    (row,) = rows(made_up, "--policy", "lru", "--prefetch", "gate_lookahead", "--capacity", "25%")
+    options = ("--policy", "lru", "--prefetch", "auto", "--capacity", "25%", "--processes", 1)
+    result = run("simulate", made_up, *options, "--json")
+    (row,) = json.loads(result.out)
+    assert row["prefetch"] == "gate_lookahead"
     assert row["hit_rate"] == row["stall_s"] == "n/a"
     assert row["slots"] == 12
+    assert "holds no foresight in mode residual" in result.err
 
 
 def test_recorded_foresight_serves_the_simulator(recorded: Path) -> None:
@@ -96,6 +100,8 @@ def test_a_table_for_people(made_up: Path) -> None:
     [
         (("--policy", "nosuch"), "unknown policy 'nosuch'"),
         (("--policy", ","), "expected names"),
+        (("--policy", "belady", "--prefetch", "oracle"), "the oracles are bounds"),
+        (("--plot", "prompts.jsonl"), "expected a name ending in .png"),
         (("--prefetch", "nosuch"), "unknown predictor 'nosuch'"),
         (("--capacity", "0%"), "--capacity: got '0%'"),
         (("--capacity", "nan"), "--capacity: got 'nan'"),

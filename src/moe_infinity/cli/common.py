@@ -13,6 +13,7 @@ import typer
 
 from moe_infinity.checkpoint.hub import bundled_model_path
 from moe_infinity.config import EngineConfig, format_bytes
+from moe_infinity.errors import ConfigError
 from moe_infinity.policies import policy_names
 from moe_infinity.predictors import predictor_names
 from moe_infinity.stats import PhaseStats, Stats
@@ -69,6 +70,12 @@ def progress(items: Sequence[_T], title: str, quiet: bool = False) -> Iterator[_
     console = Console(stderr=True)
     hidden = quiet or not console.is_terminal
     yield from track(items, description=title, console=console, disable=hidden, transient=True)
+
+
+def require_suffix(option: str, path: Path, suffix: str) -> None:
+    """Raise ConfigError unless a file to be written is named like what will be in it."""
+    if path.suffix != suffix:
+        raise ConfigError(f"{option}: got {path}, expected a name ending in {suffix}")
 
 
 def print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:

@@ -45,6 +45,8 @@ def fit(
 ) -> None:
     """Fit NAME to traces (see ``trace``) and save what it learned for runs of that model."""
     member = _member(name)
+    if output is not None:
+        common.require_suffix("--output", output, ".safetensors")
     share = _share(capacity)
     from moe_infinity.tracing.join import concatenate
     from moe_infinity.tracing.trace_file import load_trace

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,11 @@ import typer
 from moe_infinity.cli import common
 from moe_infinity.errors import ConfigError
 from moe_infinity.policies import find_policy, policy_names
-from moe_infinity.predictors import find_predictor, predictor_names
+from moe_infinity.predictors import AUTO_PREFETCH, find_predictor, predictor_names
 from moe_infinity.simulator.cost_model import Cost
-from moe_infinity.simulator.sweep import ORACLES, Row, run, tasks_of
+from moe_infinity.simulator.replay import lacks
+from moe_infinity.simulator.sweep import NOT_AVAILABLE, ORACLES, Row, Task, run, tasks_of
+from moe_infinity.tracing.trace_file import load_trace
 
 
 def simulate(
@@ -45,10 +48,12 @@ def simulate(
     """
     _choice("--scope", scope, ("global", "layer"))
     _choice("--phase", phase, ("decode", "prefill", "all"))
+    if plot is not None:
+        common.require_suffix("--plot", plot, ".png")
     tasks = tasks_of(
         traces,
         _names("--policy", policy, [*policy_names(), *ORACLES]),
-        _names("--prefetch", prefetch, predictor_names()),
+        _names("--prefetch", prefetch.replace("auto", AUTO_PREFETCH), predictor_names()),
         [_share(text) for text in capacity.split(",")],
         scope=scope,
         phase=phase,
@@ -56,7 +61,13 @@ def simulate(
         history=history,
         seed=seed,
     )
+    if not tasks:
+        raise ConfigError(
+            f"--policy: got only {policy!r} with --prefetch {prefetch}, expected a policy: the "
+            f"oracles are bounds without prefetch"
+        )
     rows = _run_with_bar(tasks, processes, quiet=json)
+    _say_notes(tasks, rows)
     if plot is not None:
         from moe_infinity.simulator.plots import plot_sweep
 
@@ -76,6 +87,24 @@ def _run_with_bar(tasks: list[Any], processes: int | None, quiet: bool) -> list[
     with Progress(console=console, disable=hidden, transient=True) as bar:
         item = bar.add_task("replaying", total=len(tasks))
         return run(tasks, processes, on_row=lambda: bar.advance(item))
+
+
+def _say_notes(tasks: list[Task], rows: list[Row]) -> None:
+    """On standard error: why a row is empty, what was learned before, what costs nothing."""
+    notes: dict[str, None] = {}
+    for task, row in zip(tasks, rows, strict=True):
+        if row["hits"] == NOT_AVAILABLE:
+            lost = lacks(
+                load_trace(task.trace), find_policy(task.policy), find_predictor(task.prefetch)
+            )
+            notes[
+                f"{row['trace']} holds no {lost}, which {task.prefetch} needs: n/a (see "
+                f"moe-infinity trace --help)"
+            ] = None
+        elif task.prefetch != "none" and task.cost.load_s == 0:
+            notes["loads take no time without --load-ms and --layer-ms: nothing comes late"] = None
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _print_table(rows: list[Row]) -> None:

@@ -27,7 +27,9 @@ def trace(
     ] = ...,  # type: ignore[assignment]
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
     logits: Annotated[bool, typer.Option(help="All router logits too.")] = False,
-    hidden: Annotated[bool, typer.Option(help="Router inputs and embeddings too.")] = False,
+    hidden: Annotated[
+        bool, typer.Option(help="Router inputs and embeddings too; kept in memory until written.")
+    ] = False,
     foresight: Annotated[
         int, typer.Option(min=0, help="What the next N layers' routers would say already.")
     ] = 0,
@@ -40,8 +42,7 @@ def trace(
 ) -> None:
     """Record the routing of many prompts, for ``simulate``, ``fit`` and ``trace-show``."""
     asked = list(read_prompts(prompts))
-    if output.suffix != ".safetensors":
-        raise ConfigError(f"--output: got {output}, expected a name ending in .safetensors")
+    common.require_suffix("--output", output, ".safetensors")
     options = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context, "seed": seed}
     sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:

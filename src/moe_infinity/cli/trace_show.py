@@ -40,6 +40,7 @@ def trace_show(
     from moe_infinity.simulator.plots import plot_trace, require_matplotlib
 
     if png is not None:
+        common.require_suffix("--png", png, ".png")
         require_matplotlib()
     trace = load_trace(file).of_phase("decode")
     with Console(stderr=True).status("replaying..."):

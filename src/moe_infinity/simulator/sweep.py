@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ def run(
                     on_row()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():  # else a Ctrl-C would wait for their replays to end
+                child.terminate()
             raise
         return [future.result() for future in futures]
 
