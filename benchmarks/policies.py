@@ -8,12 +8,15 @@ cache. Stalls are in layer times, on links that load an expert in 1/4, 1 and 4 o
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import provenance, save
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 CAPACITIES = (0.12, 0.25, 0.5)
 PAIRED = ("lru", "next_use", "activation", "expert_map", "forecast")  # policies x all predictors
@@ -26,6 +29,9 @@ def main() -> None:
     parser.add_argument("--split", type=Path, help="one of the traces: history and test")
     parser.add_argument("--history", type=int, default=150, help="its requests for predictors")
     parser.add_argument("--test", type=int, default=30, help="its requests that are replayed")
+    parser.add_argument(
+        "--only", help="policies, or predictors, comma-separated: replace these rows"
+    )
     parser.add_argument("--processes", type=int)
     args = parser.parse_args()
     from moe_infinity.simulator.sweep import run
@@ -35,6 +41,9 @@ def main() -> None:
         if args.split:
             sources.append(split(args.split, args.history, args.test, Path(folder)))
         tasks = [task for source in sources for task in tasks_for(*source)]
+        if args.only:
+            only = set(args.only.split(","))
+            tasks = [task for task in tasks if {task.policy, task.prefetch} & only]
         print(f"{len(tasks)} replays", flush=True)
         done = [0]
 
@@ -45,8 +54,19 @@ def main() -> None:
 
         rows = run(tasks, args.processes, on_row=count)
     for row, task in zip(rows, tasks, strict=True):
-        row["link"] = task.cost.load_s
+        row |= {"link": task.cost.load_s, "commit": provenance()["commit"]}
+    if args.only:
+        rows = renewed(rows)
     save("policies", {**provenance(), "history_requests": args.history, "rows": rows})
+
+
+def renewed(rows: list[dict]) -> list[dict]:
+    """The rows of the last result, those measured again in their new form."""
+    names = ("trace", "policy", "prefetch", "capacity", "link")
+    new = {tuple(row[name] for name in names): row for row in rows}
+    before = json.loads((RESULTS / "policies.json").read_text())
+    old = [{"commit": before["commit"], **row} for row in before["rows"]]
+    return [new.get(tuple(row[name] for name in names), row) for row in old]
 
 
 def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path]:

@@ -1,6 +1,5 @@
 """The engine's words are the model's own: to the last bit among its own settings, and stock's."""
 
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ BUDGET = "8GiB"
 POLICIES = tuple(policy_names())
 PREDICTORS = [n for n in predictor_names() if not find_predictor(n).needs_future]
 CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
-# In the checkpoint's dtype every policy at the minimum and at a quarter, the default one at all
-# capacities; in another dtype each of them once.
-SETTINGS = [("bfloat16", policy, slots) for policy in POLICIES for slots in (4, 64)]
-SETTINGS += [("bfloat16", "next_use", 8), ("bfloat16", "next_use", 13), ("bfloat16", "lru", 13)]
-SETTINGS += [("bfloat16", "next_use", 256)]
-SETTINGS += [("float32", *pair) for pair in zip(POLICIES, itertools.cycle(CAPACITIES))]
+# In the checkpoint's dtype every policy at a few slots, the default one at all capacities; in another
+# dtype each capacity once.
+SETTINGS = [("bfloat16", policy, 13) for policy in POLICIES if policy != "next_use"]
+SETTINGS += [("bfloat16", "next_use", slots) for slots in CAPACITIES]
+SETTINGS += [("float32", *pair) for pair in zip(POLICIES, CAPACITIES, strict=False)]
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 DTYPES = ("bfloat16", "float32")
 NUM_DECODE_STEPS = 4

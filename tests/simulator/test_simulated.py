@@ -134,6 +134,19 @@ def test_what_a_trace_lacks_is_named() -> None:
     assert lacks(trace, lru, find_predictor("gate_lookahead")) == "foresight in mode residual"
 
 
+def test_an_oracle_is_not_confused_by_history() -> None:
+    trace = random_trace(4, 16, 2, 60, seed=5)
+    slots, cost = slots_of(trace.shape, 0.25), Cost(load_s=0.5, layer_s=1.0)
+    stalls = []
+    for history in (False, True):
+        oracle = find_predictor("oracle")(trace.shape)
+        if history:
+            teach(oracle, random_trace(4, 16, 2, 20, seed=6))
+        policy = find_policy("lru")(trace.shape, sum(slots))
+        stalls.append(replay(trace, policy, oracle, slots, cost).stall_s)
+    assert stalls[0] == stalls[1]
+
+
 def test_predictors_learn_from_history() -> None:
     trace = random_trace(4, 16, 2, 60, seed=5)
     predictor = find_predictor("eamc")(trace.shape)

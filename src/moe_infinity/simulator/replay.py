@@ -118,12 +118,14 @@ def replay(
 def teach(predictor: ExpertPredictor, history: Trace) -> None:
     """Let a predictor watch earlier requests, as it would have while they ran.
 
-    Raises TraceError if they are another model's.
+    An oracle needs no teaching. Raises TraceError if the requests are another model's.
     """
     if history.shape != predictor.shape:
         raise TraceError(
             f"{history.name} is of a model with {history.shape}, expected {predictor.shape}"
         )
+    if predictor.needs_future:
+        return
     for number, each in enumerate(history.passes()):
         if each.starts_request:
             if number:
