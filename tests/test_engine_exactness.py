@@ -18,8 +18,8 @@ BUDGET = "8GiB"
 POLICIES = tuple(policy_names())
 PREDICTORS = [n for n in predictor_names() if not find_predictor(n).needs_future]
 CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
-# In the checkpoint's dtype every policy at a few slots, the default one at all capacities; in another
-# dtype each capacity once.
+# In the checkpoint's dtype every policy at a few slots, the default one at all capacities; in
+# another dtype each capacity once.
 SETTINGS = [("bfloat16", policy, 13) for policy in POLICIES if policy != "next_use"]
 SETTINGS += [("bfloat16", "next_use", slots) for slots in CAPACITIES]
 SETTINGS += [("float32", *pair) for pair in zip(POLICIES, CAPACITIES, strict=False)]
