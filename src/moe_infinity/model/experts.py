@@ -97,8 +97,9 @@ class ExpertsLayer:
 
         observer = self._runtime.observer
         real: NDArray[np.bool_] = np.any(routed, axis=1)
-        seen = observer.see(self.layer, start, ids, weights, real) if observer else Seen()
-        event = self._event(ids, weights, rows, real, seen)
+        values = weights.float().numpy(force=True)
+        seen = observer.see(self.layer, start, ids, values, real) if observer else Seen()
+        event = self._event(ids, values, rows, real, seen)
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
         out = out.view(num_tokens, top_k, -1)
@@ -108,12 +109,11 @@ class ExpertsLayer:
     def _event(
         self,
         ids: NDArray[np.int64],
-        weights: torch.Tensor,
+        values: NDArray[np.float32],
         rows: NDArray[np.int64],
         real: NDArray[np.bool_],
         seen: Seen,
     ) -> Event:
-        values = weights.float().numpy(force=True)
         if not real.all():
             ids, values, rows = ids[real], values[real], rows[real]
         step = self._runtime.step

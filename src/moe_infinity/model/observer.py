@@ -108,7 +108,7 @@ class Observer:
         layer: int,
         start: int,
         ids: NDArray[np.int64],
-        weights: torch.Tensor,
+        weights: NDArray[np.float32],
         real: NDArray[np.bool_],
     ) -> Seen:
         """One layer's routing of the tokens from ``start`` on: ids and weights [T, K]; real: [T]
@@ -116,11 +116,11 @@ class Observer:
         seen = Seen()
         if self._taps is not None:
             seen = self._see_router(self._taps, layer, start, len(ids))
-        known = np.where((ids >= 0) & (ids < self.num_experts[layer]), ids, MISSING)
-        self._note(layer, start, {"ids": known, "logits": seen[0], "hidden": seen[1]})
         if self.trace is not None:
-            values = weights.float().numpy(force=True)
-            self.trace.record("weights", layer, start, values)
+            routed = (ids >= 0) & (ids < self.num_experts[layer])
+            known = ids if routed.all() else np.where(routed, ids, MISSING)
+            found = {"ids": known, "weights": weights, "logits": seen[0], "hidden": seen[1]}
+            self._note(layer, start, found)
         return seen if real.all() else Seen(*(v if v is None else v[real] for v in seen))
 
     def _see_router(self, taps: RouterTaps, layer: int, start: int, count: int) -> Seen:
