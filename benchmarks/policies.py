@@ -88,7 +88,7 @@ def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path
 
 def tasks_for(trace: Path, history: Path | None) -> list:
     from moe_infinity.policies import policy_names
-    from moe_infinity.predictors import predictor_names
+    from moe_infinity.predictors import AUTO_PREFETCH, predictor_names
     from moe_infinity.simulator.cost_model import Cost
     from moe_infinity.simulator.sweep import ORACLES, Task
 
@@ -102,14 +102,12 @@ def tasks_for(trace: Path, history: Path | None) -> list:
         for prefetch in predictor_names():
             if prefetch != "none":
                 tasks += [task(policy, prefetch, c, 1.0) for c in CAPACITIES]
-    for policy, prefetch in (("lru", "none"), ("next_use", "none"), ("next_use", BEST)):
+    for policy, prefetch in (("lru", "none"), ("next_use", "none"), ("next_use", AUTO_PREFETCH)):
         tasks += [
             task(policy, prefetch, c, link) for c in CAPACITIES for link in LINKS if link != 1
         ]
     return tasks
 
-
-BEST = "gate_lookahead"
 
 if __name__ == "__main__":
     main()

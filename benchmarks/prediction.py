@@ -56,14 +56,12 @@ def main() -> None:
 
 
 def accuracy_of(name: str, history, test) -> dict:
-    from moe_infinity.config import learned_path
     from moe_infinity.predictors import find_predictor
     from moe_infinity.simulator.accuracy import measure
-    from moe_infinity.simulator.replay import load_learned, teach
+    from moe_infinity.simulator.replay import recall, teach
 
     predictor = find_predictor(name)(test.shape)
-    if test.fingerprint:
-        load_learned(predictor, learned_path(test.fingerprint, name))
+    recall(predictor, name, test.fingerprint)
     teach(predictor, history)
     found = measure(test, predictor, DISTANCE)
     return {"recall": found.recall, "recall_extra": found.recall_extra, "asked": found.asked}

@@ -1,9 +1,14 @@
 """What every test shares: a private state folder, one torch thread, stable property tests."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from moe_infinity import MoE
+from support.checkpoints import tiny_checkpoint
+from support.engine import BUDGET
 
 settings.register_profile(
     "stable",
@@ -34,3 +39,15 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("engine") / "tiny")
+
+
+@pytest.fixture
+def moe(tiny: Path) -> Iterator[MoE]:
+    """The tiny model with 9 of its 24 experts in memory."""
+    with MoE(tiny, ram=BUDGET, ram_slots=9) as opened:
+        yield opened

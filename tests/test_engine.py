@@ -2,7 +2,6 @@
 
 import errno
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from moe_infinity.policies.lru import Policy as LruPolicy
 from moe_infinity.simulator.belady import optimal_misses
 from moe_infinity.stats import PhaseStats
 from moe_infinity.tracing.event import Event
-from support.checkpoints import dense_checkpoint, tiny_checkpoint
+from support.checkpoints import dense_checkpoint
 from support.engine import (
     BUDGET,
     IDS,
@@ -45,18 +44,6 @@ class Watching(LruPolicy):
     def on_event(self, event: Event) -> None:
         Watching.seen.append(event)
         super().on_event(event)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("engine") / "tiny")
-
-
-@pytest.fixture
-def moe(tiny: Path) -> Iterator[MoE]:
-    """The tiny model with 9 of its 24 experts in memory."""
-    with MoE(tiny, ram=BUDGET, ram_slots=9) as opened:
-        yield opened
 
 
 class TestOpening:

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from moe_infinity.errors import (
     ConfigError,
     ReadError,
 )
-from support.checkpoints import tiny_checkpoint, truncate, weights
+from support.checkpoints import truncate, weights
 from support.engine import (
     BUDGET,
     IDS,
@@ -29,18 +29,6 @@ from support.engine import (
     leaving_nothing,
     wait_until,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("engine") / "tiny")
-
-
-@pytest.fixture
-def moe(tiny: Path) -> Iterator[MoE]:
-    """The tiny model with 9 of its 24 experts in memory."""
-    with MoE(tiny, ram=BUDGET, ram_slots=9) as opened:
-        yield opened
 
 
 class TestOneAtATime:

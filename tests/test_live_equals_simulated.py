@@ -12,8 +12,8 @@ from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import find_predictor, predictor_names
 from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Settled
-from moe_infinity.simulator.cost_model import Cost
-from moe_infinity.simulator.replay import LoggedCarrier, Result, replay
+from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
+from moe_infinity.simulator.replay import Result, replay
 from moe_infinity.stats import PhaseCounters
 from moe_infinity.tracing.trace import Trace
 from moe_infinity.types import ExpertKey, Priority
@@ -50,6 +50,18 @@ class Watched:
         patch.setattr(hierarchy, "start", watched_start)
         patch.setattr(hierarchy, "looks_ahead", watched_looks)
         patch.setattr(hierarchy, "collect", watched_collect)
+
+
+class LoggedCarrier(SimulatedCarrier):
+    """Keeps every load begun, in order."""
+
+    def __init__(self, cost: Cost, top_k: int) -> None:
+        super().__init__(cost, top_k)
+        self.log: list[Load] = []
+
+    def start(self, loads: list[Load], priority: Priority) -> None:
+        self.log += loads
+        super().start(loads, priority)
 
 
 class RecordedCarrier(LoggedCarrier):

@@ -55,8 +55,9 @@ class Wiring:
         self._attach(modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
+        self._wish = predictor.foresight
         if self._wishes != Wishes():
-            self._runtime.observer = self._observer(predictor)
+            self._runtime.observer = self._observer()
         self._tap = StepTap(model, self._begin_step, self._end_step)
 
     def begin_request(self, request: Request) -> None:
@@ -69,10 +70,9 @@ class Wiring:
     @contextmanager
     def recording(self, wishes: Wishes, meta: dict[str, Any]) -> Iterator[TraceRecorder]:
         """Record every request until the end of the block; meta goes into the trace."""
-        observer = self._runtime.observer or self._observer(None)
+        observer = self._runtime.observer or self._observer()
         if observer.trace is not None:
             raise ConfigError("a trace is being recorded already; end that recording first")
-        before = observer.wishes if self._runtime.observer else Wishes()
         observer.ask(wishes)
         observer.trace = TraceRecorder(self._anatomy.shape, meta)
         observer.traced = wishes.foresight
@@ -81,8 +81,8 @@ class Wiring:
             yield observer.trace
         finally:
             observer.trace, observer.traced = None, ()
-            observer.drop(before)
-            if before == Wishes():
+            observer.drop(self._wishes)
+            if self._wishes == Wishes():
                 self._runtime.observer = None
 
     @property
@@ -104,14 +104,14 @@ class Wiring:
             )
             adapter.attach(module, experts.forward)
 
-    def _observer(self, predictor: ExpertPredictor | None) -> Observer:
+    def _observer(self) -> Observer:
         return Observer(
             self._model,
             [module.name for module in self._anatomy.experts],
             list(self._anatomy.shape.experts_per_layer),
             self._hierarchy,
             self._wishes,
-            predictor.foresight if predictor else None,
+            self._wish,
         )
 
     def _begin_step(self, step: Step) -> None:

@@ -16,18 +16,12 @@ from support.checkpoints import (
     bundled_links,
     dense_checkpoint,
     edit_config,
-    tiny_checkpoint,
     weights,
 )
 from support.command_line import Process, refused, run
 
 IDS = ("--ids", "1,2,3")
 PATIENCE_S = 120
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return tiny_checkpoint(tmp_path / "tiny")
 
 
 class TestNoModel:

@@ -15,7 +15,6 @@ from support.checkpoints import (
     edit_config,
     edit_header,
     first_expert,
-    tiny_checkpoint,
     truncate,
     weights,
 )
@@ -23,11 +22,6 @@ from support.command_line import Process, assert_refused, refused, run
 
 IDS = ("--ids", "1,2,3")
 PATIENCE_S = 120
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    return tiny_checkpoint(tmp_path / "tiny")
 
 
 class TestSpoiledFiles:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from moe_infinity.errors import ConfigError, TraceError
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import find_predictor
-from moe_infinity.simulator.belady import optimal_misses
+from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.cost_model import Cost
 from moe_infinity.simulator.replay import Result, lacks, replay, slots_of, teach
 from moe_infinity.tracing.trace import Trace
@@ -40,7 +39,7 @@ def run(trace: Trace, policy: str, capacity: float, prefetch: str = "none", **op
 
 
 def belady_hits(trace: Trace, capacity: float) -> float:
-    events = [(e.layer, e.experts.astype(np.int16)) for p in trace.passes() for e in p.events]
+    events = accesses_of(trace)
     misses = optimal_misses(events, sum(slots_of(trace.shape, capacity)), trace.shape.num_experts)
     return 1 - sum(misses) / sum(len(experts) for _, experts in events)
 
@@ -85,14 +84,14 @@ def test_no_policy_beats_the_offline_optimum(policy: str, seed: int, slots: int)
         find_predictor("none")(trace.shape),
         (slots,),
     )
-    events = [(e.layer, e.experts.astype(np.int16)) for p in trace.passes() for e in p.events]
+    events = accesses_of(trace)
     assert result.counters.misses >= sum(optimal_misses(events, slots, 6))
     assert result.counters.hits + result.counters.misses == 12 * 2 * 3
 
 
 def test_bypass_never_misses_more_than_forced_admission() -> None:
     trace = random_trace(num_layers=3, num_experts=8, top_k=2, tokens=60, seed=3)
-    events = [(e.layer, e.experts.astype(np.int16)) for p in trace.passes() for e in p.events]
+    events = accesses_of(trace)
     forced = sum(optimal_misses(events, 6, 8))
     assert sum(optimal_misses(events, 6, 8, bypass=True)) <= forced
 

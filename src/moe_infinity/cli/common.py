@@ -78,6 +78,19 @@ def require_suffix(option: str, path: Path, suffix: str) -> None:
         raise ConfigError(f"{option}: got {path}, expected a name ending in {suffix}")
 
 
+def parse_share(option: str, text: str) -> float:
+    """0.12 of ``12%`` or ``0.12``. Raises ConfigError unless it is above 0 and up to 1."""
+    try:
+        value = float(text.strip().removesuffix("%")) / (100 if "%" in text else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise ConfigError(
+            f"{option}: got {text!r}, expected shares above 0 and up to 100%, such as 25% or 0.25"
+        )
+    return value
+
+
 def print_json(value: dict[str, Any] | list[dict[str, Any]]) -> None:
     json.dump(value, sys.stdout)
     sys.stdout.write("\n")

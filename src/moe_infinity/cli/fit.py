@@ -47,7 +47,7 @@ def fit(
     member = _member(name)
     if output is not None:
         common.require_suffix("--output", output, ".safetensors")
-    share = _share(capacity)
+    share = common.parse_share("--capacity", capacity)
     from moe_infinity.tracing.join import concatenate
     from moe_infinity.tracing.trace_file import load_trace
 
@@ -148,14 +148,3 @@ def _require(trace: Trace, name: str, missing: str | None) -> None:
         f"{trace.name} holds no {missing}, which {name} learns from; record the trace with "
         f"moe-infinity trace {option}"
     )
-
-
-def _share(text: str) -> float:
-    """0.25 of ``25%`` or ``0.25``."""
-    try:
-        value = float(text.strip().removesuffix("%")) / (100 if "%" in text else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise ConfigError(f"--capacity: got {text!r}, expected a share such as 25% or 0.25")
-    return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,7 +55,7 @@ def simulate(
         traces,
         _names("--policy", policy, [*policy_names(), *ORACLES]),
         _names("--prefetch", prefetch.replace("auto", AUTO_PREFETCH), predictor_names()),
-        [_share(text) for text in capacity.split(",")],
+        [common.parse_share("--capacity", text) for text in capacity.split(",")],
         scope=scope,
         phase=phase,
         cost=Cost(load_s=load_ms / 1e3, layer_s=layer_ms / 1e3),
@@ -92,11 +93,11 @@ def _run_with_bar(tasks: list[Any], processes: int | None, quiet: bool) -> list[
 def _say_notes(tasks: list[Task], rows: list[Row]) -> None:
     """On standard error: why a row is empty, what was learned before, what costs nothing."""
     notes: dict[str, None] = {}
+    load = functools.cache(load_trace)  # of the size of router inputs, and rows are many
     for task, row in zip(tasks, rows, strict=True):
         if row["hits"] == NOT_AVAILABLE:
-            lost = lacks(
-                load_trace(task.trace), find_policy(task.policy), find_predictor(task.prefetch)
-            )
+            members = find_policy(task.policy), find_predictor(task.prefetch)
+            lost = lacks(load(task.trace), *members)
             notes[
                 f"{row['trace']} holds no {lost}, which {task.prefetch} needs: n/a (see "
                 f"moe-infinity trace --help)"
@@ -142,19 +143,6 @@ def _names(option: str, text: str, known: list[str]) -> list[str]:
         elif name not in ORACLES:
             find_policy(name)
     return names
-
-
-def _share(text: str) -> float:
-    """0.12 of ``12%`` or ``0.12``."""
-    try:
-        value = float(text.strip().removesuffix("%")) / (100 if "%" in text else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 < value <= 1:
-        raise ConfigError(
-            f"--capacity: got {text!r}, expected shares above 0 and up to 100%, such as 12%,25%"
-        )
-    return value
 
 
 def _choice(option: str, got: str, known: tuple[str, ...]) -> None:

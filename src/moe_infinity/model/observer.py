@@ -43,8 +43,8 @@ class Observer:
     names: list[str]
     num_experts: list[int]
     hierarchy: Hierarchy
-    wishes: Wishes = Wishes()  # noqa: RUF009 (frozen)
-    wish: Foresight | None = None
+    wishes: Wishes
+    wish: Foresight | None
     trace: TraceRecorder | None = None
     traced: tuple[Foresight, ...] = ()  # the trace's
     fault: str | None = None
@@ -85,9 +85,10 @@ class Observer:
                 for layer, block in enumerate(self._taps.blocks)
             ]
         if not wanted:
-            for handle in (*self._handles, *self._norm_handles):
+            self._stop_watching_norms()
+            for handle in self._handles:
                 handle.remove()
-            self._handles, self._norm_handles = [], []
+            self._handles = []
 
     def begin_step(self, step: Step) -> NDArray[np.float32] | None:
         """A forward pass starts; returns the embeddings [T, H] of its tokens, where asked for."""

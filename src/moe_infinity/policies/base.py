@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_infinity.errors import ConfigError
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, ExpertShape, Phase
 
@@ -78,9 +79,9 @@ class CachePolicy(ABC):
         """Tune what the policy lets one tune and save to ``path`` what ``load`` reads.
 
         misses_of: replays the fitting trace with a fresh policy. Returns measures of the fit by
-        name. Raises NotImplementedError where nothing is tuned.
+        name. Raises ConfigError where nothing is tuned.
         """
-        raise NotImplementedError(f"{cls.__module__} has nothing to fit")
+        raise ConfigError(f"{cls.__module__} has nothing to fit; choose a policy that learns")
 
     def load(self, path: Path) -> None:
         """Read what ``fit`` wrote; raises TraceError where it cannot be used."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.simulator.replay import begin_pass, foresight_of
+from moe_infinity.simulator.replay import show, watched
 from moe_infinity.tracing.trace import Trace
 
 EXTRA = 2  # guesses beyond top-k in the second measure
@@ -36,13 +36,9 @@ def measure(trace: Trace, predictor: ExpertPredictor, max_distance: int) -> Accu
     sums = np.zeros((2, max_distance))
     asked = np.zeros(max_distance, dtype=np.int64)
     said: deque[NDArray[np.float64] | None] = deque(maxlen=max_distance)  # newest first
-    for number, each in enumerate(trace.passes()):
+    for each in watched(predictor, trace):
         if each.starts_request:
-            if number:
-                predictor.end_request()
-            predictor.begin_request()
             said.clear()
-        begin_pass(predictor, each)
         for event in each.events:
             if each.phase == "decode" and len(event.experts):
                 for distance, rows in enumerate(said):
@@ -51,14 +47,10 @@ def measure(trace: Trace, predictor: ExpertPredictor, max_distance: int) -> Accu
                     asked[distance] += 1
                     hits = _found(rows[distance], event.experts, trace.shape.top_k)
                     sums[:, distance] += np.array(hits) / len(event.experts)
-            predictor.observe(event)
-            foreseen = foresight_of(each, predictor, event.layer)
-            if foreseen is not None:
-                predictor.foresee(event.layer, foreseen)
+            show(predictor, each, event)
             scores = predictor.predict()
             coming = (event.layer + 1 + np.arange(max_distance)) % num_layers
             said.appendleft(None if scores is None else scores[coming].copy())
-    predictor.end_request()
     means = sums / np.maximum(asked, 1)
     return Accuracy(_list(means[0], asked), _list(means[1], asked), asked.tolist())
 

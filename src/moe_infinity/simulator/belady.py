@@ -14,7 +14,18 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_infinity.tracing.trace import Trace
+
 _NEVER = 2**62
+
+
+def accesses_of(trace: Trace) -> list[tuple[int, NDArray[np.int16]]]:
+    """(layer, distinct experts) of every event of a trace, in order."""
+    return [
+        (event.layer, event.experts.astype(np.int16))
+        for each in trace.passes()
+        for event in each.events
+    ]
 
 
 def optimal_misses(

@@ -52,7 +52,6 @@ class SimulatedCarrier(Carrier):
     top_k: int
     now_s: float = 0.0
     stall_s: float = 0.0
-    busy_s: float = 0.0  # of the link
     _queues: dict[Priority, deque[_Job]] = field(
         default_factory=lambda: {priority: deque() for priority in Priority}
     )
@@ -143,7 +142,6 @@ class SimulatedCarrier(Carrier):
             job = queue.popleft()
             chunk_s = self.cost.load_s / self.cost.num_chunks
             first_byte_s = max(self.now_s, job.begun_s + self.cost.latency_s)
-            self.busy_s += chunk_s
             self._reading, self._chunk_ends_s = job, first_byte_s + chunk_s
             if self._chunk_ends_s <= self.now_s:
                 self._end_chunk()

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_infinity.policies import find_policy
 from moe_infinity.predictors import find_predictor
-from moe_infinity.simulator.belady import optimal_misses
+from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.replay import replay, slots_of
 from moe_infinity.tracing.trace import Trace
 
@@ -60,11 +60,7 @@ def hit_curve(trace: Trace, max_events: int, capacities: Sequence[float] = CAPAC
     Capacities below one token's experts of a layer are left out.
     """
     part = _first_passes(trace, max(1, max_events // trace.shape.num_layers))
-    events = [
-        (event.layer, event.experts.astype(np.int16))
-        for each in part.passes()
-        for event in each.events
-    ]
+    events = accesses_of(part)
     num_uses = max(1, sum(len(experts) for _, experts in events))
     distinct = {(layer, expert) for layer, experts in events for expert in experts.tolist()}
     ceiling = 1 - len(distinct) / num_uses

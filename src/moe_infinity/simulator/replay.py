@@ -3,54 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from moe_infinity.config import learned_path
 from moe_infinity.errors import ConfigError, TraceError
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
-from moe_infinity.residency.residency import Load, Residency
+from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
 from moe_infinity.stats import Counters, PhaseCounters
+from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.trace import Trace, TracePass
-from moe_infinity.types import ExpertShape, Priority
+from moe_infinity.types import ExpertShape
 
 Scope = Literal["global", "layer"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a replay counted, both phases together, and the seconds it took on its own clock."""
+    """What a replay counted, both phases together, and the seconds it waited on its own clock."""
 
     counters: PhaseCounters
     stall_s: float
-    wall_s: float
-    num_slots: int
-    prefetch_off: bool = False  # the waste meter had switched prefetching off in the end
 
     @property
     def hit_rate(self) -> float | None:
         c = self.counters
         total = c.hits + c.late + c.misses
         return c.hits / total if total else None
-
-
-@dataclass
-class LoggedCarrier(SimulatedCarrier):
-    """Keeps every load begun, in order: what a live run is compared with."""
-
-    log: list[Load] = field(default_factory=list)
-
-    def start(self, loads: list[Load], priority: Priority) -> None:
-        self.log += loads
-        super().start(loads, priority)
 
 
 def slots_of(shape: ExpertShape, capacity: float, scope: Scope = "global") -> tuple[int, ...]:
@@ -95,8 +82,7 @@ def replay(
     pools = tuple(range(shape.num_layers)) if len(slots) > 1 else (0,) * shape.num_layers
     directory = Directory(shape, tuple(slots), pools)
     residency = Residency(directory, policy, Counters([1] * shape.num_layers))
-    planner = PrefetchPlanner(predictor, directory)
-    runner = EventRunner(residency, planner)
+    runner = EventRunner(residency, PrefetchPlanner(predictor, directory))
     carrier = carrier or SimulatedCarrier(cost or Cost(), shape.top_k)
     passes = list(trace.passes())
     if predictor.needs_future:
@@ -111,8 +97,7 @@ def replay(
     total = PhaseCounters()
     total.add(residency.counters.prefill)
     total.add(residency.counters.decode)
-    off = not planner.meter.is_on
-    return Result(total, carrier.stall_s, carrier.now_s, sum(slots), prefetch_off=off)
+    return Result(total, carrier.stall_s)
 
 
 def teach(predictor: ExpertPredictor, history: Trace) -> None:
@@ -126,18 +111,30 @@ def teach(predictor: ExpertPredictor, history: Trace) -> None:
         )
     if predictor.needs_future:
         return
-    for number, each in enumerate(history.passes()):
+    for each in watched(predictor, history):
+        for event in each.events:
+            show(predictor, each, event)
+
+
+def watched(predictor: ExpertPredictor, trace: Trace) -> Iterator[TracePass]:
+    """The trace's passes, one after the other; tells the predictor where requests and passes
+    begin and end. The events are for the caller to ``show``."""
+    for number, each in enumerate(trace.passes()):
         if each.starts_request:
             if number:
                 predictor.end_request()
             predictor.begin_request()
         begin_pass(predictor, each)
-        for event in each.events:
-            predictor.observe(event)
-            foreseen = foresight_of(each, predictor, event.layer)
-            if foreseen is not None:
-                predictor.foresee(event.layer, foreseen)
+        yield each
     predictor.end_request()
+
+
+def show(predictor: ExpertPredictor, each: TracePass, event: Event) -> None:
+    """Let a predictor learn from one event of a pass, and from the foresight recorded with it."""
+    predictor.observe(event)
+    foreseen = foresight_of(each, predictor, event.layer)
+    if foreseen is not None:
+        predictor.foresee(event.layer, foreseen)
 
 
 def begin_pass(predictor: ExpertPredictor, each: TracePass) -> None:
@@ -154,8 +151,10 @@ def foresight_of(each: TracePass, predictor: ExpertPredictor, layer: int) -> np.
     return each.foresight[wish.mode][:, layer, : wish.depth].astype(np.float32)
 
 
-def load_learned(member: CachePolicy | ExpertPredictor, path: Path | None) -> None:
-    """Give a policy or predictor what was learned for it, where there is such a file."""
+def recall(member: CachePolicy | ExpertPredictor, name: str, fingerprint: str | None) -> None:
+    """Give a policy or predictor what it learned of this model before, where there is a file."""
+    member.fingerprint = fingerprint or ""
+    path = learned_path(fingerprint, name) if fingerprint else None
     if path is not None and path.is_file():
         member.load(path)
 

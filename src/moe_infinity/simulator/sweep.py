@@ -6,21 +6,18 @@ import functools
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
-from moe_infinity.config import learned_path
 from moe_infinity.policies import find_policy
-from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import find_predictor
-from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.simulator.belady import optimal_misses
+from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.cost_model import Cost
-from moe_infinity.simulator.replay import Scope, lacks, load_learned, replay, slots_of, teach
+from moe_infinity.simulator.replay import Scope, lacks, recall, replay, slots_of, teach
 from moe_infinity.tracing.trace import Trace
 from moe_infinity.tracing.trace_file import load_trace
 from moe_infinity.types import ExpertShape
@@ -65,20 +62,25 @@ def tasks_of(
 def run(
     tasks: Sequence[Task],
     num_processes: int | None = None,
-    on_row: Callable[[], None] | None = None,
+    on_row: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """One row per task, in their order. Raises what a replay raised."""
     workers = min(len(tasks), num_processes or os.cpu_count() or 1)
     if workers <= 1:
-        return [row for task in tasks for row in _tell(row_of(task), on_row)]
+        _loaded.cache_clear()  # files may have changed since the last run in this process
+        _taught.cache_clear()
+        rows = []
+        for task in tasks:
+            rows.append(row_of(task))
+            on_row()
+        return rows
     # Fresh interpreters: a forked one would inherit whatever threads the caller has.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(row_of, task) for task in tasks]
         try:
             for future in as_completed(futures):
                 future.result()
-                if on_row is not None:
-                    on_row()
+                on_row()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for child in active_children():  # else a Ctrl-C would wait for their replays to end
@@ -89,7 +91,7 @@ def run(
 
 def row_of(task: Task) -> Row:
     """Replay one task."""
-    trace = load_trace(task.trace).of_phase(task.phase)
+    trace = _loaded(task.trace, task.phase)
     slots = slots_of(trace.shape, task.capacity, task.scope)
     row: Row = {
         "trace": trace.name,
@@ -108,7 +110,7 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     if lacks(trace, policy_class, predictor_class):
         return dict.fromkeys(names.split(), NOT_AVAILABLE)
     policy = policy_class(trace.shape, sum(slots), task.seed)
-    _recall(policy, task.policy, trace.fingerprint)
+    recall(policy, task.policy, trace.fingerprint)
     predictor = pickle.loads(
         _taught(task.prefetch, trace.shape, trace.fingerprint, task.history, task.seed)
     )
@@ -126,37 +128,36 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     }
 
 
+@functools.lru_cache(maxsize=2)
+def _loaded(path: Path, phase: str) -> Trace:
+    """Tasks come trace by trace, and a trace may be large: it is read once, not once per task."""
+    return load_trace(path).of_phase(phase)
+
+
 @functools.lru_cache(maxsize=32)
 def _taught(
     prefetch: str, shape: ExpertShape, fingerprint: str | None, history: Path | None, seed: int
 ) -> bytes:
     """A predictor that has watched ``history``, pickled: many replays begin with the same one."""
     predictor = find_predictor(prefetch)(shape, seed)
-    _recall(predictor, prefetch, fingerprint)
+    recall(predictor, prefetch, fingerprint)
     if history is not None:
         teach(predictor, load_trace(history))
     return pickle.dumps(predictor)
 
 
-def _recall(member: CachePolicy | ExpertPredictor, name: str, fingerprint: str | None) -> None:
-    """Give it what was learned for this model before, where there is such a file."""
-    member.fingerprint = fingerprint or ""
-    load_learned(member, learned_path(fingerprint, name) if fingerprint else None)
-
-
 def _bound(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     """Misses that no policy can avoid; what they stall is not simulated."""
-    events = [(e.layer, e.experts.astype("int16")) for p in trace.passes() for e in p.events]
+    events = accesses_of(trace)
+    pools = [events]
+    if len(slots) > 1:
+        pools = [[e for e in events if e[0] == layer] for layer in range(len(slots))]
     bypass = task.policy == "belady_bypass"
     num_experts = trace.shape.num_experts
-    if len(slots) == 1:
-        misses = sum(optimal_misses(events, slots[0], num_experts, bypass=bypass))
-    else:
-        misses = sum(
-            sum(optimal_misses(own, pool, num_experts, bypass=bypass))
-            for layer, pool in enumerate(slots)
-            if (own := [event for event in events if event[0] == layer])
-        )
+    misses = sum(
+        sum(optimal_misses(own, count, num_experts, bypass=bypass))
+        for own, count in zip(pools, slots, strict=True)
+    )
     total = sum(len(experts) for _, experts in events)
     return {
         "hits": total - misses,
@@ -168,9 +169,3 @@ def _bound(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
         "wasted_loads": 0,
         "stall_s": NOT_AVAILABLE,
     }
-
-
-def _tell(row: Row, on_row: Callable[[], None] | None) -> Iterator[Row]:
-    if on_row is not None:
-        on_row()
-    yield row

@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_infinity.errors import TraceError
 from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.simulator.replay import begin_pass, foresight_of
+from moe_infinity.simulator.replay import show, watched
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.trace import Trace
 
@@ -40,23 +40,16 @@ def recall(
     """
     found: list[float] = []
     num_events = num_passes = 0
-    for each in trace.passes():
-        if each.starts_request:
-            predictor.end_request()
-            predictor.begin_request()
-        begin_pass(predictor, each)
+    for each in watched(predictor, trace):
         for event in each.events:
             if each.phase == "decode":
                 num_events += 1
                 found += _judged(predictor, event)
-            predictor.observe(event)
-            foreseen = foresight_of(each, predictor, event.layer)
-            if foreseen is not None:
-                predictor.foresee(event.layer, foreseen)
+            show(predictor, each, event)
         num_passes += each.phase == "decode"
         if num_passes == most_passes:
+            predictor.end_request()
             break
-    predictor.end_request()
     return float(np.mean(found)) if found else 0.0, len(found) / max(num_events, 1)
 
 
