@@ -118,7 +118,9 @@ def ours(args: argparse.Namespace) -> dict:
             "tokens_per_s": stats.tokens_per_s,
             "ttft_s": stats.ttft_s,
             "hit_rate": decode.hit_rate,
-            "decode_read_bytes_per_token": decode.demand_bytes / decode.num_tokens,
+            "decode_read_bytes_per_token": (decode.demand_bytes + decode.prefetch_bytes)
+            / decode.num_tokens,
+            "decode_prefetch_bytes_per_token": decode.prefetch_bytes / decode.num_tokens,
             "stall_s": decode.stall_s,
             "compute_s": decode.compute_s,
             "wall_s": decode.wall_s,
