@@ -54,6 +54,8 @@ def main() -> None:
 
         rows = run(tasks, args.processes, on_row=count)
     for row, task in zip(rows, tasks, strict=True):
+        if faults := row.pop("faults", None):
+            sys.exit(f"{task}: {faults}")
         row |= {"link": task.cost.load_s, "commit": provenance()["commit"]}
     if args.only:
         rows = renewed(rows)

@@ -9,9 +9,11 @@ import torch
 import transformers
 
 from moe_infinity import MoE, bundled_model_path
+from moe_infinity.config import learned_path
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.policies import policy_names
 from moe_infinity.predictors import find_predictor, predictor_names
+from moe_infinity.training import learned, sequence
 from support.checkpoints import tiny_checkpoint
 
 BUDGET = "8GiB"
@@ -76,15 +78,35 @@ def stock_in_float32() -> Any:
     return stock(bundled_model_path(), "float32")
 
 
+@pytest.fixture(scope="module")
+def _taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state folder in which whatever can be fitted has been fitted to the bundled model."""
+    folder = tmp_path_factory.mktemp("taught")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_INFINITY_STATE_DIR", str(folder))
+        with MoE(bundled_model_path(), ram=BUDGET) as moe, moe.recording(hidden=True) as recorder:
+            for seed in range(3):
+                moe.generate(prompt(40, seed), max_new_tokens=8)
+            trace, identity = recorder.trace(), moe.checkpoint.identity
+        for name, training in (("learned", learned), ("sequence", sequence)):
+            training.train(trace, learned_path(identity, name))
+        yield
+
+
+@pytest.mark.usefixtures("_taught")
 @pytest.mark.parametrize("prefetch", PREDICTORS)
 def test_bit_identical_whatever_is_loaded_ahead(
     references: dict[str, list[torch.Tensor]], prefetch: str
 ) -> None:
     with MoE(bundled_model_path(), ram=BUDGET, ram_slots=48, prefetch=prefetch) as moe:
-        for _ in range(2):  # the second time it has learned something
+        for _ in range(3):  # then it has learned something
+            moe.generate(prompt(8), max_new_tokens=4)
             got = steps(moe, moe.new_cache)
             pairs = zip(got, references["bfloat16"], strict=True)
             assert all(torch.equal(one, other) for one, other in pairs)
+        stats = moe.stats(total=True)
+        assert not stats.faults
+        assert (stats.decode.prefetch_bytes > 0) is (prefetch != "none")
 
 
 @pytest.mark.parametrize(("dtype", "policy", "num_slots"), SETTINGS)

@@ -118,7 +118,7 @@ class Wiring:
         step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
         observer = self._runtime.observer
         embeddings = observer.begin_step(step) if observer else None
-        self._hierarchy.begin_pass(step.phase, embeddings)
+        self._hierarchy.begin_pass(step.phase, embeddings, step.real_ids())
         now = self._hierarchy.counters.now
         now.num_passes += 1
         now.num_tokens += step.num_rows * step.length

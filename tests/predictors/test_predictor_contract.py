@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from moe_infinity.errors import TraceError
 from moe_infinity.predictors import find_predictor, predictor_names
 from moe_infinity.predictors.base import ExpertPredictor
 from support.routing import event, grid, random_decode
@@ -52,6 +55,31 @@ def test_saved_state_can_be_loaded(name: str, tmp_path: Path) -> None:
     predictor.save(tmp_path / "learned")
     if (tmp_path / "learned").exists():
         find_predictor(name)(SHAPE).load(tmp_path / "learned")
+
+
+def test_learned_arrays_of_other_dimensions_are_refused(name: str, tmp_path: Path) -> None:
+    predictor: ExpertPredictor = find_predictor(name)(SHAPE)
+    path = tmp_path / "learned"
+    for _ in range(2):
+        predictor.begin_request()
+        predictor.begin_pass("decode", np.ones((1, 4), np.float32), np.array([7]))
+        for layer in range(3):
+            predictor.observe(event(layer, [2], 8))
+        predictor.end_request()
+    predictor.save(path)
+    if not path.exists():
+        return
+    with safe_open(path, "np") as file:
+        header = file.metadata()
+        arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    for key, array in arrays.items():
+        wider = np.concatenate([array, array[..., :1]], axis=-1)
+        broken = {k: v for k, v in arrays.items() if k != key}
+        for change in ({key: wider}, {key: array[None]}, {}):
+            save_file(broken | change, path, header)
+            if array.ndim > 1 or len(arrays) == 1 or wider.ndim != array.ndim or not change:
+                with pytest.raises(TraceError, match=key):
+                    find_predictor(name)(SHAPE).load(path)
 
 
 def test_sees_no_tensors_and_stays_short(name: str) -> None:

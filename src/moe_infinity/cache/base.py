@@ -28,8 +28,14 @@ class Hierarchy(ABC):
         """The request is over, well or not."""
 
     @abstractmethod
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
-        """A forward pass starts. embeddings: [T, H] of its tokens, where a predictor asks."""
+    def begin_pass(
+        self,
+        phase: Phase,
+        embeddings: NDArray[np.float32] | None = None,
+        token_ids: NDArray[np.int64] | None = None,
+    ) -> None:
+        """A forward pass starts. embeddings: [T, H] of its tokens, where a predictor asks.
+        token_ids: [T], where they are known."""
 
     @abstractmethod
     def run_event(

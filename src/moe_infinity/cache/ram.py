@@ -65,8 +65,19 @@ class RamHierarchy(Hierarchy, Carrier):
     def end_request(self) -> None:
         self.runner.end_request()
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
-        self.runner.begin_pass(phase, embeddings)
+    def begin_pass(
+        self,
+        phase: Phase,
+        embeddings: NDArray[np.float32] | None = None,
+        token_ids: NDArray[np.int64] | None = None,
+    ) -> None:
+        try:
+            self._is_clean = False
+            self.runner.begin_pass(phase, self, embeddings, token_ids)
+            self._is_clean = True
+        except BaseException:
+            self._abort()
+            raise
 
     def run_event(
         self, event: Event, compute: Compute, foreseen: NDArray[np.float32] | None = None

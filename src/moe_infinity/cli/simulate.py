@@ -10,12 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from moe_infinity.cli import common
+from moe_infinity.config import learned_path
 from moe_infinity.errors import ConfigError
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor, predictor_names
 from moe_infinity.simulator.cost_model import Cost
 from moe_infinity.simulator.replay import lacks
-from moe_infinity.simulator.sweep import NOT_AVAILABLE, ORACLES, Row, Task, run, tasks_of
+from moe_infinity.simulator.sweep import FAULTS, NOT_AVAILABLE, ORACLES, Row, Task, run, tasks_of
 from moe_infinity.tracing.trace_file import load_trace
 
 
@@ -95,6 +96,15 @@ def _say_notes(tasks: list[Task], rows: list[Row]) -> None:
     notes: dict[str, None] = {}
     load = functools.cache(load_trace)  # of the size of router inputs, and rows are many
     for task, row in zip(tasks, rows, strict=True):
+        for fault in row.pop(FAULTS, []):
+            notes[fault] = None
+        fingerprint = load(task.trace).fingerprint
+        for name in (task.policy, task.prefetch):
+            if fingerprint and learned_path(fingerprint, name).is_file():
+                notes[
+                    f"{name} began with what it had learned of this model: "
+                    f"{learned_path(fingerprint, name)}"
+                ] = None
         if row["hits"] == NOT_AVAILABLE:
             members = find_policy(task.policy), find_predictor(task.prefetch)
             lost = lacks(load(task.trace), *members)

@@ -91,14 +91,17 @@ class Observer:
             self._handles = []
 
     def begin_step(self, step: Step) -> NDArray[np.float32] | None:
-        """A forward pass starts; returns the embeddings [T, H] of its tokens, where asked for."""
+        """A forward pass starts; returns the embeddings [T, H] of its tokens, padding left out,
+        where asked for."""
         self._step = step
         embeddings = self._embed(step) if self.wishes.embeddings else None
         if self.trace is not None:
             rows = step.request_rows(step.num_rows * step.length)
             ids = step.token_ids
             self.trace.begin_pass(step.number, step.phase, rows, step.is_real, ids, embeddings)
-        return embeddings
+        if embeddings is None or step.is_real is None:
+            return embeddings
+        return embeddings[step.is_real]
 
     def end_step(self) -> None:
         if self.trace is not None:

@@ -35,6 +35,12 @@ class Step:
         """The mask if it is about these tokens; a layer that sees others (images) has none."""
         return self.is_real if num_tokens == self.num_rows * self.length else None
 
+    def real_ids(self) -> NDArray[np.int64] | None:
+        """[T] ids of the tokens that are not padding, where they are known."""
+        if self.token_ids is None or self.is_real is None:
+            return self.token_ids
+        return self.token_ids[self.is_real]
+
     def request_rows(self, num_tokens: int) -> NDArray[np.int64]:
         """[num_tokens] row of the batch of each token."""
         if num_tokens != self.num_rows * self.length:

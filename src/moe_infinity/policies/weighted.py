@@ -80,4 +80,6 @@ class Policy(CachePolicy):
         return found | {"misses": float(min(misses)), "misses_lru": float(misses[0])}
 
     def load(self, path: Path) -> None:
-        self.weights = load_state(path, _FORM, self.shape, self.fingerprint)["weights"]
+        self.weights = load_state(
+            path, _FORM, self.shape, self.fingerprint, {"weights": (len(_WEIGHTS),)}
+        )["weights"]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import Embeddings, ExpertPredictor, TokenIds
 from moe_infinity.predictors.none import Predictor as Nothing
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import Phase
@@ -33,8 +33,8 @@ class GuardedPredictor(ExpertPredictor):
     def begin_request(self) -> None:
         self._tell(lambda predictor: predictor.begin_request())
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None) -> None:
-        self._tell(lambda predictor: predictor.begin_pass(phase, embeddings))
+    def begin_pass(self, phase: Phase, embeddings: Embeddings, ids: TokenIds = None) -> None:
+        self._tell(lambda predictor: predictor.begin_pass(phase, embeddings, ids))
 
     def observe(self, event: Event) -> None:
         self._tell(lambda predictor: predictor.observe(event))

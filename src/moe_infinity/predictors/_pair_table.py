@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_infinity.tracing.state_tensors import Dims
+
 _MOST_USES = 30_000  # then a pair's counts are halved: they are 16 bits wide
 
 
@@ -47,6 +49,10 @@ class PairTable:
         pairs = np.array(list(self._rows), dtype=np.int64)
         size = len(pairs)
         return {"pairs": pairs, "counts": self._counts[:size], "pair_uses": self._uses[:size]}
+
+    def dims(self) -> dict[str, Dims]:
+        """Of ``arrays``, for ``load_state``."""
+        return {"pairs": ("n",), "counts": ("n", self._counts.shape[1]), "pair_uses": ("n",)}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         pairs = arrays["pairs"][: len(self._uses)].tolist()

@@ -19,6 +19,10 @@ ForesightMode = Literal["raw", "residual", "next_norm"]
 FORESIGHT_MODES: tuple[ForesightMode, ...] = ("raw", "residual", "next_norm")
 
 
+Embeddings = NDArray[np.float32] | None
+TokenIds = NDArray[np.int64] | None
+
+
 class Foresight(NamedTuple):
     """A predictor's wish to be shown what the next ``depth`` layers' routers say already now."""
 
@@ -65,8 +69,11 @@ class ExpertPredictor(ABC):
     def begin_request(self) -> None:
         """A new request starts."""
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None) -> None:
-        """A forward pass starts. embeddings: [T, H] of its tokens, where asked for."""
+    def begin_pass(self, phase: Phase, embeddings: Embeddings, ids: TokenIds = None) -> None:
+        """A forward pass starts; what it predicts now is loaded before the first layer runs.
+
+        embeddings: [T, H] of its tokens, where asked for. ids: [T] theirs, where they are known.
+        """
 
     @abstractmethod
     def observe(self, event: Event) -> None:

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from moe_infinity.predictors._map_store import MapStore
 from moe_infinity.predictors._networks import mean_probabilities
-from moe_infinity.predictors.base import ExpertPredictor, Memory
+from moe_infinity.predictors.base import Embeddings, ExpertPredictor, Memory, TokenIds
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.state_tensors import load_state, save_state
 from moe_infinity.types import ExpertShape, Phase
 
 CAPACITY = 1000  # the paper: little is gained beyond
 FIRST_LAYERS = 3  # the paper's d for Mixtral
-_START, _MEMORY = 0.5, 0.02
-_FORM = "expert_map"
+_START, _MEMORY, _FORM = 0.5, 0.02, "expert_map"
 
 
 class Predictor(ExpertPredictor):
@@ -45,7 +44,7 @@ class Predictor(ExpertPredictor):
         self._scores = None
         self.store.drop()
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None) -> None:
+    def begin_pass(self, phase: Phase, embeddings: Embeddings, ids: TokenIds = None) -> None:
         self.end_request()
         if phase == "prefill" or embeddings is None or not len(embeddings):
             return
@@ -82,9 +81,10 @@ class Predictor(ExpertPredictor):
             save_state(path, _FORM, arrays, self.shape, self.fingerprint)
 
     def load(self, path: Path) -> None:
-        arrays = load_state(path, _FORM, self.shape, self.fingerprint)
-        self.store.restore(arrays["maps"], arrays["meanings"])
-        self._truth = arrays["truth"]
+        dims = {"maps": ("n", *self.grid), "meanings": ("n", "m"), "truth": self._truth.shape}
+        found = load_state(path, _FORM, self.shape, self.fingerprint, dims)
+        self.store.restore(found["maps"], found["meanings"])
+        self._truth = found["truth"]
 
     def _say(self, similar: NDArray[np.float32], first: int, end: int, found: int) -> None:
         """Chances of layers first to end from the most similar entry."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from moe_infinity.predictors._networks import any_of, check_width, sigmoid
 from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
-from moe_infinity.tracing.state_tensors import load_state
+from moe_infinity.tracing.state_tensors import Dims, load_state
 from moe_infinity.types import ExpertShape
 
 STRIDE = 2  # layers ahead that a network speaks about
@@ -62,4 +62,11 @@ class Predictor(ExpertPredictor):
         return sigmoid(inner @ w2 + b2).reshape(len(inputs), STRIDE, self.grid[1])
 
     def load(self, path: Path) -> None:
-        self.networks = load_state(path, FORM, self.shape, self.fingerprint)
+        layers, experts = self.grid
+        expected: dict[str, Dims] = {
+            "w1": (layers, "hidden", "inner"),
+            "b1": (layers, "inner"),
+            "w2": (layers, "inner", STRIDE * experts),
+            "b2": (layers, STRIDE * experts),
+        }
+        self.networks = load_state(path, FORM, self.shape, self.fingerprint, expected)

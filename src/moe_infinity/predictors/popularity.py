@@ -39,5 +39,6 @@ class Predictor(ExpertPredictor):
         save_state(path, _FORM, arrays, self.shape, self.fingerprint)
 
     def load(self, path: Path) -> None:
-        arrays = load_state(path, _FORM, self.shape, self.fingerprint)
+        expected = {"uses": self.grid, "passes": self._passes.shape}
+        arrays = load_state(path, _FORM, self.shape, self.fingerprint, expected)
         self._uses, self._passes = arrays["uses"], arrays["passes"]

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.predictors._networks import check_width, lstm_cell, sigmoid, sparsemax
-from moe_infinity.predictors.base import ExpertPredictor, Memory
+from moe_infinity.predictors.base import Embeddings, ExpertPredictor, Memory, TokenIds
 from moe_infinity.tracing.event import Event
-from moe_infinity.tracing.state_tensors import load_state
+from moe_infinity.tracing.state_tensors import Dims, load_state
 from moe_infinity.types import ExpertShape, Phase
 
 WINDOW = 64  # tokens that attention sees
@@ -47,7 +47,7 @@ class Predictor(ExpertPredictor):
         self._outputs, self._cells = [], []
         self._window.clear()
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None) -> None:
+    def begin_pass(self, phase: Phase, embeddings: Embeddings, ids: TokenIds = None) -> None:
         self._scores = None
         if embeddings is None or not self.network:
             return
@@ -82,4 +82,9 @@ class Predictor(ExpertPredictor):
         return scores
 
     def load(self, path: Path) -> None:
-        self.network = load_state(path, FORM, self.shape, self.fingerprint)
+        keys = self.grid[0] * self.grid[1]
+        expected: dict[str, Dims] = {"in": ("hidden", "width"), "in_bias": ("width",)}
+        for layer in range(DEPTH):
+            expected |= {f"lstm{layer}": ("both", "gates"), f"lstm{layer}_bias": ("gates",)}
+        expected |= {"out": ("width", keys), "out_bias": (keys,)}
+        self.network = load_state(path, FORM, self.shape, self.fingerprint, expected)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.predictors.base import ExpertPredictor, Memory
 from moe_infinity.tracing.event import Event
-from moe_infinity.tracing.state_tensors import load_state, save_state
+from moe_infinity.tracing.state_tensors import Dims, load_state, save_state
 from moe_infinity.types import ExpertShape
 
 _FORM = "transition"
@@ -67,9 +67,13 @@ class Predictor(ExpertPredictor):
         save_state(path, _FORM, arrays, self.shape, self.fingerprint)
 
     def load(self, path: Path) -> None:
-        arrays = load_state(path, _FORM, self.shape, self.fingerprint)
+        arrays = load_state(path, _FORM, self.shape, self.fingerprint, self._dims())
         self._follow, self._uses = arrays["follow"], arrays["uses"]
         self._total = arrays["total"]
+
+    def _dims(self) -> dict[str, Dims]:
+        arrays = {"follow": self._follow, "uses": self._uses, "total": self._total}
+        return {name: array.shape for name, array in arrays.items()}
 
     @staticmethod
     def _combine(chances: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -57,7 +57,8 @@ class Predictor(transition.Predictor):
         save_state(path, _FORM, arrays, self.shape, self.fingerprint)
 
     def load(self, path: Path) -> None:
-        arrays = load_state(path, _FORM, self.shape, self.fingerprint)
+        expected = self._dims() | self._table.dims()
+        arrays = load_state(path, _FORM, self.shape, self.fingerprint, expected)
         self._follow, self._uses, self._total = (arrays[n] for n in ("follow", "uses", "total"))
         self._table.restore(arrays)
 

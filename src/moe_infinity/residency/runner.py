@@ -86,11 +86,21 @@ class EventRunner:
         self.residency.policy.end_request()
         self.planner.predictor.end_request()
 
-    def begin_pass(self, phase: Phase, embeddings: NDArray[np.float32] | None = None) -> None:
+    def begin_pass(
+        self,
+        phase: Phase,
+        carrier: Carrier,
+        embeddings: NDArray[np.float32] | None = None,
+        token_ids: NDArray[np.int64] | None = None,
+    ) -> None:
+        """A forward pass starts: load ahead what its tokens alone say of its first layers."""
         self.residency.begin_pass(phase)
         if phase == "prefill":
             self.residency.room.protect(np.empty(0, dtype=np.int64))
-        self.planner.predictor.begin_pass(phase, embeddings)
+        self.planner.predictor.begin_pass(phase, embeddings, token_ids)
+        if phase == "decode" and carrier.looks_ahead():
+            self._collect(carrier)
+            self._load_ahead(self.residency.directory.shape.num_layers - 1, phase, carrier)
 
     def run(
         self, event: Event, carrier: Carrier, foreseen: NDArray[np.float32] | None = None

@@ -138,9 +138,14 @@ def show(predictor: ExpertPredictor, each: TracePass, event: Event) -> None:
 
 
 def begin_pass(predictor: ExpertPredictor, each: TracePass) -> None:
-    wanted = predictor.needs_embeddings and each.embeddings is not None
-    embeddings = each.embeddings.astype(np.float32) if wanted else None  # type: ignore[union-attr]
-    predictor.begin_pass(each.phase, embeddings)
+    predictor.begin_pass(each.phase, embeddings_of(each, predictor), each.token_ids)
+
+
+def embeddings_of(each: TracePass, predictor: ExpertPredictor) -> np.ndarray | None:
+    """[T, H] of a pass's tokens, if the predictor asks for them and its trace holds them."""
+    if not predictor.needs_embeddings or each.embeddings is None:
+        return None
+    return each.embeddings.astype(np.float32)
 
 
 def foresight_of(each: TracePass, predictor: ExpertPredictor, layer: int) -> np.ndarray | None:
@@ -161,8 +166,7 @@ def recall(member: CachePolicy | ExpertPredictor, name: str, fingerprint: str | 
 
 def _replay_pass(each: TracePass, runner: EventRunner, carrier: SimulatedCarrier) -> None:
     predictor = runner.planner.predictor
-    runner.residency.begin_pass(each.phase)
-    begin_pass(predictor, each)
+    runner.begin_pass(each.phase, carrier, embeddings_of(each, predictor), each.token_ids)
     runner.residency.counters.now.num_passes += 1
     runner.residency.counters.now.num_tokens += (
         len(each.events[0].top_k_index) if each.events else 0

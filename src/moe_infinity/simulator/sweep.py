@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_infinity.policies import find_policy
+from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.predictors import find_predictor
+from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.cost_model import Cost
 from moe_infinity.simulator.replay import Scope, lacks, recall, replay, slots_of, teach
@@ -24,6 +26,7 @@ from moe_infinity.types import ExpertShape
 
 ORACLES = ("belady", "belady_bypass")  # bounds, not policies: no live cache knows the future
 NOT_AVAILABLE = "n/a"
+FAULTS = "faults"  # of a row: what failed and was replaced, as in a live run; not always there
 Row = dict[str, Any]
 _FREE = Cost()
 
@@ -109,13 +112,16 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     names = "hits misses late hit_rate demand_loads proactive_loads wasted_loads stall_s"
     if lacks(trace, policy_class, predictor_class):
         return dict.fromkeys(names.split(), NOT_AVAILABLE)
-    policy = policy_class(trace.shape, sum(slots), task.seed)
+    policy = GuardedPolicy(policy_class(trace.shape, sum(slots), task.seed))
     recall(policy, task.policy, trace.fingerprint)
     predictor = pickle.loads(
         _taught(task.prefetch, trace.shape, trace.fingerprint, task.history, task.seed)
     )
+    if not predictor.needs_future:
+        predictor = GuardedPredictor(predictor)
     result = replay(trace, policy, predictor, slots, task.cost)
     c = result.counters
+    faults = [policy.fault, getattr(predictor, "fault", None)]
     return {
         "hits": c.hits,
         "misses": c.misses,
@@ -125,6 +131,7 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
         "proactive_loads": c.proactive_loads,
         "wasted_loads": c.wasted_loads,
         "stall_s": result.stall_s,
+        FAULTS: [fault for fault in faults if fault],
     }
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.errors import TraceError
 from moe_infinity.tracing.state_tensors import load_state, save_state
 from moe_infinity.types import ExpertShape
 
@@ -48,10 +47,8 @@ class EAMCollection:
 
     def load(self, path: Path, fingerprint: str) -> None:
         """Replace the entries by a file's, the latest ones if it holds more. Raises TraceError."""
-        entries = load_state(path, _FORM, self.shape, fingerprint).get("entries")
-        expected = self.entries.shape[1:]
-        if entries is None or entries.shape[1:] != expected or not np.isfinite(entries).all():
-            raise TraceError(f"{path}: expected finite entries of {expected}; delete the file")
+        expected = {"entries": ("n", *self.entries.shape[1:])}
+        entries = load_state(path, _FORM, self.shape, fingerprint, expected)["entries"]
         kept = entries[-self.capacity :]
         self.size = len(kept)
         for at, counts in enumerate(kept):

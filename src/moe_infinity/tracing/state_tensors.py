@@ -14,6 +14,9 @@ from moe_infinity.errors import TraceError
 from moe_infinity.tracing.trace_file import read_tensors, write_atomically
 from moe_infinity.types import ExpertShape
 
+# Sizes of an array's axes; a name stands for one size in all arrays of a file.
+Dims = tuple[int | str, ...]
+
 
 def save_state(
     path: Path,
@@ -35,12 +38,18 @@ def save_state(
 
 
 def load_state(
-    path: Path, form: str, shape: ExpertShape, fingerprint: str, version: int = 1
+    path: Path,
+    form: str,
+    shape: ExpertShape,
+    fingerprint: str,
+    expected: Mapping[str, Dims],
+    version: int = 1,
 ) -> dict[str, NDArray[Any]]:
-    """Read what ``save_state`` wrote.
+    """Read what ``save_state`` wrote: the arrays named in ``expected``, of these dimensions.
 
-    Raises TraceError for a spoiled file, another form, a later version or another model. An empty
-    fingerprint on either side (a trace from elsewhere) leaves the shape to tell models apart.
+    Raises TraceError for a spoiled file, another form, a later version, another model or arrays
+    that are missing, not finite or of other dimensions. An empty fingerprint on either side (a
+    trace from elsewhere) leaves the shape to tell models apart.
     """
     arrays, header = read_tensors(path, f"moe-infinity-{form}", version)
     if header.get("experts") != _experts(shape):
@@ -54,7 +63,23 @@ def load_state(
             f"{path}: learned from the checkpoint {theirs}, this one is {fingerprint}; "
             f"use each model's own"
         )
-    return arrays
+    sizes: dict[str, int] = {}
+    for name, dims in expected.items():
+        if name not in arrays or not _fits(arrays[name], dims, sizes):
+            got = "nothing" if name not in arrays else f"{arrays[name].shape}, finite or not"
+            raise TraceError(f"{path}: {name} is {got}, expected finite {dims}; delete the file")
+    return {name: arrays[name] for name in expected}
+
+
+def _fits(array: NDArray[Any], dims: Dims, sizes: dict[str, int]) -> bool:
+    """Whether the array has these dimensions; a name stands for the same size everywhere."""
+    if array.ndim != len(dims) or not np.isfinite(array).all():
+        return False
+    wanted = [
+        sizes.setdefault(dim, size) if isinstance(dim, str) else dim
+        for dim, size in zip(dims, array.shape, strict=True)
+    ]
+    return wanted == list(array.shape)
 
 
 def _experts(shape: ExpertShape) -> str:

@@ -27,13 +27,15 @@ class TracePass:
     """One forward pass: its events in the order of layers.
 
     starts_request: the first pass of a ``generate`` call, of one row or several.
-    embeddings: [T, H] of its tokens. foresight: [T, L, D, E], by mode; see Trace.
+    token_ids: [T], None where unknown. embeddings: [T, H]. foresight: [T, L, D, E], by mode; see
+    Trace.
     """
 
     step: int
     phase: Phase
     starts_request: bool
     events: list[Event]
+    token_ids: NDArray[np.int64] | None
     embeddings: NDArray[np.float16] | None
     foresight: dict[str, NDArray[np.float16]]
 
@@ -146,9 +148,14 @@ class Trace:
             phase=phase,
             starts_request=starts_request,
             events=self._events(rows, phase),
+            token_ids=self._known_ids(rows),
             embeddings=None if self.embeddings is None else self.embeddings[rows],
             foresight={mode: scores[rows] for mode, scores in self.foresight.items()},
         )
+
+    def _known_ids(self, rows: slice) -> NDArray[np.int64] | None:
+        ids = self.token_ids[rows].astype(np.int64)
+        return None if (ids < 0).any() else ids
 
     def _events(self, rows: slice, phase: Phase) -> list[Event]:
         ids = self.ids[rows].astype(np.int64)
