@@ -15,7 +15,8 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A stand-in for /sys/fs/cgroup, without limits."""
     monkeypatch.setattr(machine, "_CGROUPS", tmp_path / "fs")
     monkeypatch.setattr(machine, "_OWN_CGROUPS", tmp_path / "own")
-    monkeypatch.setattr(machine, "resident_bytes", lambda: RESIDENT)
+    for module in (machine, planning):
+        monkeypatch.setattr(module, "resident_bytes", lambda: RESIDENT)
     (tmp_path / "own").write_text("0::/user.slice/run.scope\n")
     return tmp_path / "fs"
 
