@@ -19,7 +19,6 @@ from limits import provenance, save
 RESULTS = Path(__file__).resolve().parent / "results"
 
 CAPACITIES = (0.12, 0.25, 0.5)
-PAIRED = ("lru", "next_use", "activation", "expert_map", "forecast")  # policies x all predictors
 LINKS = (0.25, 1.0, 4.0)  # load time over layer time
 
 
@@ -100,7 +99,7 @@ def tasks_for(trace: Path, history: Path | None) -> list:
 
     alone = (*policy_names(), *ORACLES)
     tasks = [task(p, "none", c, 1.0) for p in alone for c in CAPACITIES]
-    for policy in PAIRED:
+    for policy in policy_names():
         for prefetch in predictor_names():
             if prefetch != "none":
                 tasks += [task(policy, prefetch, c, 1.0) for c in CAPACITIES]
