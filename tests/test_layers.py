@@ -30,7 +30,7 @@ LAYERS = (
     ("size_classes",),
     ("planning",),
     ("forecast", "assembly", "original_api", "reporting", "request", "learned"),
-    ("wiring",),
+    ("wiring", "preparation"),
     ("engine",),
     ("server", "cli"),
 )

@@ -8,6 +8,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import TransferEngine
 from moe_infinity.checkpoint.base import Checkpoint
+from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
 from moe_infinity.errors import ConfigError
@@ -32,7 +33,7 @@ from moe_infinity.stats import Counters
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder. Its config is read first: it explains more than missing files."""
     read_config(path)
-    return SafetensorsCheckpoint(path)
+    return PackedCheckpoint(path) if is_packed(path) else SafetensorsCheckpoint(path)
 
 
 def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:

@@ -17,6 +17,7 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 _MISS_RULES = ("load",)
 _DEVICES = ("cpu",)
+KERNELS = ("auto", "native", "torch")
 
 # Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
 # matrix product decides its last bits, and logits must not depend on how much memory there is.
@@ -95,6 +96,7 @@ class EngineConfig:
     vram: int | str | None = None  # bytes of device memory; None: no GPU tier
     device: str = "cpu"
     dtype: str | None = None  # None: as the checkpoint says
+    kernel: str = "auto"  # native: compiled for this processor; torch; auto: native if it is there
     policy: str = "next_use"
     prefetch: str = "auto"  # "auto": ask the model's next routers early, where that is possible
     miss: str = "load"
@@ -118,6 +120,7 @@ class EngineConfig:
         _choice("device", self.device, _DEVICES)
         _choice("dtype", self.dtype, _DTYPES)
         _choice("miss", self.miss, _MISS_RULES)
+        _choice("kernel", self.kernel, KERNELS)
         _positive("ram_slots", self.ram_slots)
         _positive("max_context", self.max_context)
         _positive("max_batch", self.max_batch)

@@ -36,7 +36,7 @@ from moe_infinity.model.inputs import (
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import examine, load
 from moe_infinity.model.routers import Wishes
-from moe_infinity.model.rules import KeepRouting, LoadMisses
+from moe_infinity.model.rules import KeepRouting, LoadMisses, lossy_rules
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.planning import make_plan
@@ -81,7 +81,9 @@ class MoE:
             undo.callback(self._hierarchy.close)
             self.model: Any
             self.model, modules = load(self.checkpoint, anatomy)
-            self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, self._rules[0])
+            self._wiring = Wiring(
+                self.model, modules, anatomy, self._hierarchy, self._rules[0], self.config.kernel
+            )
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,
@@ -187,7 +189,7 @@ class MoE:
             num_slots=self.plan.num_slots,
             dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._state.bytes_written + self._learned.bytes_written,
-            lossy=tuple(type(rule).__name__ for rule in self._rules if rule.lossy),
+            lossy=self.checkpoint.lossy + lossy_rules(self._rules),
             bandwidths=bandwidths,
             faults=self._hierarchy.faults + self._wiring.faults,
             choices=(self.config.policy, self._prefetch),

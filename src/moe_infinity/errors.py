@@ -10,7 +10,8 @@ MoEInfinityError
 │   ├── CorruptCheckpointError   truncated, missing or contradictory files
 │   ├── CheckpointChangedError   files changed after they were opened
 │   ├── ReadError                the disk failed or delivered too little
-│   └── DiskSpaceError           a download would not fit on the disk
+│   ├── DiskSpaceError           a download or a packed model would not fit on the disk
+│   └── PackError                a packed folder could not be written
 ├── BudgetError              the plan does not fit the memory budget
 ├── PlanExceededError        rows or context beyond what was planned
 ├── TraceError               a trace, or state learned from one, cannot be used
@@ -70,7 +71,12 @@ class ReadError(CheckpointError):
 
 
 class DiskSpaceError(CheckpointError):
-    """A download would not fit on the disk; the message says what is needed and free."""
+    """A download, or a packed model, would not fit on the disk; the message says what is needed
+    and free."""
+
+
+class PackError(CheckpointError):
+    """A packed folder could not be written; what is written stays, to go on with."""
 
 
 class BudgetError(MoEInfinityError):

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from moe_infinity.checkpoint.direct_io import DirectFile, align_down, allocate
+from moe_infinity.kernels import native
+from moe_infinity.kernels.choice import choose
 
 _MEASURE_S = 0.3
 # Beyond most processors' caches, yet small enough to measure inside a tight budget.
@@ -76,17 +78,27 @@ def measure_memory_gbps() -> float:
 
 
 def measure_matvec_gbps(expert_bytes: int) -> float:
-    """Weights per second through a bf16 matrix-vector product, the matrices beyond any cache."""
+    """Bytes per second through bf16 matrix-vector products, the matrices beyond any cache, with
+    the kernel that runs would choose."""
     rows = max(64, min(2048, int((expert_bytes / 4) ** 0.5)))
     count = max(2, _MEMORY_BYTES // (rows * rows * 2))
     weights = torch.zeros(count, rows, rows, dtype=torch.bfloat16)
     x = torch.zeros(1, rows, dtype=torch.bfloat16)
 
-    def products() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(x, weight)
+    kernel = choose("auto")
+    compiled = kernel if isinstance(kernel, native.Kernel) else None
+    described = [native.describe(weight) for weight in weights]
 
-    return weights.numel() * 2 / _best_s(products) / 1e9
+    def products() -> None:
+        for weight, matrix in zip(weights, described, strict=True):
+            if compiled is not None:
+                compiled.linear(matrix, rows, x)
+            else:
+                torch.nn.functional.linear(x, weight)
+
+    speed = weights.numel() * 2 / _best_s(products) / 1e9
+    kernel.close()
+    return speed
 
 
 def _best_s(function: object) -> float:

@@ -12,7 +12,7 @@ from pathlib import Path
 from moe_infinity.config import state_dir
 from moe_infinity.machine import Bandwidths
 
-_VERSION = 1
+_VERSION = 2  # products by the kernel that runs choose
 _log = logging.getLogger(__name__)
 
 

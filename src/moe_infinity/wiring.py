@@ -10,8 +10,9 @@ from typing import Any
 
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
-from moe_infinity.kernels.reference import Kernel
+from moe_infinity.kernels.choice import choose
 from moe_infinity.model.experts import ExpertsLayer, Runtime
+from moe_infinity.model.linears import speed_up
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.observer import Observer
 from moe_infinity.model.routers import Wishes
@@ -44,6 +45,7 @@ class Wiring:
         anatomy: Anatomy,
         hierarchy: RamHierarchy,
         routing: RoutingRule,
+        kernel: str,
     ) -> None:
         self.request = Request(time.perf_counter())
         self.recorder = Recorder()
@@ -51,7 +53,9 @@ class Wiring:
         self._model = model
         self._hierarchy = hierarchy
         step = Step(0, "decode", 1, 1)
-        self._runtime = Runtime(hierarchy, Kernel(), routing, self.recorder, step)
+        self.kernel = choose(kernel)
+        speed_up(model, self.kernel)
+        self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         self._attach(modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
@@ -91,6 +95,7 @@ class Wiring:
         return (observer.fault,) if observer is not None and observer.fault else ()
 
     def close(self) -> None:
+        self.kernel.close()
         self._tap.close()
         if self._runtime.observer is not None:
             self._runtime.observer.close()

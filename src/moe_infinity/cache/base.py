@@ -6,14 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from moe_infinity.kernels.base import Views
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
 
 # compute(key, views): the expert's parts by name, each a list of blocks; valid during the call.
-Compute = Callable[[ExpertKey, dict[str, list[torch.Tensor]]], None]
+Compute = Callable[[ExpertKey, Views], None]
 
 
 class Hierarchy(ABC):

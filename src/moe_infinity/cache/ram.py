@@ -6,7 +6,6 @@ import threading
 import time
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from moe_infinity.cache.base import Compute, Hierarchy
@@ -14,6 +13,7 @@ from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.errors import CancelledError
+from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import StallMeter
@@ -43,7 +43,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._computing: Compute | None = None  # of the running event
         self._is_clean = True  # False while an event runs, or was given up halfway
-        self._views: dict[ExpertKey, dict[str, list[torch.Tensor]]] = {}
+        self._views: dict[ExpertKey, Views] = {}
         self._stalls = StallMeter()
         self._stalled_s = 0.0  # in the running event
         self._event_ended_s: float | None = None  # of decode
@@ -173,7 +173,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self.counters.now.compute_s += time.perf_counter() - start
         self.counters.now.computed_bytes += self._store.specs[key].weight_bytes
 
-    def _views_of(self, key: ExpertKey) -> dict[str, list[torch.Tensor]]:
+    def _views_of(self, key: ExpertKey) -> Views:
         views = self._views.get(key)
         if views is None:
             spec = self._store.specs[key]

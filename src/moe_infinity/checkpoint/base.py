@@ -28,6 +28,9 @@ class Checkpoint(ABC):
     path: Path
     tensors: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
+    # Where experts were packed beforehand: all of them, without looking for their tensors.
+    packed_specs: Mapping[ExpertKey, ExpertSpec] | None = None
+    lossy: tuple[str, ...] = ()  # what was given up when it was made
 
     @property
     @abstractmethod

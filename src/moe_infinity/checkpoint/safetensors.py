@@ -91,18 +91,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return digest.hexdigest()
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
-        if not hasattr(self._scratch, "buffer"):
-            self._scratch.buffer = memoryview(allocate(_SCRATCH_BYTES))
-        scratch: memoryview = self._scratch.buffer
-        done = 0
-        while done < entry.num_bytes:
-            start = align_down(entry.offset + done)
-            skip = entry.offset + done - start
-            size = min(_SCRATCH_BYTES - skip, entry.num_bytes - done)
-            length = -(-(skip + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            self._opened[entry.file].read_into(scratch[:length], start, skip + size)
-            into[done : done + size] = scratch[skip : skip + size]
-            done += size
+        read_through(self._opened[entry.file], entry.offset, into, self._scratch)
 
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
@@ -121,6 +110,24 @@ class FileStore(ExpertStore):
 
     def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
         self._files[chunk.file].read_into(buffer, chunk.file_offset, chunk.needed_bytes)
+
+
+def read_through(
+    file: DirectFile, offset: int, into: memoryview, scratches: threading.local
+) -> None:
+    """Fill ``into`` from any offset, through an aligned buffer that each thread keeps."""
+    if not hasattr(scratches, "buffer"):
+        scratches.buffer = memoryview(allocate(_SCRATCH_BYTES))
+    scratch: memoryview = scratches.buffer
+    done = 0
+    while done < len(into):
+        start = align_down(offset + done)
+        skip = offset + done - start
+        size = min(_SCRATCH_BYTES - skip, len(into) - done)
+        length = -(-(skip + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        file.read_into(scratch[:length], start, skip + size)
+        into[done : done + size] = scratch[skip : skip + size]
+        done += size
 
 
 def read_header(path: Path, number: int) -> list[TensorEntry]:

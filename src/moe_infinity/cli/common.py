@@ -34,6 +34,9 @@ Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the checkpoint says.")
 ]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu.")]
+Kernel = Annotated[
+    str, typer.Option(help="native (compiled), torch, or auto: native where there is one.")
+]
 Policy = Annotated[
     str, typer.Option(help=f"Which experts stay: {', '.join(policy_names())}, or module:Class.")
 ]

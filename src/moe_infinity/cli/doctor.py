@@ -40,6 +40,7 @@ def _examine(folder: Path) -> dict[str, Any]:
 
     from moe_infinity import machine
     from moe_infinity.checkpoint.direct_io import DirectFile
+    from moe_infinity.kernels.choice import choose
     from moe_infinity.state_file import StateFile, device_of
 
     files = _readable_files(folder)
@@ -50,12 +51,15 @@ def _examine(folder: Path) -> dict[str, Any]:
     remembered = StateFile()
     remembered.set_bandwidths(device_of(files[0], _READ_BYTES), speeds)
     remembered.save()
+    kernel = choose("auto")
+    kernel.close()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     report: dict[str, Any] = {
         "cpu": machine.cpu_name(),
         "cores": machine.num_cores(),
         "torch_threads": torch.get_num_threads(),
         "instruction_sets": machine.instruction_sets(),
+        "kernel": kernel.name,
         "ram_bytes": int(psutil.virtual_memory().total),
         "available_bytes": machine.available_bytes(),
         "gpus": gpus,
@@ -96,6 +100,12 @@ def _advice(report: dict[str, Any]) -> list[str]:
             f"the disk reads {report['disk_gbps']:.2f} GB/s; an NVMe drive reads 2 to 7: misses "
             f"cost that much less"
         )
+    if report["kernel"] == "torch":
+        advice.append(
+            "no compiled kernels: products run on torch at about half of memory speed, and int8, "
+            "int4 and exact12 experts are unpacked for every token; install again with a C++ "
+            "compiler (g++) and Python headers"
+        )
     if "avx512_bf16" not in report["instruction_sets"]:
         advice.append("no AVX-512 BF16: 16-bit products are slower on this processor")
     if report["gpus"]:
@@ -107,6 +117,7 @@ def _print(report: dict[str, Any]) -> None:
     rows = {
         "processor": f"{report['cpu']}, {report['cores']} cores, {report['torch_threads']} threads",
         "instructions": ", ".join(report["instruction_sets"]) or "none known",
+        "kernel": report["kernel"],
         "memory": f"{format_bytes(report['ram_bytes'])}, "
         f"{format_bytes(report['available_bytes'])} available",
         "memory speed": f"{report['memory_gbps']:.1f} GB/s read, "

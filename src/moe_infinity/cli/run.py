@@ -26,6 +26,7 @@ def run(
     max_context: common.MaxContext = None,
     dtype: common.Dtype = None,
     device: common.Device = DEFAULTS.device,
+    kernel: common.Kernel = DEFAULTS.kernel,
     policy: common.Policy = DEFAULTS.policy,
     prefetch: common.Prefetch = DEFAULTS.prefetch,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
@@ -34,6 +35,9 @@ def run(
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest; 0: all.")] = 0,
     seed: common.Seed = 0,
     ignore_eos: Annotated[bool, typer.Option(help="Do not stop at the end token.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Check every byte of a packed model before the first token.")
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Continue a prompt: streams text, then a table of speed, hits, bytes and memory."""
@@ -48,8 +52,11 @@ def run(
         "dtype": dtype,
     }
     options |= {"device": device, "policy": policy, "prefetch": prefetch, "seed": seed}
+    options["kernel"] = kernel
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens)
     with MoE(path, **options) as moe:
+        if verify:
+            _verify(moe, quiet=json)
         if not json:
             _say_plan(moe)
         input_ids = given or _encode(moe, text)
@@ -124,6 +131,20 @@ def _sampling(temperature: float, top_p: float, top_k: int, max_new: int) -> dic
         "top_p": top_p,
         "top_k": top_k,
     }
+
+
+def _verify(moe: Any, quiet: bool) -> None:
+    from moe_infinity.checkpoint.packed import PackedCheckpoint
+    from moe_infinity.cli.pack import progress
+
+    checkpoint = moe.checkpoint
+    if not isinstance(checkpoint, PackedCheckpoint):
+        raise ConfigError(
+            f"--verify: got {moe.path}, expected a packed folder; other checkpoints hold no "
+            f"checksums"
+        )
+    with progress("checking", sum(f.stat().st_size for f in checkpoint.files), quiet) as on_bytes:
+        checkpoint.verify(on_bytes)
 
 
 def _parse_ids(ids: str) -> list[int]:

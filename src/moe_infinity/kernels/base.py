@@ -5,10 +5,20 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-Views = dict[str, list[torch.Tensor]]
+from moe_infinity.kernels.packed import PackedMatrix
+
+
+class Views(dict[str, list[torch.Tensor | PackedMatrix]]):
+    """An expert's parts by name, each a list of blocks that lie in its slot.
+
+    prepared: what a kernel made of them, kept while they are.
+    """
+
+    prepared: Any = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,11 @@ class ExpertMath:
 class ExpertKernel(ABC):
     """Computes experts straight from their slots' bytes."""
 
+    name: str  # for reports
+
     @abstractmethod
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         """[T, H] of x's dtype -> [T, H]; weights stored in another dtype are converted to x's."""
+
+    def close(self) -> None:
+        """Let go of threads; idempotent."""

@@ -98,6 +98,17 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
     found = _sort(checkpoint, meta, adapter, experts)
+    specs = dict(checkpoint.packed_specs or _specs(experts, found))
+    counts = tuple(module.num_experts for module in experts)
+    top_k = min(adapter.top_k or _top_k(config), max(counts))
+    shape = ExpertShape(len(experts), max(counts), top_k, counts)
+    dense = [checkpoint.tensors[name] for name in found.dense]
+    computed = _compute_dtype(config, dense, dtype)
+    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed)
+
+
+def _specs(experts: list[ExpertsModule], found: ExpertTensors) -> dict[ExpertKey, ExpertSpec]:
+    """Of all experts, from the checkpoint's tensors."""
     specs: dict[ExpertKey, ExpertSpec] = {}
     for layer, module in enumerate(experts):
         params = {name: found.params[f"{module.name}.{name}"] for name in module.params}
@@ -105,12 +116,7 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
             for piece in virtual.pieces:
                 require_supported(f"{module.name}.{virtual_name}", piece.entry.format)
         specs |= {spec.key: spec for spec in build_specs(layer, params, ITEM_BYTES)}
-    counts = tuple(module.num_experts for module in experts)
-    top_k = min(adapter.top_k or _top_k(config), max(counts))
-    shape = ExpertShape(len(experts), max(counts), top_k, counts)
-    dense = [checkpoint.tensors[name] for name in found.dense]
-    computed = _compute_dtype(config, dense, dtype)
-    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed)
+    return specs
 
 
 def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.Module]]:
@@ -208,6 +214,8 @@ def _sort(
 ) -> ExpertTensors:
     entries = (checkpoint.tensors[name] for name in sorted(checkpoint.tensors, key=_natural_key))
     expected = {f"{m.name}.{p}": shape for m in experts for p, shape in m.params.items()}
+    if checkpoint.packed_specs is not None:
+        expected = {}
     known = meta.state_dict().keys()
     return sort_tensors(entries, _naming(meta, adapter), expected, known)
 

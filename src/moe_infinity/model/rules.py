@@ -6,6 +6,7 @@ The defaults change nothing and cost nothing. A rule that can change logits name
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 
@@ -53,3 +54,8 @@ class LoadMisses(MissRule):
 
     def load(self, event: Event, missing: list[ExpertKey]) -> list[ExpertKey]:
         return missing
+
+
+def lossy_rules(rules: Iterable[RoutingRule | MissRule]) -> tuple[str, ...]:
+    """Names of the rules that can change logits, for reports."""
+    return tuple(type(rule).__name__ for rule in rules if rule.lossy)

@@ -1,0 +1,72 @@
+"""A file of what has safely arrived on disk, line by line, sound as far as it was written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+class Journal:
+    """JSON objects, a line each, with a checksum before each; the first names the job."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resume(self, job: dict[str, Any]) -> list[dict[str, Any]]:
+        """The lines of the same job so far; begins anew where there is none to go on with.
+
+        A line that was cut off, and all after it, do not count.
+        """
+        lines = list(_sound_lines(self.path)) if self.path.exists() else []
+        if not lines or lines[0] != job:
+            lines = [job]
+        write_synced(self.path, b"".join(map(line_of, lines)))  # without what was cut off
+        return lines[1:]
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Safely on disk when this returns."""
+        with open(self.path, "ab") as file:
+            file.write(line_of(line))
+            sync(file)
+
+
+def line_of(value: dict[str, Any]) -> bytes:
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return f"{zlib.crc32(body):08x}".encode() + b" " + body + b"\n"
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".new")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        sync(file)
+    os.replace(temporary, path)
+
+
+def sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a renaming in it last, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sound_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        checksum, _, body = line.partition(b" ")
+        if checksum != f"{zlib.crc32(body):08x}".encode():
+            return
+        yield json.loads(body)

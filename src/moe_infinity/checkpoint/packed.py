@@ -1,0 +1,168 @@
+"""Packed checkpoints: one read per expert, every byte checked when it is first loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
+from moe_infinity.checkpoint.direct_io import DirectFile, align_up, allocate
+from moe_infinity.checkpoint.pack_format import (
+    ALIGNMENT_BYTES,
+    CHECKED_BYTES,
+    DENSE,
+    EXPERTS,
+    HEADER,
+    LOSSY,
+    Pack,
+    PackedExpert,
+    require_same,
+)
+from moe_infinity.checkpoint.safetensors import read_header, read_through
+from moe_infinity.errors import CorruptCheckpointError
+from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
+
+
+def is_packed(path: Path) -> bool:
+    return (path / HEADER).is_file()
+
+
+class PackedCheckpoint(Checkpoint):
+    """A folder made by ``moe-infinity pack``.
+
+    Raises CorruptCheckpointError if header, small files or sizes are not what was written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.pack = Pack.read(path)
+        require_same(path, {n: c for n, c in self.pack.files.items() if n != DENSE})
+        self.files = (path / EXPERTS, path / DENSE)
+        with contextlib.ExitStack() as undo:
+            self._opened = [
+                undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
+            ]
+            self._require_size()
+            self.tensors = {entry.name: entry for entry in self._dense_entries()}
+            undo.pop_all()
+        self._specs = {each.key: each.spec() for each in self.pack.experts}
+        self.packed_specs = self._specs
+        self.lossy = (self.pack.experts_format,) if self.pack.experts_format in LOSSY else ()
+        self._scratch = threading.local()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256((self.path / HEADER).read_bytes()).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        return self.fingerprint  # the header holds checksums of all weights
+
+    def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
+        read_through(self._opened[1], entry.offset, into, self._scratch)
+        found, expected = zlib.crc32(into), self.pack.dense[entry.name]
+        if found != expected:
+            raise CorruptCheckpointError(
+                f"{self.files[1]}: tensor {entry.name!r} has checksum {found:08x}, expected "
+                f"{expected:08x}; the file is damaged: pack the model again"
+            )
+
+    def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
+        return PackedStore(specs, self._opened[0], self.pack.experts)
+
+    def verify(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
+        """Check every byte. Raises CorruptCheckpointError at the first that is wrong.
+
+        on_bytes: told how many bytes more were found to be right.
+        """
+        for entry in self.tensors.values():
+            self.read_tensor(entry, memoryview(bytearray(entry.num_bytes)))
+            on_bytes(entry.num_bytes)
+        store = PackedStore(self._specs, self._opened[0], self.pack.experts)
+        largest = max(align_up(each.num_bytes) for each in self.pack.experts)
+        buffer = memoryview(allocate(max(largest, ALIGNMENT_BYTES)))
+        end = 0
+        for each in sorted(self.pack.experts, key=lambda each: each.offset):
+            self._require_zeros(buffer, end, each.offset)
+            for chunk in store.chunks(each.key, CHECKED_BYTES):
+                store.read_into(each.key, buffer[: chunk.num_bytes], chunk)
+            on_bytes(each.num_bytes)
+            end = each.offset + each.num_bytes
+        self._require_zeros(buffer, end, self._opened[0].num_bytes)
+
+    def close(self) -> None:
+        for file in self._opened:
+            file.close()
+
+    def _require_size(self) -> None:
+        last = max(self.pack.experts, key=lambda each: each.offset)
+        end = last.offset + -(-last.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        got = self._opened[0].num_bytes
+        if got != end:
+            raise CorruptCheckpointError(
+                f"{self.files[0]}: got {got} bytes, expected {end}; it is incomplete: pack the "
+                f"model again"
+            )
+
+    def _dense_entries(self) -> list[TensorEntry]:
+        entries = read_header(self.files[1], 1)
+        start = min((entry.offset for entry in entries), default=0)
+        with self.files[1].open("rb") as file:
+            found = zlib.crc32(file.read(start))
+        end = max((entry.offset + entry.num_bytes for entry in entries), default=start)
+        names = {entry.name for entry in entries}
+        sound = found == self.pack.files[DENSE] and end == self._opened[1].num_bytes
+        if not sound or names != self.pack.dense.keys():
+            raise CorruptCheckpointError(
+                f"{self.files[1]}: its header is not what was packed; pack the model again"
+            )
+        return entries
+
+    def _require_zeros(self, buffer: memoryview, start: int, end: int) -> None:
+        """Between experts there is padding; a page of it may hold the end of an expert."""
+        page = start - start % 4096
+        if start >= end:
+            return
+        self._opened[0].read_into(buffer[: align_up(end) - page], page, end - page)
+        if any(buffer[start - page : end - page]):
+            raise CorruptCheckpointError(
+                f"{self.files[0]}: bytes {start} to {end} are not zero, expected padding; the file "
+                f"is damaged: pack the model again"
+            )
+
+
+class PackedStore(ExpertStore):
+    """Experts of one file; pieces are checked the first time each is read."""
+
+    def __init__(
+        self,
+        specs: Mapping[ExpertKey, ExpertSpec],
+        file: DirectFile,
+        experts: list[PackedExpert],
+    ) -> None:
+        self.specs = specs
+        self._file = file
+        self._checksums = {each.key: each.checksums for each in experts}
+        self._sizes = {each.key: each.num_bytes for each in experts}
+        self._checked: set[tuple[ExpertKey, int]] = set()  # adding to a set is atomic
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
+        assert chunk.slot_offset % CHECKED_BYTES == 0, "chunks begin where checksums do"
+        self._file.read_into(buffer, chunk.file_offset, chunk.needed_bytes)
+        for start in range(0, chunk.needed_bytes, CHECKED_BYTES):
+            number = (chunk.slot_offset + start) // CHECKED_BYTES
+            if (key, number) in self._checked:
+                continue
+            found = zlib.crc32(buffer[start : min(start + CHECKED_BYTES, chunk.needed_bytes)])
+            if found != self._checksums[key][number]:
+                raise CorruptCheckpointError(
+                    f"{self._file.path}: layer {key.layer} expert {key.expert}: piece {number} has "
+                    f"checksum {found:08x}, expected {self._checksums[key][number]:08x}; the file "
+                    f"is damaged: pack the model again"
+                )
+            self._checked.add((key, number))

@@ -1,0 +1,76 @@
+"""``moe-infinity pack``: a folder with one aligned read per expert, smaller if asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moe_infinity.checkpoint.pack_format import FORMATS, LOSSY
+from moe_infinity.cli import common
+
+
+def pack(
+    paths: Annotated[
+        list[Path], typer.Argument(help="[MODEL] OUT: checkpoint (or hub id), folder to make.")
+    ],
+    experts: Annotated[
+        str, typer.Option(help=f"Form of the experts: {', '.join(FORMATS)}.")
+    ] = "exact12",
+    json: common.Json = False,
+) -> None:
+    """Pack MODEL into OUT: experts contiguous, aligned and checksummed.
+
+    exact12 keeps every bit of bf16 weights in three quarters of the room; int8 and int4 change
+    them. Interrupted, the same command goes on where it was.
+    """
+    from moe_infinity.checkpoint.hub import bundled_model_path, resolve
+    from moe_infinity.checkpoint.packing import pack as write
+    from moe_infinity.errors import ConfigError
+    from moe_infinity.preparation import packing_job
+
+    if len(paths) > 2:
+        raise ConfigError(f"got {len(paths)} paths, expected [MODEL] OUT")
+    model = str(paths[0]) if len(paths) == 2 else bundled_model_path()
+    job = packing_job(resolve(model), paths[-1], experts)
+    try:
+        total = sum(spec.weight_bytes for spec in job.specs.values())
+        total += sum(entry.num_bytes for entry in job.dense)
+        with progress("packing", total, quiet=json) as on_bytes:
+            write(job, on_bytes)
+    finally:
+        job.source.close()
+    _say(paths[-1], total, experts, json)
+
+
+def _say(target: Path, source_bytes: int, experts: str, json: bool) -> None:
+    from moe_infinity.config import format_bytes
+
+    num_bytes = sum(file.stat().st_size for file in target.iterdir())
+    if json:
+        facts = {"path": str(target), "experts": experts, "bytes": num_bytes}
+        common.print_json(facts | {"source_bytes": source_bytes})
+        return
+    print(
+        f"{target}: {format_bytes(num_bytes)} of {format_bytes(source_bytes)} "
+        f"({num_bytes / source_bytes:.0%}), "
+        + ("weights changed" if experts in LOSSY else "not one bit of a weight changed")
+    )
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar with speed and time left on standard error; told of bytes as they are done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), Speed(), TimeRemainingColumn())
+    hidden = quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        item = bar.add_task(title, total=total)
+        yield lambda num_bytes: bar.advance(item, num_bytes)

@@ -1,0 +1,196 @@
+"""The compiled kernels: whole experts and dense products over a few threads of their own.
+
+What they cannot do (transposed weights, biases, mixed types) the reference does. T: tokens, H:
+hidden size, I: intermediate size.
+"""
+
+from __future__ import annotations
+
+import struct
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from moe_infinity.errors import ConfigError
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
+from moe_infinity.kernels.packed import PackedMatrix, row_bytes, side_offset
+from moe_infinity.kernels.reference import Kernel as Reference
+
+try:
+    from moe_infinity.kernels import _native  # type: ignore[attr-defined]
+except ImportError:
+    _native = None  # installed without a compiler
+native: ModuleType | None = _native
+
+# Numbers and layouts are those of native/matrix.hpp and native/engine.hpp.
+_FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_TYPE_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_MATRIX = struct.Struct("<QQQIIII")
+_CALL = struct.Struct("<QQIIII")
+_NO_MATRIX = bytes(_MATRIX.size)
+# Beyond, torch's own products of 16-bit matrices are the faster ones.
+MOST_TOKENS = 32
+_NONE, _SILU, _GELU_TANH, _RELU = range(4)
+
+
+class _Prepared(NamedTuple):
+    """One expert as the compiled code reads it. activation: None where torch has to do it."""
+
+    gate: bytes
+    up: bytes
+    down: bytes
+    activation: int | None
+    rows: int  # of what the first product gives: 2I or I
+    is_packed: bool
+
+
+class Kernel(ExpertKernel):
+    """Experts by compiled code. Results do not depend on threads, addresses or batches."""
+
+    def __init__(self, num_threads: int, instruction_set: str | None = None) -> None:
+        """Raises ConfigError where there is no compiled code, or not for this processor."""
+        if native is None:
+            raise ConfigError(
+                "kernel: got native, but this installation has no compiled kernels, expected a C++ "
+                "compiler when it was installed; install again with one, or use kernel=torch"
+            )
+        known = native.instruction_sets()
+        if instruction_set is not None and instruction_set not in known:
+            raise ConfigError(
+                f"instruction set: got {instruction_set!r}, expected one this processor has: "
+                f"{', '.join(known)}"
+            )
+        self.instruction_set = instruction_set or known[-1]
+        self.name = f"native ({self.instruction_set})"
+        self._engine: Any = native.open(num_threads, self.instruction_set)
+        self._reference = Reference()
+        self._activations: dict[ExpertMath, int | None] = {}
+
+    def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
+        prepared = self._prepared(math, views, x.dtype)
+        if prepared is None or (len(x) > MOST_TOKENS and not prepared.is_packed) or not len(x):
+            return self._reference.forward(math, views, x)
+        out = self._fused(prepared, x) if prepared.activation is not None else None
+        if out is None:
+            out = self._apart(math, views, x)
+        return math.post(out) if math.post else out
+
+    def linear(self, weight: bytes, rows: int, x: torch.Tensor) -> torch.Tensor:
+        """x [T, cols] contiguous by a matrix that ``describe`` described -> [T, rows]."""
+        assert native is not None
+        out = x.new_empty((len(x), rows))
+        native.product(self._engine, weight, x.data_ptr(), len(x), _TYPES[x.dtype], out.data_ptr())
+        return out
+
+    def close(self) -> None:
+        self._engine = None  # its threads end with it
+
+    def _fused(self, expert: _Prepared, x: torch.Tensor) -> torch.Tensor:
+        assert native is not None
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        has_gate = expert.gate is not _NO_MATRIX
+        head = _CALL.pack(
+            x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, has_gate
+        )
+        native.run(self._engine, head + expert.gate + expert.up + expert.down)
+        return out
+
+    def _apart(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
+        """The model's own gate between two products."""
+        first = "gate_up_proj" if math.has_gate else "up_proj"
+        inner = math.gate(self._products(views[first], x.contiguous()))
+        return self._products(views["down_proj"], inner.contiguous())
+
+    def _products(self, blocks: list[torch.Tensor | PackedMatrix], x: torch.Tensor) -> torch.Tensor:
+        found = [self.linear(describe(block), _rows(block), x) for block in blocks]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def _prepared(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
+        kept = getattr(views, "prepared", None)
+        if kept is not None and kept[0] is math:
+            found: _Prepared | None = kept[1]
+            return found
+        found = self._prepare(math, views, dtype)
+        if isinstance(views, Views):
+            views.prepared = (math, found)
+        return found
+
+    def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
+        first = views["gate_up_proj" if math.has_gate else "up_proj"]
+        blocks = [*first, *views["down_proj"]]
+        if math.has_bias or math.is_transposed or dtype not in _TYPES:
+            return None
+        if not all(_can_multiply(block, dtype) for block in blocks):
+            return None
+        gate, up = _gate_and_up(first) if math.has_gate else (_NO_MATRIX, describe(first[0]))
+        whole = gate is not None and len(views["down_proj"]) == 1
+        whole = whole and (math.has_gate or len(first) == 1)
+        rows = sum(map(_rows, first))
+        activation = self._activation(math, rows) if whole else None
+        is_packed = any(isinstance(block, PackedMatrix) for block in blocks)
+        down = describe(views["down_proj"][0])
+        return _Prepared(gate or _NO_MATRIX, up, down, activation, rows, is_packed)
+
+    def _activation(self, math: ExpertMath, rows: int) -> int | None:
+        if math not in self._activations:
+            self._activations[math] = recognise(math, rows)
+        return self._activations[math]
+
+
+def recognise(math: ExpertMath, rows: int) -> int | None:
+    """Which compiled activation does what the model's own gate does, to the bit; None: none.
+
+    Asked on numbers, large ones too: some models bound what goes into their gates.
+    """
+    half = rows // 2 if math.has_gate else rows
+    spread = torch.linspace(-40, 40, half)
+    gate = torch.where(torch.arange(half) % 7 == 0, spread * 1000, spread)
+    up = torch.where(torch.arange(half) % 5 == 0, spread.flip(0) * 1000, spread.flip(0))
+    said = math.gate(torch.cat([gate, up])[None] if math.has_gate else gate[None])
+    functions = {
+        _SILU: torch.nn.functional.silu,
+        _GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+        _RELU: torch.relu,
+    }
+    for number, function in functions.items():
+        expected = function(gate[None]) * up if math.has_gate else function(gate[None])
+        if torch.allclose(said, expected, rtol=1e-6, atol=1e-6):
+            return number
+    return None
+
+
+def describe(block: torch.Tensor | PackedMatrix) -> bytes:
+    """A matrix [out, in] for the compiled code, by address: it must outlive what is made of it."""
+    if isinstance(block, PackedMatrix):
+        at = block.data.data_ptr()
+        side = at + side_offset(block.format, block.rows, block.cols)
+        stride = row_bytes(block.format, block.cols)
+        return _MATRIX.pack(at, side, stride, block.rows, block.cols, _FORMATS[block.format], 0)
+    rows, cols = block.shape
+    stride = block.stride(0) * block.element_size()
+    number = _TYPE_FORMATS[block.dtype]
+    return _MATRIX.pack(block.data_ptr(), 0, stride, rows, cols, number, 0)
+
+
+def _gate_and_up(blocks: list[torch.Tensor | PackedMatrix]) -> tuple[bytes | None, bytes]:
+    """The two halves of gate_up: two blocks, or the two halves of one; None if neither."""
+    if len(blocks) == 2 and _rows(blocks[0]) == _rows(blocks[1]):
+        return describe(blocks[0]), describe(blocks[1])
+    if len(blocks) == 1 and isinstance(blocks[0], torch.Tensor) and _rows(blocks[0]) % 2 == 0:
+        gate, up = blocks[0].chunk(2)
+        return describe(gate), describe(up)
+    return None, _NO_MATRIX
+
+
+def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> bool:
+    if isinstance(block, PackedMatrix):
+        return True
+    is_row_major = block.ndim == 2 and block.stride(1) == 1
+    return is_row_major and block.dtype in _TYPE_FORMATS and dtype in (block.dtype, torch.float32)
+
+
+def _rows(block: torch.Tensor | PackedMatrix) -> int:
+    return block.rows if isinstance(block, PackedMatrix) else block.shape[0]

@@ -1,0 +1,34 @@
+// AVX-512 with VNNI: Intel since Cascade Lake and Ice Lake, AMD since Zen 4.
+#include <cmath>
+
+#include "scalar.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prefer-vector-width=512")
+
+namespace moe {
+namespace avx512 {
+
+#include "elementwise.inc"
+#include "avx512.inc"
+
+}  // namespace avx512
+
+const Kernels *avx512_kernels() {
+    using namespace avx512;
+    static const Kernels kernels = {"avx512", false,    floating, grouped, quantise,
+                                    activate, round_to, widen,    narrow};
+    const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512vnni");
+    return has && avx2_kernels() ? &kernels : nullptr;
+}
+
+}  // namespace moe
+
+#else
+namespace moe {
+const Kernels *avx512_kernels() { return nullptr; }
+}  // namespace moe
+#endif

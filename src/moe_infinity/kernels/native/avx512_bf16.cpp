@@ -1,0 +1,66 @@
+// AVX-512 with BF16: Intel since Cooper Lake, AMD since Zen 4. Tokens in bf16 are multiplied as
+// they are, twice as fast as floats.
+#include <cmath>
+
+#include "scalar.hpp"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+
+namespace moe {
+namespace avx512_bf16 {
+
+#include "elementwise.inc"
+#include "avx512.inc"
+
+template <template <int> class Rows>
+struct Bf16Tiles {
+    template <int R, int T>
+    static void run(const Matrix &m, uint32_t first, const Tokens &x, int token, float *out,
+                    size_t out_stride) {
+        Rows<R> rows(m, first);
+        __m512 sums[R][T];
+        for (auto &row : sums) for (auto &sum : row) sum = _mm512_setzero_ps();
+        const uint16_t *tokens = x.bf16 + token * x.stride;
+        for (uint32_t c = 0; c < m.cols; c += 64) {
+            for (int r = 0; r < R; ++r) {
+                __m512i a, b;
+                rows.load64(r, c, a, b);
+                for (int t = 0; t < T; ++t) {
+                    const uint16_t *at = tokens + t * x.stride + c;
+                    sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)a, (__m512bh)load(at));
+                    sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)b, (__m512bh)load(at + 32));
+                }
+            }
+        }
+        store_sums(sums, first, out + token * out_stride, out_stride);
+    }
+};
+
+static void either(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
+                   size_t out_stride) {
+    if (x.bf16 && m.format == Format::bf16)
+        tiled<Bf16Tiles<Bf16Rows>>(m, x, first, last, out, out_stride);
+    else if (x.bf16)
+        tiled<Bf16Tiles<Exact12Rows>>(m, x, first, last, out, out_stride);
+    else
+        floating(m, x, first, last, out, out_stride);
+}
+
+}  // namespace avx512_bf16
+
+const Kernels *avx512_bf16_kernels() {
+    using namespace avx512_bf16;
+    static const Kernels kernels = {"avx512_bf16", true,     either, grouped, quantise,
+                                    activate,      round_to, widen,  narrow};
+    return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
+}
+
+}  // namespace moe
+
+#else
+namespace moe {
+const Kernels *avx512_bf16_kernels() { return nullptr; }
+}  // namespace moe
+#endif

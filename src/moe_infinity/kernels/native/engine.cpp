@@ -1,0 +1,235 @@
+#include "engine.hpp"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+
+namespace moe {
+
+namespace {
+
+constexpr uint32_t kTokensAtOnce = 64;  // bounds scratch memory; weights are read again beyond
+constexpr uint32_t kRowsAtOnce = 4;     // ranges begin at multiples of a tile
+constexpr uint32_t kTasksPerThread = 4; // so that a thread that was interrupted holds up little
+
+bool is_grouped(Format format) { return format == Format::q8_0 || format == Format::q4_0; }
+
+size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
+// Whether tokens made ready for one format serve the other.
+bool same_kind(Format a, Format b) {
+    return a == b || (!is_grouped(a) && !is_grouped(b) &&
+                      (a == Format::f16 || a == Format::f32) == (b == Format::f16 || b == Format::f32));
+}
+
+}  // namespace
+
+void *Scratch::reserve(size_t num_bytes) {
+    if (num_bytes > size_) {
+        std::free(data_);
+        size_ = 0;
+        data_ = std::aligned_alloc(64, (num_bytes + 63) / 64 * 64);
+        if (!data_) throw std::bad_alloc();
+        size_ = num_bytes;
+    }
+    return data_;
+}
+
+// What one call holds between its two products.
+struct Engine::Work {
+    Prepared x, x_gate, inner;
+    Scratch gate, up, narrow, out;
+    float *gate_values, *up_values, *out_values;  // [T, I] twice, [T, H]
+    size_t stride;
+    bool gate_apart;
+};
+
+Engine::Engine(int num_threads, const Kernels &kernels) : kernels_(kernels), pool_(num_threads) {}
+
+Engine::~Engine() = default;
+
+void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
+                     uint32_t cols) {
+    const size_t stride = padded(cols), rest = stride - cols;
+    Tokens tokens;
+    tokens.num_tokens = static_cast<int>(num_tokens);
+    tokens.stride = stride;
+    const auto *from = static_cast<const uint8_t *>(x);
+    const size_t token_bytes = cols * size_of(type);
+    if (kernels_.dots_bf16 && type == Type::bf16 &&
+        (weights == Format::bf16 || weights == Format::exact12)) {
+        auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
+        for (uint32_t t = 0; t < num_tokens; ++t) {
+            std::memcpy(to + t * stride, from + t * token_bytes, token_bytes);
+            std::memset(to + t * stride + cols, 0, rest * 2);
+        }
+        tokens.bf16 = to;
+        room.tokens = tokens;
+        return;
+    }
+    if (!is_grouped(weights)) {
+        auto *to = static_cast<float *>(room.values.reserve(num_tokens * stride * 4));
+        for (uint32_t t = 0; t < num_tokens; ++t) {
+            kernels_.widen(type, from + t * token_bytes, to + t * stride, cols);
+            std::memset(to + t * stride + cols, 0, rest * 4);
+        }
+        tokens.f32 = to;
+        room.tokens = tokens;
+        return;
+    }
+    // One token's floats lie behind all the int8.
+    auto *to = static_cast<int8_t *>(room.values.reserve(num_tokens * stride + stride * 4));
+    auto *floats = reinterpret_cast<float *>(to + num_tokens * stride);
+    auto *scales = static_cast<float *>(room.scales.reserve(num_tokens * stride / kGroup * 4));
+    auto *sums = static_cast<int32_t *>(room.sums.reserve(num_tokens * stride));
+    for (uint32_t t = 0; t < num_tokens; ++t) {
+        kernels_.widen(type, from + t * token_bytes, floats, cols);
+        std::memset(floats + cols, 0, rest * 4);
+        kernels_.quantise(weights, floats, stride, to + t * stride, scales + t * stride / kGroup,
+                          sums + t * stride / 4);
+    }
+    tokens.q8 = to;
+    tokens.scale = scales;
+    tokens.sum = sums;
+    room.tokens = tokens;
+}
+
+void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
+                      size_t out_stride) const {
+    const Product product = is_grouped(m.format) ? kernels_.grouped : kernels_.floating;
+    product(m, x, first, last, out, out_stride);
+}
+
+template <class Body>
+void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Body &body) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < count; ++i) total += rows[i];
+    const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
+    uint64_t each = std::max<uint64_t>(kRowsAtOnce, (total + wanted - 1) / wanted);
+    each = (each + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+    int num_tasks = 0;
+    for (size_t i = 0; i < count; ++i) num_tasks += static_cast<int>((rows[i] + each - 1) / each);
+    pool_.run(num_tasks, [&](int task) {
+        auto left = static_cast<uint64_t>(task);
+        size_t i = 0;
+        for (; left >= (rows[i] + each - 1) / each; ++i) left -= (rows[i] + each - 1) / each;
+        const uint64_t first = left * each;
+        body(i, static_cast<uint32_t>(first),
+             static_cast<uint32_t>(std::min<uint64_t>(rows[i], first + each)));
+    });
+}
+
+void Engine::run(const Call *calls, size_t count) {
+    std::vector<Call> split;  // many tokens: several calls
+    for (size_t i = 0; i < count; ++i) {
+        for (uint32_t start = 0; start < calls[i].num_tokens; start += kTokensAtOnce) {
+            Call call = calls[i];
+            const size_t item = size_of(call.type);
+            call.x = static_cast<const uint8_t *>(call.x) + start * item * call.up.cols;
+            call.out = static_cast<uint8_t *>(call.out) + start * item * call.down.rows;
+            call.num_tokens = std::min(kTokensAtOnce, call.num_tokens - start);
+            split.push_back(call);
+        }
+    }
+    // Parts of one call one after the other, or scratch memory would grow with the prompt.
+    const bool at_once = split.size() == count;
+    const size_t step = at_once ? std::max<size_t>(count, 1) : 1;
+    for (size_t begin = 0; begin < split.size(); begin += step) {
+        const Call *now = split.data() + begin;
+        const size_t num = std::min(step, split.size() - begin);
+        while (works_.size() < num) works_.push_back(std::make_unique<Work>());
+        rows_.assign(num, 0);
+        for (size_t i = 0; i < num; ++i) {
+            const Call &call = now[i];
+            Work &work = *works_[i];
+            prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
+            work.gate_apart = call.has_gate && !same_kind(call.gate.format, call.up.format);
+            if (work.gate_apart)
+                prepare(work.x_gate, call.gate.format, call.type, call.x, call.num_tokens,
+                        call.gate.cols);
+            work.stride = call.up.rows;
+            const size_t bytes = call.num_tokens * work.stride * 4;
+            work.up_values = static_cast<float *>(work.up.reserve(bytes));
+            work.gate_values = call.has_gate ? static_cast<float *>(work.gate.reserve(bytes)) : nullptr;
+            work.out_values = static_cast<float *>(
+                work.out.reserve(size_t(call.num_tokens) * call.down.rows * 4));
+            rows_[i] = call.up.rows;
+        }
+        share(num, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+            inner(now[i], *works_[i], first, last);
+        });
+        for (size_t i = 0; i < num; ++i) {
+            // Rounded to the model's type already: narrowing them loses nothing.
+            Work &work = *works_[i];
+            prepare_inner(now[i], work);
+            rows_[i] = now[i].down.rows;
+        }
+        share(num, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+            outer(now[i], *works_[i], first, last);
+        });
+    }
+}
+
+void Engine::inner(const Call &call, Work &work, uint32_t first, uint32_t last) const {
+    multiply(call.up, work.x.tokens, first, last, work.up_values, work.stride);
+    if (call.has_gate) {
+        const Tokens &x = work.gate_apart ? work.x_gate.tokens : work.x.tokens;
+        multiply(call.gate, x, first, last, work.gate_values, work.stride);
+    }
+    const size_t count = last - first;
+    for (uint32_t t = 0; t < call.num_tokens; ++t) {
+        float *up = work.up_values + t * work.stride + first;
+        kernels_.round(call.type, up, count);
+        if (!call.has_gate) {
+            kernels_.activate(call.activation, up, count);
+            kernels_.round(call.type, up, count);
+            continue;
+        }
+        float *gate = work.gate_values + t * work.stride + first;
+        kernels_.round(call.type, gate, count);
+        kernels_.activate(call.activation, gate, count);
+        kernels_.round(call.type, gate, count);
+        for (size_t i = 0; i < count; ++i) up[i] *= gate[i];
+        kernels_.round(call.type, up, count);
+    }
+}
+
+void Engine::prepare_inner(const Call &call, Work &work) {
+    const size_t count = call.num_tokens * work.stride;
+    if (call.type == Type::f32) {
+        prepare(work.inner, call.down.format, call.type, work.up_values, call.num_tokens,
+                call.down.cols);
+        return;
+    }
+    auto *narrow = static_cast<uint16_t *>(work.narrow.reserve(count * 2));
+    kernels_.narrow(call.type, work.up_values, narrow, count);
+    prepare(work.inner, call.down.format, call.type, narrow, call.num_tokens, call.down.cols);
+}
+
+void Engine::outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const {
+    const size_t stride = call.down.rows, item = size_of(call.type);
+    multiply(call.down, work.inner.tokens, first, last, work.out_values, stride);
+    for (uint32_t t = 0; t < call.num_tokens; ++t)
+        kernels_.narrow(call.type, work.out_values + t * stride + first,
+                        static_cast<uint8_t *>(call.out) + (t * stride + first) * item, last - first);
+}
+
+void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out) {
+    const size_t item = size_of(type);
+    for (uint32_t start = 0; start < num_tokens; start += kTokensAtOnce) {
+        const uint32_t count = std::min(kTokensAtOnce, num_tokens - start);
+        prepare(prepared_, m.format, type, static_cast<const uint8_t *>(x) + start * item * m.cols,
+                count, m.cols);
+        auto *values = static_cast<float *>(result_.reserve(size_t(count) * m.rows * 4));
+        auto *to = static_cast<uint8_t *>(out) + size_t(start) * m.rows * item;
+        rows_.assign(1, m.rows);
+        share(1, rows_, [&](size_t, uint32_t first, uint32_t last) {
+            multiply(m, prepared_.tokens, first, last, values, m.rows);
+            for (uint32_t t = 0; t < count; ++t)
+                kernels_.narrow(type, values + size_t(t) * m.rows + first,
+                                to + (size_t(t) * m.rows + first) * item, last - first);
+        });
+    }
+}
+
+}  // namespace moe

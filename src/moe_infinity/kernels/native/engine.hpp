@@ -1,0 +1,88 @@
+// Products and whole experts over several threads.
+#pragma once
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "matrix.hpp"
+#include "pool.hpp"
+
+namespace moe {
+
+// One expert over some tokens: out = down(activation(gate x) * (up x)), or down(activation(up x)).
+// After every step values are rounded to `type`, as the model's own code does. Plain data, written
+// by Python with struct; x and out are [num_tokens, cols] and [num_tokens, rows], contiguous.
+struct Call {
+    const void *x;
+    void *out;
+    uint32_t num_tokens;
+    Type type;
+    Activation activation;
+    uint32_t has_gate;
+    Matrix gate, up, down;
+};
+static_assert(sizeof(Call) == 152, "Python packs it so");
+
+// Memory that only grows, aligned to cache lines.
+class Scratch {
+public:
+    Scratch() = default;
+    Scratch(Scratch &&other) noexcept : data_(other.data_), size_(other.size_) {
+        other.data_ = nullptr;
+        other.size_ = 0;
+    }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    ~Scratch() { std::free(data_); }
+
+    void *reserve(size_t num_bytes);  // what was there before is lost
+
+private:
+    void *data_ = nullptr;
+    size_t size_ = 0;
+};
+
+// Tokens and the memory they are made ready in.
+struct Prepared {
+    Tokens tokens;
+    Scratch values, scales, sums;
+};
+
+class Engine {
+public:
+    Engine(int num_threads, const Kernels &kernels);
+    ~Engine();
+
+    // All calls at once: their rows are shared out together. One caller at a time.
+    void run(const Call *calls, size_t count);
+
+    // out [num_tokens, rows] = x [num_tokens, cols] . m^T
+    void product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out);
+
+    const Kernels &kernels() const { return kernels_; }
+    int num_threads() const { return pool_.num_threads(); }
+
+private:
+    struct Work;
+
+    void prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
+                 uint32_t cols);
+    void multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
+                  size_t out_stride) const;
+    void prepare_inner(const Call &call, Work &work);
+    void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
+    void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
+    template <class Body>
+    void share(size_t count, const std::vector<uint32_t> &rows, const Body &body);
+
+    const Kernels &kernels_;
+    Pool pool_;
+    std::vector<std::unique_ptr<Work>> works_;
+    Prepared prepared_;
+    Scratch result_;
+    std::vector<uint32_t> rows_;
+};
+
+}  // namespace moe

@@ -1,0 +1,78 @@
+// What the kernels are given: matrices as they lie in a slot, and the tokens to multiply by them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moe {
+
+// How a row of weights is coded; docs/packed_format.md gives the layouts byte by byte.
+enum class Format : uint32_t { bf16 = 0, f16 = 1, f32 = 2, q8_0 = 3, q4_0 = 4, exact12 = 5 };
+
+// Type of activations: what comes in, what is rounded to after every step, what goes out.
+enum class Type : uint32_t { bf16 = 0, f16 = 1, f32 = 2 };
+
+enum class Activation : uint32_t { none = 0, silu = 1, gelu_tanh = 2, relu = 3 };
+
+// One [rows, cols] matrix, rows of row_bytes each. Plain data: Python writes it with struct.
+struct Matrix {
+    const uint8_t *data;
+    // exact12 only: top exponents u8 [rows]; then, from the next multiple of 4, first exception of
+    // each row u32 [rows + 1] and the exceptions u32 (column << 16 | bits).
+    const uint8_t *side;
+    uint64_t row_bytes;
+    uint32_t rows, cols;
+    Format format;
+    uint32_t unused;
+};
+static_assert(sizeof(Matrix) == 40, "Python packs it so");
+
+constexpr int kGroup = 32;        // weights per scale of q8_0 and q4_0
+constexpr int kQ8Bytes = 34;      // f16 scale, 32 int8
+constexpr int kQ4Bytes = 18;      // f16 scale, 16 bytes: element i low, element i + 16 high
+constexpr int kUnit = 128;        // weights per unit of exact12
+constexpr int kUnitBytes = 192;   // 128 bytes of sign and mantissa, 64 bytes of codes
+constexpr int kPadding = 128;     // tokens are padded with zeros to a multiple of this
+
+inline size_t padded(size_t cols) { return (cols + kPadding - 1) / kPadding * kPadding; }
+
+// Tokens made ready for one kind of weights: num_tokens rows of `stride` elements, the columns
+// followed by zeros. Only what that kind needs is set; the order within q8 and sum is the kernels'
+// own affair.
+struct Tokens {
+    int num_tokens = 0;
+    size_t stride = 0;              // padded(cols)
+    const uint16_t *bf16 = nullptr;
+    const float *f32 = nullptr;
+    const int8_t *q8 = nullptr;     // groups of 32 with a scale each
+    const float *scale = nullptr;   // [T, stride / 32]
+    const int32_t *sum = nullptr;   // [T, stride / 4] what to add for weights stored with an offset
+};
+
+// out[t * out_stride + row] = row of m . token t, for rows first..last-1. A result depends on its
+// row and its token alone: not on the range, the number of tokens, threads or addresses.
+using Product = void (*)(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last,
+                         float *out, size_t out_stride);
+
+// What one instruction set offers; every function pointer is set.
+struct Kernels {
+    const char *name;
+    bool dots_bf16;                  // bf16 tokens are multiplied as they are
+    Product floating;                // bf16, f16, f32, exact12
+    Product grouped;                 // q8_0, q4_0
+    // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for q8_0 or q4_0.
+    void (*quantise)(Format weights, const float *x, size_t n, int8_t *q, float *scale,
+                     int32_t *sum);
+    void (*activate)(Activation which, float *x, size_t count);  // in place
+    void (*round)(Type to, float *x, size_t count);              // in place
+    void (*widen)(Type from, const void *x, float *out, size_t count);
+    void (*narrow)(Type to, const float *x, void *out, size_t count);
+};
+
+// Null where the compiler or the processor does not have them.
+const Kernels *portable_kernels();
+const Kernels *avx2_kernels();         // with FMA and F16C
+const Kernels *avx512_kernels();       // F, BW, DQ, VL and VNNI
+const Kernels *avx512_bf16_kernels();  // and BF16
+
+}  // namespace moe

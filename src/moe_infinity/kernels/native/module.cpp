@@ -1,0 +1,152 @@
+// The Python module moe_infinity.kernels._native. Pointers and sizes come in as plain numbers: who
+// calls vouches for them (kernels/native.py does).
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "engine.hpp"
+
+namespace {
+
+using moe::Call;
+using moe::Engine;
+using moe::Kernels;
+using moe::Matrix;
+
+constexpr const char *kCapsule = "moe_infinity.Engine";
+
+std::vector<const Kernels *> available() {
+    std::vector<const Kernels *> found;
+    for (const Kernels *k : {moe::portable_kernels(), moe::avx2_kernels(), moe::avx512_kernels(),
+                             moe::avx512_bf16_kernels()})
+        if (k) found.push_back(k);
+    return found;
+}
+
+void destroy(PyObject *capsule) {
+    delete static_cast<Engine *>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+Engine *engine_of(PyObject *capsule) {
+    return static_cast<Engine *>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+// Runs without the GIL; a C++ exception becomes a Python one.
+template <class Body>
+PyObject *without_gil(const Body &body) {
+    std::string error;
+    Py_BEGIN_ALLOW_THREADS
+    try {
+        body();
+    } catch (const std::exception &caught) {
+        error = caught.what();
+    }
+    Py_END_ALLOW_THREADS
+    if (!error.empty()) {
+        PyErr_SetString(PyExc_MemoryError, error.c_str());
+        return nullptr;
+    }
+    Py_RETURN_NONE;
+}
+
+PyObject *instruction_sets(PyObject *, PyObject *) {
+    PyObject *names = PyList_New(0);
+    for (const Kernels *k : available()) {
+        PyObject *name = PyUnicode_FromString(k->name);
+        if (!name || PyList_Append(names, name) < 0) {
+            Py_XDECREF(name);
+            Py_XDECREF(names);
+            return nullptr;
+        }
+        Py_DECREF(name);
+    }
+    return names;
+}
+
+PyObject *open_engine(PyObject *, PyObject *args) {
+    int num_threads;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "is", &num_threads, &name)) return nullptr;
+    for (const Kernels *k : available()) {
+        if (std::strcmp(k->name, name) != 0) continue;
+        Engine *engine = nullptr;
+        try {
+            engine = new Engine(num_threads, *k);
+        } catch (const std::exception &caught) {
+            PyErr_SetString(PyExc_RuntimeError, caught.what());
+            return nullptr;
+        }
+        PyObject *capsule = PyCapsule_New(engine, kCapsule, destroy);
+        if (!capsule) delete engine;
+        return capsule;
+    }
+    PyErr_Format(PyExc_ValueError, "this processor has no instruction set %s", name);
+    return nullptr;
+}
+
+PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "run(engine, calls)");
+        return nullptr;
+    }
+    Engine *engine = engine_of(args[0]);
+    Py_buffer calls;
+    if (!engine || PyObject_GetBuffer(args[1], &calls, PyBUF_SIMPLE) < 0) return nullptr;
+    std::vector<Call> copied(static_cast<size_t>(calls.len) / sizeof(Call));
+    std::memcpy(copied.data(), calls.buf, copied.size() * sizeof(Call));  // it may lie unaligned
+    const bool whole = copied.size() * sizeof(Call) == static_cast<size_t>(calls.len);
+    PyBuffer_Release(&calls);
+    if (!whole) {
+        PyErr_SetString(PyExc_ValueError, "calls: not a whole number of them");
+        return nullptr;
+    }
+    return without_gil([&] { engine->run(copied.data(), copied.size()); });
+}
+
+PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 6) {
+        PyErr_SetString(PyExc_TypeError, "product(engine, matrix, x, num_tokens, type, out)");
+        return nullptr;
+    }
+    Engine *engine = engine_of(args[0]);
+    Py_buffer bytes;
+    if (!engine || PyObject_GetBuffer(args[1], &bytes, PyBUF_SIMPLE) < 0) return nullptr;
+    Matrix m;
+    const bool whole = bytes.len == sizeof m;
+    if (whole) std::memcpy(&m, bytes.buf, sizeof m);
+    PyBuffer_Release(&bytes);
+    if (!whole) {
+        PyErr_SetString(PyExc_ValueError, "matrix: of another size");
+        return nullptr;
+    }
+    void *x = PyLong_AsVoidPtr(args[2]);
+    const auto num_tokens = static_cast<uint32_t>(PyLong_AsUnsignedLong(args[3]));
+    const auto type = static_cast<moe::Type>(PyLong_AsUnsignedLong(args[4]));
+    void *out = PyLong_AsVoidPtr(args[5]);
+    if (PyErr_Occurred()) return nullptr;
+    return without_gil([&] { engine->product(m, x, num_tokens, type, out); });
+}
+
+template <class Function>
+PyCFunction as_function(Function f) {
+    return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
+}
+
+PyMethodDef methods[] = {
+    {"instruction_sets", instruction_sets, METH_NOARGS,
+     "Names of the instruction sets that this processor has, the best last."},
+    {"open", open_engine, METH_VARARGS, "open(num_threads, instruction_set): its threads end with it."},
+    {"run", as_function(run), METH_FASTCALL, "run(engine, calls): see engine.hpp for their layout."},
+    {"product", as_function(product), METH_FASTCALL,
+     "product(engine, matrix, x, num_tokens, type, out)"},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }

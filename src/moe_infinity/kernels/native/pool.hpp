@@ -1,0 +1,44 @@
+// A few threads that share out the rows of a product, and sleep when there is nothing to do.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace moe {
+
+class Pool {
+public:
+    explicit Pool(int num_threads);  // the caller of run is one of them
+    ~Pool();                         // joins
+    Pool(const Pool &) = delete;
+    Pool &operator=(const Pool &) = delete;
+
+    int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+    // task(i) for every i below num_tasks, each once, on any thread; returns when all are done.
+    // One caller at a time; at most 65535 tasks.
+    void run(int num_tasks, const std::function<void(int)> &task);
+
+private:
+    void work();
+    void help(uint64_t round);
+    bool wait_for_round(uint64_t after);
+
+    std::vector<std::thread> workers_;
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    std::atomic<uint64_t> round_{0};   // counts calls of run
+    std::atomic<bool> closing_{false};
+    // Round (32 bits), its tasks (16) and the next of them (16) in one word: a late worker can
+    // neither take a task of another round nor one too many of its own.
+    std::atomic<uint64_t> next_{0};
+    std::atomic<int> done_{0};
+    std::atomic<int> sleeping_{0};
+    const std::function<void(int)> *task_ = nullptr;
+};
+
+}  // namespace moe
