@@ -81,9 +81,8 @@ class MoE:
             undo.callback(self._hierarchy.close)
             self.model: Any
             self.model, modules = load(self.checkpoint, anatomy)
-            self._wiring = Wiring(
-                self.model, modules, anatomy, self._hierarchy, self._rules[0], self.config.kernel
-            )
+            routing, kernel = self._rules[0], self.config.kernel
+            self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, routing, kernel)
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,

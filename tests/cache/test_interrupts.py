@@ -9,10 +9,10 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 
 import moe_infinity
 from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.kernels.base import Views
 from moe_infinity.residency.directory import State
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
@@ -55,9 +55,10 @@ def interrupt_after(lines: int) -> Iterator[None]:
 def run(hierarchy: RamHierarchy, each: Event) -> None:
     seen: list[ExpertKey] = []
 
-    def compute(key: ExpertKey, views: dict[str, list[torch.Tensor]]) -> None:
-        assert found_parts(views) == expected_parts(STORE, key), f"wrong bytes for {key}"
-        seen.append(key)
+    def compute(keys: list[ExpertKey], views: list[Views]) -> None:
+        for key, each in zip(keys, views, strict=True):
+            assert found_parts(each) == expected_parts(STORE, key), f"wrong bytes for {key}"
+            seen.append(key)
 
     hierarchy.run_event(each, compute)
     assert sorted(seen) == each.keys

@@ -63,7 +63,7 @@ def test_a_cancelled_one_settles_without_arriving() -> None:
 def test_waiting_is_stalling_and_computing_is_not() -> None:
     link = carrier(layer_s=2.0, dense_share=0.5)
     link.start([load(A)], Priority.DEMAND)
-    link.compute(B)  # half a second: (1 - 0.5) * 2 / 2
+    link.compute([B])  # half a second: (1 - 0.5) * 2 / 2
     link.wait()
     assert (link.now_s, link.stall_s) == (4.0, 3.5)
 

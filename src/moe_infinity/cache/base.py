@@ -12,8 +12,8 @@ from moe_infinity.kernels.base import Views
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
 
-# compute(key, views): the expert's parts by name, each a list of blocks; valid during the call.
-Compute = Callable[[ExpertKey, Views], None]
+# compute(keys, views): experts that are here, and the parts of each; valid during the call.
+Compute = Callable[[list[ExpertKey], list[Views]], None]
 
 
 class Hierarchy(ABC):
@@ -41,7 +41,8 @@ class Hierarchy(ABC):
     def run_event(
         self, event: Event, compute: Compute, foreseen: NDArray[np.float32] | None = None
     ) -> None:
-        """Bring every expert of the event to ``compute``, each exactly once, in any order.
+        """Bring every expert of the event to ``compute``, each exactly once, in any order, one or
+        several at a time.
 
         foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         Raises what a load failed with; nothing stays pinned or in flight then.

@@ -164,14 +164,15 @@ class RamHierarchy(Hierarchy, Carrier):
     def looks_ahead(self) -> bool:
         return self._stalls.is_worth_it
 
-    def compute(self, key: ExpertKey) -> None:
+    def compute(self, keys: list[ExpertKey]) -> None:
         if self.cancelled.is_set():
             raise CancelledError("the request was cancelled")
         assert self._computing is not None, "no event is running"
         start = time.perf_counter()
-        self._computing(key, self._views_of(key))
-        self.counters.now.compute_s += time.perf_counter() - start
-        self.counters.now.computed_bytes += self._store.specs[key].weight_bytes
+        self._computing(keys, [self._views_of(key) for key in keys])
+        now = self.counters.now
+        now.compute_s += time.perf_counter() - start
+        now.computed_bytes += sum(self._store.specs[key].weight_bytes for key in keys)
 
     def _views_of(self, key: ExpertKey) -> Views:
         views = self._views.get(key)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,14 @@ class ExpertMath:
     post: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
+class Job(NamedTuple):
+    """One expert's tokens x [T, H] and where its results go: out, of the same shape, contiguous."""
+
+    views: Views
+    x: torch.Tensor
+    out: torch.Tensor
+
+
 class ExpertKernel(ABC):
     """Computes experts straight from their slots' bytes."""
 
@@ -44,6 +52,11 @@ class ExpertKernel(ABC):
     @abstractmethod
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         """[T, H] of x's dtype -> [T, H]; weights stored in another dtype are converted to x's."""
+
+    def run(self, math: ExpertMath, jobs: list[Job]) -> None:
+        """Several experts of one layer, each into its own place."""
+        for job in jobs:
+            job.out.copy_(self.forward(math, job.views, job.x))
 
     def close(self) -> None:
         """Let go of threads; idempotent."""

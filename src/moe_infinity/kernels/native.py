@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moe_infinity.errors import ConfigError
-from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
 from moe_infinity.kernels.packed import PackedMatrix, row_bytes, side_offset
 from moe_infinity.kernels.reference import Kernel as Reference
 
@@ -39,11 +39,13 @@ class _Prepared(NamedTuple):
     """One expert as the compiled code reads it. activation: None where torch has to do it."""
 
     gate: bytes
-    up: bytes
-    down: bytes
+    matrices: bytes  # gate, up, down
     activation: int | None
-    rows: int  # of what the first product gives: 2I or I
     is_packed: bool
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether so many tokens are better computed here than by torch."""
+        return self.is_packed or len(x) <= MOST_TOKENS
 
 
 class Kernel(ExpertKernel):
@@ -70,12 +72,25 @@ class Kernel(ExpertKernel):
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         prepared = self._prepared(math, views, x.dtype)
-        if prepared is None or (len(x) > MOST_TOKENS and not prepared.is_packed) or not len(x):
+        if prepared is None or not prepared.takes(x) or not len(x):
             return self._reference.forward(math, views, x)
         out = self._fused(prepared, x) if prepared.activation is not None else None
         if out is None:
             out = self._apart(math, views, x)
         return math.post(out) if math.post else out
+
+    def run(self, math: ExpertMath, jobs: list[Job]) -> None:
+        """Those that the compiled code knows whole go to it together."""
+        calls = []
+        for job in jobs:
+            expert = self._prepared(math, job.views, job.x.dtype)
+            if expert is None or expert.activation is None or math.post or not expert.takes(job.x):
+                job.out.copy_(self.forward(math, job.views, job.x))
+            else:
+                calls.append(_call(expert, job.x, job.out))
+        if calls:
+            assert native is not None
+            native.run(self._engine, b"".join(calls))
 
     def linear(self, weight: bytes, rows: int, x: torch.Tensor) -> torch.Tensor:
         """x [T, cols] contiguous by a matrix that ``describe`` described -> [T, rows]."""
@@ -91,11 +106,7 @@ class Kernel(ExpertKernel):
         assert native is not None
         x = x.contiguous()
         out = torch.empty_like(x)
-        has_gate = expert.gate is not _NO_MATRIX
-        head = _CALL.pack(
-            x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, has_gate
-        )
-        native.run(self._engine, head + expert.gate + expert.up + expert.down)
+        native.run(self._engine, _call(expert, x, out))
         return out
 
     def _apart(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
@@ -132,12 +143,22 @@ class Kernel(ExpertKernel):
         activation = self._activation(math, rows) if whole else None
         is_packed = any(isinstance(block, PackedMatrix) for block in blocks)
         down = describe(views["down_proj"][0])
-        return _Prepared(gate or _NO_MATRIX, up, down, activation, rows, is_packed)
+        gate = gate or _NO_MATRIX
+        return _Prepared(gate, gate + up + down, activation, is_packed)
 
     def _activation(self, math: ExpertMath, rows: int) -> int | None:
         if math not in self._activations:
             self._activations[math] = recognise(math, rows)
         return self._activations[math]
+
+
+def _call(expert: _Prepared, x: torch.Tensor, out: torch.Tensor) -> bytes:
+    """One expert over contiguous tokens for the compiled code."""
+    has_gate = expert.gate is not _NO_MATRIX
+    head = _CALL.pack(
+        x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, has_gate
+    )
+    return head + expert.matrices
 
 
 def recognise(math: ExpertMath, rows: int) -> int | None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
-from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
 from moe_infinity.model.observer import Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
@@ -63,6 +63,7 @@ class ExpertsLayer:
         top_k_index, top_k_weights = self._runtime.routing.select(
             self.layer, top_k_index, top_k_weights
         )
+        x = x.contiguous()
         num_tokens = x.shape[0]
         step = self._runtime.step
         ids = top_k_index.numpy(force=True).astype(np.int64)
@@ -90,10 +91,13 @@ class ExpertsLayer:
         allocate = torch.empty if routed.all() else torch.zeros
         out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype)
 
-        def compute(key: ExpertKey, views: Views) -> None:
-            place = places[key.expert]  # positions in [T * K]
-            tokens = x if num_tokens == 1 else x[place // top_k]
-            out[place] = self._runtime.kernel.forward(self._math, views, tokens)
+        def compute(keys: list[ExpertKey], views: list[Views]) -> None:
+            where = [places[key.expert] for key in keys]  # positions in [T * K]
+            jobs = [_job(each, x, out, place) for each, place in zip(views, where, strict=True)]
+            self._runtime.kernel.run(self._math, jobs)
+            for job, place in zip(jobs, where, strict=True):
+                if len(place) > 1:
+                    out[torch.from_numpy(place)] = job.out
 
         observer = self._runtime.observer
         real: NDArray[np.bool_] = np.any(routed, axis=1)
@@ -130,14 +134,29 @@ class ExpertsLayer:
         )
 
 
-def _places_by_expert(ids: NDArray[np.int64], routed: NDArray[np.bool_]) -> dict[int, torch.Tensor]:
+def _job(views: Views, x: torch.Tensor, out: torch.Tensor, place: NDArray[np.int64]) -> Job:
+    """One expert's tokens, and where its results go: straight to their place if there is one."""
+    top_k = len(out) // len(x)
+    if len(place) == 1:
+        at = int(place[0])
+        token = at // top_k
+        return Job(views, x[token : token + 1], out[at : at + 1])
+    tokens = x[torch.from_numpy(place // top_k)]
+    return Job(views, tokens, torch.empty_like(tokens))
+
+
+def _places_by_expert(
+    ids: NDArray[np.int64], routed: NDArray[np.bool_]
+) -> dict[int, NDArray[np.int64]]:
     """For each expert, the ascending flat (token, slot) places that chose it."""
     flat = ids.ravel()
+    if len(ids) == 1 and len(set(flat.tolist())) == len(flat):  # decode: no need to sort
+        return {int(flat[at]): np.array([at]) for at in np.flatnonzero(routed.ravel())}
     order = np.argsort(flat, kind="stable")
     experts, starts = np.unique(flat[order], return_index=True)
     groups = np.split(order, starts[1:])
     return {
-        int(expert): torch.from_numpy(group)
+        int(expert): group
         for expert, group in zip(experts, groups, strict=True)
         if routed.ravel()[group[0]]
     }

@@ -56,8 +56,8 @@ class Carrier(ABC):
         """Until ``collect`` has something to say."""
 
     @abstractmethod
-    def compute(self, key: ExpertKey) -> None:
-        """Compute a resident expert of the running event."""
+    def compute(self, keys: list[ExpertKey]) -> None:
+        """Compute resident experts of the running event, in any order."""
 
     @abstractmethod
     def looks_ahead(self) -> bool:
@@ -129,13 +129,14 @@ class EventRunner:
         while not self.residency.is_done:
             self._collect(carrier)
             self._admit(carrier)
-            ready = self._next_ready(in_order=event.phase == "prefill")
-            if ready is None:
+            ready = self._ready(in_order=event.phase == "prefill")
+            if not ready:
                 carrier.wait()
                 continue
-            self._pending.remove(ready)
+            self._pending = [key for key in self._pending if key not in ready]
             carrier.compute(ready)
-            self.residency.finish(ready)
+            for key in ready:
+                self.residency.finish(key)
         self.residency.end_event()
 
     def foresee(
@@ -172,14 +173,12 @@ class EventRunner:
         if ahead:
             carrier.start(ahead, Priority.PREFETCH)
 
-    def _next_ready(self, in_order: bool) -> ExpertKey | None:
-        """A member that is here. Prefill takes them in order, so that which slot comes free when
-        does not depend on the disk; decode takes whichever is here first."""
+    def _ready(self, in_order: bool) -> list[ExpertKey]:
+        """Members that are here. Prefill takes them one by one, in order, so that which slot comes
+        free when does not depend on the disk; decode takes all that are here at once."""
         state = self.residency.directory.state
-        for key in self._pending[:1] if in_order else self._pending:
-            if state(key) is State.RESIDENT:
-                return key
-        return None
+        candidates = self._pending[:1] if in_order else self._pending
+        return [key for key in candidates if state(key) is State.RESIDENT]
 
     def _collect(self, carrier: Carrier) -> None:
         """Make resident what has arrived. Raises the error of a load that an event waits for.

@@ -111,8 +111,8 @@ class SimulatedCarrier(Carrier):
             self._advance(self._chunk_ends_s)
         self.stall_s += self.now_s - start_s
 
-    def compute(self, key: ExpertKey) -> None:
-        self.spend(self.cost.expert_s(self.top_k))
+    def compute(self, keys: list[ExpertKey]) -> None:
+        self.spend(self.cost.expert_s(self.top_k) * len(keys))
 
     def _advance(self, to_s: float) -> None:
         while self._chunk_ends_s <= to_s:
