@@ -12,7 +12,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.choice import choose
 from moe_infinity.model.experts import ExpertsLayer, Runtime
-from moe_infinity.model.linears import speed_up
+from moe_infinity.model.linears import FewThreads, speed_up
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.observer import Observer
 from moe_infinity.model.routers import Wishes
@@ -54,7 +54,7 @@ class Wiring:
         self._hierarchy = hierarchy
         step = Step(0, "decode", 1, 1)
         self.kernel = choose(kernel)
-        speed_up(model, self.kernel)
+        self._threads = FewThreads(speed_up(model, self.kernel))
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         self._attach(modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
@@ -121,6 +121,7 @@ class Wiring:
 
     def _begin_step(self, step: Step) -> None:
         step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
+        self._threads.begin(step.phase)
         observer = self._runtime.observer
         embeddings = observer.begin_step(step) if observer else None
         self._hierarchy.begin_pass(step.phase, embeddings, step.real_ids())
@@ -129,6 +130,7 @@ class Wiring:
         now.num_tokens += step.num_rows * step.length
 
     def _end_step(self) -> None:
+        self._threads.end()
         if self._runtime.observer is not None:
             self._runtime.observer.end_step()
         self.request.end_step(self._runtime.step, time.perf_counter())

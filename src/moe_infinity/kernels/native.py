@@ -92,11 +92,15 @@ class Kernel(ExpertKernel):
             assert native is not None
             native.run(self._engine, b"".join(calls))
 
-    def linear(self, weight: bytes, rows: int, x: torch.Tensor) -> torch.Tensor:
-        """x [T, cols] contiguous by a matrix that ``describe`` described -> [T, rows]."""
+    def linear(
+        self, weight: bytes, rows: int, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, cols] contiguous by a matrix that ``describe`` described, plus bias [rows] of x's
+        dtype -> [T, rows]."""
         assert native is not None
         out = x.new_empty((len(x), rows))
-        native.product(self._engine, weight, x.data_ptr(), len(x), _TYPES[x.dtype], out.data_ptr())
+        at, added = x.data_ptr(), 0 if bias is None else bias.data_ptr()
+        native.product(self._engine, weight, at, len(x), _TYPES[x.dtype], out.data_ptr(), added)
         return out
 
     def close(self) -> None:

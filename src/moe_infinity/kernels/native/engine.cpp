@@ -214,8 +214,14 @@ void Engine::outer(const Call &call, const Work &work, uint32_t first, uint32_t 
                         static_cast<uint8_t *>(call.out) + (t * stride + first) * item, last - first);
 }
 
-void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out) {
+void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
+                     const void *bias) {
     const size_t item = size_of(type);
+    float *biases = nullptr;
+    if (bias) {
+        biases = static_cast<float *>(bias_.reserve(size_t(m.rows) * 4));
+        kernels_.widen(type, bias, biases, m.rows);
+    }
     for (uint32_t start = 0; start < num_tokens; start += kTokensAtOnce) {
         const uint32_t count = std::min(kTokensAtOnce, num_tokens - start);
         prepare(prepared_, m.format, type, static_cast<const uint8_t *>(x) + start * item * m.cols,
@@ -225,9 +231,12 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
         rows_.assign(1, m.rows);
         share(1, rows_, [&](size_t, uint32_t first, uint32_t last) {
             multiply(m, prepared_.tokens, first, last, values, m.rows);
-            for (uint32_t t = 0; t < count; ++t)
-                kernels_.narrow(type, values + size_t(t) * m.rows + first,
-                                to + (size_t(t) * m.rows + first) * item, last - first);
+            for (uint32_t t = 0; t < count; ++t) {
+                float *row = values + size_t(t) * m.rows;
+                for (uint32_t i = first; biases && i < last; ++i) row[i] += biases[i];
+                kernels_.narrow(type, row + first, to + (size_t(t) * m.rows + first) * item,
+                                last - first);
+            }
         });
     }
 }

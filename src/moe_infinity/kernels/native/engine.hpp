@@ -58,8 +58,9 @@ public:
     // All calls at once: their rows are shared out together. One caller at a time.
     void run(const Call *calls, size_t count);
 
-    // out [num_tokens, rows] = x [num_tokens, cols] . m^T
-    void product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out);
+    // out [num_tokens, rows] = x [num_tokens, cols] . m^T + bias [rows]; bias may be null
+    void product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
+                 const void *bias);
 
     const Kernels &kernels() const { return kernels_; }
     int num_threads() const { return pool_.num_threads(); }
@@ -81,7 +82,7 @@ private:
     Pool pool_;
     std::vector<std::unique_ptr<Work>> works_;
     Prepared prepared_;
-    Scratch result_;
+    Scratch result_, bias_;
     std::vector<uint32_t> rows_;
 };
 

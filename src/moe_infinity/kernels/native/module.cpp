@@ -107,8 +107,8 @@ PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 6) {
-        PyErr_SetString(PyExc_TypeError, "product(engine, matrix, x, num_tokens, type, out)");
+    if (count != 7) {
+        PyErr_SetString(PyExc_TypeError, "product(engine, matrix, x, num_tokens, type, out, bias)");
         return nullptr;
     }
     Engine *engine = engine_of(args[0]);
@@ -126,8 +126,9 @@ PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
     const auto num_tokens = static_cast<uint32_t>(PyLong_AsUnsignedLong(args[3]));
     const auto type = static_cast<moe::Type>(PyLong_AsUnsignedLong(args[4]));
     void *out = PyLong_AsVoidPtr(args[5]);
+    const void *bias = PyLong_AsVoidPtr(args[6]);
     if (PyErr_Occurred()) return nullptr;
-    return without_gil([&] { engine->product(m, x, num_tokens, type, out); });
+    return without_gil([&] { engine->product(m, x, num_tokens, type, out, bias); });
 }
 
 template <class Function>
@@ -141,7 +142,7 @@ PyMethodDef methods[] = {
     {"open", open_engine, METH_VARARGS, "open(num_threads, instruction_set): its threads end with it."},
     {"run", as_function(run), METH_FASTCALL, "run(engine, calls): see engine.hpp for their layout."},
     {"product", as_function(product), METH_FASTCALL,
-     "product(engine, matrix, x, num_tokens, type, out)"},
+     "product(engine, matrix, x, num_tokens, type, out, bias): bias is 0 or an address."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,
