@@ -24,6 +24,14 @@ def main() -> None:
     parser.add_argument("trace", type=Path, help="many requests, with logits, hidden, foresight")
     parser.add_argument("--history", type=int, default=150)
     parser.add_argument("--test", type=int, default=30)
+    parser.add_argument(
+        "--more",
+        nargs="*",
+        type=Path,
+        default=[],
+        help="answers to the same prompts with other seeds: history for large collections, the "
+        "test's prompts left out",
+    )
     args = parser.parse_args()
     from moe_infinity.predictors import find_predictor, predictor_names
     from moe_infinity.tracing.trace_file import load_trace
@@ -35,7 +43,7 @@ def main() -> None:
     recall = {name: accuracy_of(name, history, test) for name in names}
     for name, found in recall.items():
         print(name, found, flush=True)
-    sizes = collection_sizes(trace, args.history, test)
+    sizes = collection_sizes([history, *others_of(args.more, test)], test)
     print(sizes, flush=True)
     match = {"qwen3_like": match_us(48, 128, 8, 1000), "bundled_like": match_us(8, 32, 4, 1000)}
     print(match, flush=True)
@@ -67,20 +75,41 @@ def accuracy_of(name: str, history, test) -> dict:
     return {"recall": found.recall, "recall_extra": found.recall_extra, "asked": found.asked}
 
 
-def collection_sizes(trace, history: int, test) -> list[dict]:
+def others_of(paths: list[Path], test) -> list:
+    """More history: traces of the same prompts in the same order, without those of the test."""
+    import numpy as np
+
+    from moe_infinity.tracing.trace_file import load_trace
+
+    traces = [load_trace(path) for path in paths]
+    prompts = np.unique(test.request)
+    return [trace.select(~np.isin(trace.request, prompts)) for trace in traces]
+
+
+def collection_sizes(histories: list, test) -> list[dict]:
     """Mean recall of the paper's predictor over all distances, by entries it may keep."""
+    import numpy as np
+
     from moe_infinity.predictors.eamc import Predictor
     from moe_infinity.simulator.accuracy import measure
     from moe_infinity.simulator.replay import teach
 
-    early, _ = trace.split(history)
     rows = []
     for size in SIZES:
-        predictor = Predictor(trace.shape, capacity=size)
-        teach(predictor, early)
+        predictor = Predictor(test.shape, capacity=size)
+        for history in histories:
+            teach(predictor, history)
         kept = predictor.collection.size
         recall = measure(test, predictor, DISTANCE).recall
-        rows.append({"capacity": size, "entries": kept, "recall": statistics.mean(recall)})
+        requests = sum(len(np.unique(history.request)) for history in histories)
+        rows.append(
+            {
+                "capacity": size,
+                "entries": kept,
+                "history_requests": requests,
+                "recall": statistics.mean(recall),
+            }
+        )
         if kept < size:
             break  # more room would hold no more
     return rows

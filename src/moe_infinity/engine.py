@@ -91,8 +91,8 @@ class MoE:
                 self.checkpoint.identity,
             )
             self._cleanup = undo.pop_all()
-        self._prefetch = prefetch
-        self._shape = anatomy.shape
+        self.kernel = self._wiring.kernel  # what computes experts
+        self._prefetch, self._shape = prefetch, anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
         self._read_bytes = next(iter(anatomy.specs.values())).read_bytes

@@ -48,6 +48,7 @@ class ExpertKernel(ABC):
     """Computes experts straight from their slots' bytes."""
 
     name: str  # for reports
+    linear_s: float = 0.0  # spent in dense products so far
 
     @abstractmethod
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:

@@ -38,9 +38,9 @@ class Policy(CachePolicy):
         self._passes[:, row] *= self._decay[:, None]
         self._uses[:, row, event.experts] += 1
         self._passes[:, row] += 1
-        base = np.clip(self._uses[1, row] / self._passes[1, row], self._floor, 1.0)
+        base = np.minimum(np.maximum(self._uses[1, row] / self._passes[1, row], self._floor), 1.0)
         p = (self._uses[0, row] + _BASE_WEIGHT * base) / (self._passes[0, row] + _BASE_WEIGHT)
-        self._cycles[row] = 1.0 / np.clip(p, _MIN_P, 1.0) - 1.0
+        self._cycles[row] = 1.0 / np.minimum(np.maximum(p, _MIN_P), 1.0) - 1.0
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         num_layers = self.shape.num_layers

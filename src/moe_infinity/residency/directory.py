@@ -23,6 +23,9 @@ class State(IntEnum):
     RESIDENT = 2
 
 
+_STATES = tuple(State)  # by number: asked for several times per expert and event
+
+
 class Directory:
     """Slots of one tier, in size classes; every class serves the layers assigned to it.
 
@@ -55,7 +58,7 @@ class Directory:
         return ExpertKey(*divmod(int(flat), self.shape.num_experts))
 
     def state(self, key: ExpertKey) -> State:
-        return State(int(self.states[self.flat(key)]))
+        return _STATES[self.states[self.flat(key)]]
 
     def slot(self, key: ExpertKey) -> int:
         return int(self.slots[self.flat(key)])

@@ -1,0 +1,203 @@
+"""The same weights, the same tokens, the same kernel memory limit: llama.cpp beside this project.
+
+Every system decodes forced token ids after a prompt, inside a control group whose limit is a share
+of the file it runs, A B A B. Pairs are compared within one trial; medians of ratios are reported,
+with hit rates and bytes. make_gguf.py makes llama.cpp's file of the same weights; llama.cpp runs in
+its better setting there: memory-mapped, without repacking (repacking copies what does not fit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from limits import MemoryLimit, prompt_ids, provenance, save
+
+NO_LIMIT = 10.0  # a share that never binds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ours", type=Path, nargs="+", help="checkpoint or packed folders")
+    parser.add_argument("--gguf", type=Path, help="the same weights for llama.cpp")
+    parser.add_argument("--shares", default="10,0.9,0.75,0.55", help="limits over the GGUF's size")
+    parser.add_argument("--tokens", type=Path, help="checkpoint whose tokenizer gives the prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--peer-tokens", type=int, default=8, help="where llama.cpp is slow")
+    parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--peer-python", default=sys.executable, help="one that has llama_cpp")
+    parser.add_argument("--name", help="of the result file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(WORKERS[args.worker](json.loads(args.job))))
+        return
+    rows = [row for share in args.shares.split(",") for row in at_limit(args, float(share))]
+    save(args.name or f"peers_{args.gguf.stem}", {**provenance(), "rows": rows})
+
+
+def at_limit(args: argparse.Namespace, share: float) -> list[dict]:
+    """Every system, A B A B, at one limit: a row per system."""
+    limit = int(args.gguf.stat().st_size * share)
+    systems = {path.name: ("ours", path) for path in args.ours}
+    systems["llama.cpp"] = ("llama_cpp", args.gguf)
+    ids = forced_ids(args)
+    trials: dict[str, list[dict]] = {name: [] for name in systems}
+    for _ in range(args.trials):
+        for name, (worker, path) in systems.items():
+            is_slow = worker == "llama_cpp" and share < 1
+            job = {
+                "path": str(path),
+                "prompt": ids[: args.prompt_tokens],
+                "forced": ids[args.prompt_tokens :][: args.peer_tokens if is_slow else None],
+                "limit": limit if share < NO_LIMIT else None,
+            }
+            python = args.peer_python if worker == "llama_cpp" else sys.executable
+            found = run_limited(python, worker, job, limit)
+            trials[name].append(found)
+            print(share, name, json.dumps(found)[:300], flush=True)
+    return [summary(name, share, limit, trials) for name in systems]
+
+
+def forced_ids(args: argparse.Namespace) -> list[int]:
+    """Prompt and answer of one text, long enough."""
+    ids = prompt_ids(args.tokens or args.ours[0])
+    wanted = args.prompt_tokens + args.new_tokens
+    while len(ids) < wanted:
+        ids = ids + [(7 * i + 3) % 1000 + 10 for i in ids]
+    return ids[:wanted]
+
+
+def run_limited(python: str, worker: str, job: dict, limit_bytes: int) -> dict:
+    limit = MemoryLimit(f"moe-infinity-peers-{worker}", limit_bytes)
+    subprocess.run(["sync"], check=True)
+    drop_page_cache(Path(job["path"]))
+    command = [python, __file__, "--worker", worker, "--job", json.dumps(job)]
+    code, out, usage = limit.run(command, os.environ | {"PYTHONDONTWRITEBYTECODE": "1"})
+    limit.close()
+    lines = out.strip().splitlines()
+    if code != 0 or not lines:
+        return {"failed": f"exit code {code}"}
+    return json.loads(lines[-1]) | {"group_peak_bytes": usage.peak_bytes}
+
+
+def drop_page_cache(path: Path) -> None:
+    """What an earlier run left in memory, outside of the limit, must not serve the next one."""
+    for file in [path] if path.is_file() else path.iterdir():
+        if file.is_file():
+            handle = os.open(file, os.O_RDONLY)
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(handle)
+
+
+def summary(name: str, share: float, limit: int, trials: dict[str, list[dict]]) -> dict:
+    """Medians; ratio: of each trial's speed to llama.cpp's in the same trial."""
+    own = [row for row in trials[name] if "failed" not in row]
+    pairs = zip(trials[name], trials["llama.cpp"], strict=True)
+    ratios = [
+        mine["tokens_per_s"] / theirs["tokens_per_s"]
+        for mine, theirs in pairs
+        if "failed" not in mine and "failed" not in theirs
+    ]
+    numbers = {k for row in own for k, v in row.items() if isinstance(v, int | float)}
+    medians = {k: statistics.median(row[k] for row in own if k in row) for k in sorted(numbers)}
+    return {
+        "system": name,
+        "share": share if share < NO_LIMIT else None,
+        "limit_bytes": limit if share < NO_LIMIT else None,
+        **medians,
+        "speeds": [row.get("tokens_per_s") for row in trials[name]],
+        "ratio": statistics.median(ratios) if ratios else None,
+        "failed": [row["failed"] for row in trials[name] if "failed" in row],
+    }
+
+
+def ours(job: dict) -> dict:
+    import torch
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    from moe_infinity import MoE
+
+    class Forced(LogitsProcessor):
+        """Leaves one token to choose: the next of the text."""
+
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            token = forced[ids.shape[1] - len(prompt)]
+            return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
+
+    prompt, forced = job["prompt"], job["forced"]
+    with MoE(job["path"], ram=job["limit"] or "auto", max_context=512) as moe:
+        for _ in range(2):  # the second finds a warm cache, as llama.cpp's second pass does
+            moe.generate(
+                [prompt],
+                max_new_tokens=len(forced),
+                min_new_tokens=len(forced),
+                do_sample=False,
+                logits_processor=LogitsProcessorList([Forced()]),
+            )
+        stats = moe.stats()
+        decode = stats.decode
+        return {
+            "tokens_per_s": stats.tokens_per_s,
+            "ttft_s": stats.ttft_s,
+            "hit_rate": decode.hit_rate,
+            "read_bytes_per_token": (decode.demand_bytes + decode.prefetch_bytes)
+            / decode.num_tokens,
+            "limit_fraction": decode.limit_fraction,
+            "belady_fraction": decode.belady_fraction,
+            "stall_s": decode.stall_s,
+            "compute_s": decode.compute_s,
+            "wall_s": decode.wall_s,
+            "peak_rss_bytes": stats.peak_rss_bytes,
+        }
+
+
+def llama_cpp(job: dict) -> dict:
+    import llama_cpp
+
+    threads = len(os.sched_getaffinity(0))
+    params = llama_cpp.llama_model_default_params()
+    params.use_mmap = True
+    if hasattr(params, "use_extra_bufts"):
+        params.use_extra_bufts = job["limit"] is None  # repacking, where everything fits
+    llama_cpp.llama_backend_init()
+    model = llama_cpp.llama_model_load_from_file(job["path"].encode(), params)
+    options = llama_cpp.llama_context_default_params()
+    options.n_ctx, options.n_batch = 512, 512
+    options.n_threads = options.n_threads_batch = threads
+    context = llama_cpp.llama_init_from_model(model, options)
+
+    def decode(ids: list[int]) -> None:
+        array = (llama_cpp.llama_token * len(ids))(*ids)
+        batch = llama_cpp.llama_batch_get_one(array, len(ids))
+        if llama_cpp.llama_decode(context, batch):
+            raise SystemExit("llama_decode failed")
+
+    result = {}
+    for _ in range(2):
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        start = time.perf_counter()
+        decode(job["prompt"])
+        first = time.perf_counter()
+        for token in job["forced"][:-1]:
+            decode([token])
+        end = time.perf_counter()
+        rate = (len(job["forced"]) - 1) / (end - first)
+        result = {"tokens_per_s": rate, "ttft_s": first - start}
+    return result
+
+
+WORKERS = {"ours": ours, "llama_cpp": llama_cpp}
+
+
+if __name__ == "__main__":
+    main()
