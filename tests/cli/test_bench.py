@@ -19,7 +19,7 @@ def test_json() -> None:
     rates = [trial["tokens_per_s"] for trial in found["trials"]]
     assert median["tokens_per_s"] == pytest.approx(sum(rates) / 2)
     assert spread["tokens_per_s"] == pytest.approx(abs(rates[0] - rates[1]))
-    assert 0 < median["ttft_s"] and 0 < median["hit_rate"] < 1
+    assert median["ttft_s"] > 0 and 0 < median["hit_rate"] < 1
     parts = ("experts_s", "linears_s", "stall_s", "rest_s")
     for trial in found["trials"]:
         wall_s = sum(trial[part] for part in parts)
