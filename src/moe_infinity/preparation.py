@@ -7,7 +7,7 @@ from pathlib import Path
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.pack_format import FORMATS
-from moe_infinity.checkpoint.packing import Job
+from moe_infinity.checkpoint.pack_job import Job
 from moe_infinity.errors import ConfigError, UnsupportedModelError
 from moe_infinity.model.loading import examine
 

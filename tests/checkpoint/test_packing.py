@@ -172,6 +172,51 @@ def test_a_journal_of_another_job_is_not_gone_on_with(
     assert found[EXPERTS] == contents(folders["exact12"])[EXPERTS]
 
 
+def stop_after(num_bytes: float) -> Any:
+    left = [num_bytes]
+
+    def stop(done: int) -> None:
+        left[0] -= done
+        if left[0] < 0:
+            raise _Interrupted
+
+    return stop
+
+
+def test_what_the_file_lost_is_packed_again(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A sound journal beside a file that is shorter than it says."""
+    target = tmp_path / "out"
+    with pytest.raises(_Interrupted):
+        packed(bundled_model_path(), target, on_bytes=stop_after(15e6))
+    os.truncate(tmp_path / "out.partial" / EXPERTS, 3_000_000)
+    assert contents(packed(bundled_model_path(), target)) == contents(folders["exact12"])
+
+
+def test_nothing_of_an_earlier_attempt_is_left(folders: dict[str, Path], tmp_path: Path) -> None:
+    target, partial = tmp_path / "out", tmp_path / "out.partial"
+    with pytest.raises(_Interrupted):
+        packed(bundled_model_path(), target, on_bytes=stop_after(15e6))
+    (partial / "added_tokens.json").write_text("{}")
+    assert contents(packed(bundled_model_path(), target)) == contents(folders["exact12"])
+
+
+def test_only_the_renaming_is_left(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folders["exact12"], tmp_path / "out.partial")
+    monkeypatch.setattr(packing, "_coded", lambda *_: pytest.fail("packed again"))
+    assert contents(packed(bundled_model_path(), tmp_path / "out")) == contents(folders["exact12"])
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    with (
+        journal.only_one_in(tmp_path / "out.partial"),
+        pytest.raises(ConfigError, match="another process"),
+    ):
+        packed(bundled_model_path(), tmp_path / "out")
+
+
 def killed_once(target: Path, after_s: float) -> bool:
     """Pack in a process of its own and kill it; whether it was still at work."""
     arguments = ("pack", str(bundled_model_path()), str(target))
@@ -367,6 +412,9 @@ class TestTrouble:
     def test_targets_that_exist_or_cannot(self, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with pytest.raises(ConfigError, match="exists already"):
+            packed(bundled_model_path(), tmp_path / "out")
+        (tmp_path / "out" / "config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="is OUT missing"):
             packed(bundled_model_path(), tmp_path / "out")
         with pytest.raises(ConfigError, match="no such folder"):
             packed(bundled_model_path(), tmp_path / "none" / "out")

@@ -56,7 +56,7 @@ def test_saved_counts_come_back() -> None:
 
 
 def test_memory_is_bounded(monkeypatch) -> None:
-    monkeypatch.setattr(_token_table, "TABLE_BYTES", 2 * 8 * 30)  # 30 rows: 10 tokens
+    monkeypatch.setattr(_token_table, "TABLE_BYTES", 128 * 30)  # 30 rows: 10 tokens
     table = TokenTable(SHAPE, depth=3)
     for token in range(40):
         show(table, token % 20, 0, 3)
@@ -74,3 +74,13 @@ def test_the_predictor_speaks_before_the_first_layer() -> None:
     assert not predictor.predict()[3:].any()
     predictor.observe(event(0, [0, 3], 8))
     assert not predictor.predict()[0].any()
+
+
+def test_a_full_table_says_nothing_of_unknown_tokens(monkeypatch) -> None:
+    monkeypatch.setattr(_token_table, "TABLE_BYTES", 128 * 9)  # 9 rows: 3 tokens
+    table = TokenTable(SHAPE, depth=3)
+    for token in (1, 2, 3):
+        show(table, token, 0, 3)
+    assert len(table.arrays()["pairs"]) == 9
+    table.begin_pass(np.array([99]))
+    assert (table.chances() <= 1).all()

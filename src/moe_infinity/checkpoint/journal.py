@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_infinity.errors import ConfigError
+
 
 class Journal:
     """JSON objects, a line each, with a checksum before each; the first names the job."""
@@ -25,8 +27,12 @@ class Journal:
         lines = list(_sound_lines(self.path)) if self.path.exists() else []
         if not lines or lines[0] != job:
             lines = [job]
-        write_synced(self.path, b"".join(map(line_of, lines)))  # without what was cut off
+        self.restart(lines[0], lines[1:])  # without what was cut off
         return lines[1:]
+
+    def restart(self, job: dict[str, Any], lines: list[dict[str, Any]]) -> None:
+        """Only these lines count from now on."""
+        write_synced(self.path, b"".join(map(line_of, [job, *lines])))
 
     def append(self, line: dict[str, Any]) -> None:
         """Safely on disk when this returns."""
@@ -62,6 +68,28 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def only_one_in(folder: Path) -> Iterator[None]:
+    """Lock a folder, where the system can. Raises ConfigError if another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{folder}: another process is writing there, expected to be the only one; wait "
+                f"for it, or stop it"
+            ) from error
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sound_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -125,11 +125,6 @@ def require_same(folder: Path, expected: Mapping[str, int]) -> None:
             )
 
 
-def part_of(part: Part) -> dict[str, Any]:
-    """For the header."""
-    return asdict(part)
-
-
 def _part(raw: dict[str, Any]) -> Part:
     blocks = tuple(
         Block(b["offset_bytes"], tuple(b["shape"]), tuple(b["strides"]), b["origin"])

@@ -51,6 +51,8 @@ class PackedCheckpoint(Checkpoint):
             self.tensors = {entry.name: entry for entry in self._dense_entries()}
             undo.pop_all()
         self._specs = {each.key: each.spec() for each in self.pack.experts}
+        for each in self.pack.experts:
+            each.parts.clear()  # the specs have them, and there may be tens of thousands
         self.packed_specs = self._specs
         self.lossy = (self.pack.experts_format,) if self.pack.experts_format in LOSSY else ()
         self._scratch = threading.local()
@@ -65,7 +67,10 @@ class PackedCheckpoint(Checkpoint):
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         read_through(self._opened[1], entry.offset, into, self._scratch)
-        found, expected = zlib.crc32(into), self.pack.dense[entry.name]
+        self._require_checksum(entry, zlib.crc32(into))
+
+    def _require_checksum(self, entry: TensorEntry, found: int) -> None:
+        expected = self.pack.dense[entry.name]
         if found != expected:
             raise CorruptCheckpointError(
                 f"{self.files[1]}: tensor {entry.name!r} has checksum {found:08x}, expected "
@@ -80,12 +85,16 @@ class PackedCheckpoint(Checkpoint):
 
         on_bytes: told how many bytes more were found to be right.
         """
+        buffer = memoryview(allocate(CHECKED_BYTES))  # the memory budget is filled already
         for entry in self.tensors.values():
-            self.read_tensor(entry, memoryview(bytearray(entry.num_bytes)))
+            found = 0
+            for start in range(0, entry.num_bytes, CHECKED_BYTES):
+                piece = buffer[: min(CHECKED_BYTES, entry.num_bytes - start)]
+                read_through(self._opened[1], entry.offset + start, piece, self._scratch)
+                found = zlib.crc32(piece, found)
+            self._require_checksum(entry, found)
             on_bytes(entry.num_bytes)
         store = PackedStore(self._specs, self._opened[0], self.pack.experts)
-        largest = max(align_up(each.num_bytes) for each in self.pack.experts)
-        buffer = memoryview(allocate(max(largest, ALIGNMENT_BYTES)))
         end = 0
         for each in sorted(self.pack.experts, key=lambda each: each.offset):
             self._require_zeros(buffer, end, each.offset)
@@ -151,8 +160,11 @@ class PackedStore(ExpertStore):
         self._sizes = {each.key: each.num_bytes for each in experts}
         self._checked: set[tuple[ExpertKey, int]] = set()  # adding to a set is atomic
 
+    def chunks(self, key: ExpertKey, chunk_bytes: int) -> list[ReadRange]:
+        """Chunks begin where checksums do."""
+        return super().chunks(key, max(1, chunk_bytes // CHECKED_BYTES) * CHECKED_BYTES)
+
     def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
-        assert chunk.slot_offset % CHECKED_BYTES == 0, "chunks begin where checksums do"
         self._file.read_into(buffer, chunk.file_offset, chunk.needed_bytes)
         for start in range(0, chunk.needed_bytes, CHECKED_BYTES):
             number = (chunk.slot_offset + start) // CHECKED_BYTES

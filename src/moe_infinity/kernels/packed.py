@@ -72,8 +72,8 @@ def encode(matrix: torch.Tensor, number_format: str) -> Bytes | None:
     """
     if not can_pack(number_format, tuple(matrix.shape)):
         raise UnsupportedModelError(
-            f"got a matrix {list(matrix.shape)}, expected rows divisible by {GROUP} for "
-            f"{number_format}; keep these experts in 16 bit"
+            f"got a matrix {list(matrix.shape)}, expected columns divisible by {GROUP} (EXACT12: "
+            f"fewer than {_MAX_COLUMNS}) for {number_format}; keep these experts in 16 bit"
         )
     if number_format == "EXACT12":
         bits = matrix.contiguous().view(torch.int16).numpy().view(np.uint16)
@@ -117,7 +117,13 @@ def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _half(scale: NDArray[np.float32]) -> Bytes:
-    return scale.astype(np.float16).view(np.uint8)
+    half = scale.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise UnsupportedModelError(
+            f"got weights with a scale of {np.abs(scale).max():.3g}, expected what 16-bit scales "
+            f"hold; keep these experts in 16 bit"
+        )
+    return half.view(np.uint8)
 
 
 def _scale(groups: Bytes) -> NDArray[np.float32]:

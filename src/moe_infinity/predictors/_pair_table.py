@@ -43,7 +43,7 @@ class PairTable:
         """[N] uses of each pair, 0 where it is unknown, and [N, E] uses of what came after."""
         rows = np.array([self._rows.get(pair, -1) for pair in pairs], dtype=np.int64)
         uses = np.where(rows >= 0, self._uses[rows], 0).astype(np.float64)
-        return uses, self._counts[rows].astype(np.float64)
+        return uses, np.where(rows[:, None] >= 0, self._counts[rows], 0).astype(np.float64)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         pairs = np.array(list(self._rows), dtype=np.int64)

@@ -17,6 +17,7 @@ from moe_infinity.tracing.state_tensors import Dims
 from moe_infinity.types import ExpertShape
 
 TABLE_BYTES = 8 * 1024**2  # at most, and about as much again for finding rows
+_ROW_BYTES = 128  # that finding a row takes
 _MOST_TOKENS = 256  # of a prompt, its end: about 10 us a token and layer
 _SMOOTHING = 1.0  # uses of a token that the layer's own habits are worth
 
@@ -27,7 +28,8 @@ class TokenTable:
     def __init__(self, shape: ExpertShape, depth: int) -> None:
         self.depth = min(depth, shape.num_layers)
         self._top_k = shape.top_k
-        self._table = PairTable(shape.num_experts, TABLE_BYTES // (2 * shape.num_experts))
+        row_bytes = max(2 * shape.num_experts, _ROW_BYTES)
+        self._table = PairTable(shape.num_experts, TABLE_BYTES // row_bytes)
         self._habits = np.ones((self.depth, shape.num_experts))  # uses of each expert, faded
         self._ids: NDArray[np.int64] | None = None
 

@@ -58,7 +58,8 @@ class Directory:
         return ExpertKey(*divmod(int(flat), self.shape.num_experts))
 
     def state(self, key: ExpertKey) -> State:
-        return _STATES[self.states[self.flat(key)]]
+        state: State = _STATES[self.states[self.flat(key)]]
+        return state
 
     def slot(self, key: ExpertKey) -> int:
         return int(self.slots[self.flat(key)])

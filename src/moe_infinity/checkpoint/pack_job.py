@@ -1,0 +1,135 @@
+"""What to pack and where to: how much room it takes, and whether it can be done at all."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
+from moe_infinity.checkpoint.pack_format import ALIGNMENT_BYTES, EXPERTS, FORMATS, HEADER, VERSION
+from moe_infinity.errors import ConfigError, DiskSpaceError, UnsupportedModelError
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import MAX_EXCEPTIONS, can_pack, row_bytes
+from moe_infinity.types import ExpertKey, ExpertSpec, Part
+
+JOURNAL = "journal.jsonl"
+BLOCK_ALIGNMENT = 64
+_MARGIN_BYTES = 64 * 1024**2
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".safetensors.index.json",
+    ".new",
+)
+_LARGEST_COPY_BYTES = 256 * 1024**2  # tokenizers reach 30 MB
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to pack. specs: of all experts; dense: of all other tensors the model uses."""
+
+    source: Checkpoint
+    specs: Mapping[ExpertKey, ExpertSpec]
+    dense: Sequence[TensorEntry]
+    experts_format: str  # a name of FORMATS
+    splits_gate_up: bool  # gate and up are halves of one part
+    target: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.target.with_name(self.target.name + ".partial")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Of a journal: only the same job on the same files may go on with it."""
+        stats = [(path, path.stat()) for path in self.source.files]
+        return {
+            "version": VERSION,
+            "source": self.source.identity,
+            "experts_format": self.experts_format,
+            "files": [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+        }
+
+
+def estimate_bytes(job: Job) -> int:
+    """About what the packed folder will take."""
+    total = sum(entry.num_bytes for entry in job.dense)
+    total += sum(path.stat().st_size for path in small_files(job))
+    for spec in job.specs.values():
+        total += aligned(sum(_estimate(part, job.experts_format) for part in spec.parts))
+    return total
+
+
+def _estimate(part: Part, experts_format: str) -> int:
+    """Bytes of one part; of exact12 with as many exceptions as are taken."""
+    number_format = FORMATS[experts_format]
+    numbers = math.prod(part.shape)
+    if number_format is None or len(part.shape) != 2:
+        return numbers * DTYPES[part.format].itemsize + BLOCK_ALIGNMENT
+    rows, cols = part.shape
+    side = 5 * rows + int(4 * MAX_EXCEPTIONS * numbers) if number_format == "EXACT12" else 0
+    return rows * row_bytes(number_format, cols) + side + 2 * BLOCK_ALIGNMENT
+
+
+def refuse(job: Job) -> None:
+    if job.target.exists():
+        raise ConfigError(
+            f"{job.target}: exists already, expected the name of a folder to be made"
+            + ("; is OUT missing? pack MODEL OUT" if (job.target / "config.json").exists() else "")
+        )
+    folder = job.target.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder, expected one to make {job.target.name} in")
+    if job.experts_format != "bf16":
+        for spec in job.specs.values():
+            _require_packable(job, spec)
+    there = sum(path.stat().st_size for path in job.partial.glob("*"))
+    needed = estimate_bytes(job) + _MARGIN_BYTES - there
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise DiskSpaceError(
+            f"{folder}: got {free / 1e9:.1f} GB free, expected {needed / 1e9:.1f} GB for "
+            f"{job.experts_format} experts and the rest; free some, or choose a smaller format"
+        )
+
+
+def _require_packable(job: Job, spec: ExpertSpec) -> None:
+    number_format = FORMATS[job.experts_format]
+    assert number_format is not None
+    for part in spec.parts:
+        if len(part.shape) != 2:
+            continue
+        if number_format == "EXACT12" and part.format != "BF16":
+            raise UnsupportedModelError(
+                f"{spec.key} {part.name}: got {part.format} weights, expected BF16 for exact12; "
+                f"choose int8 or int4"
+            )
+        if not can_pack(number_format, part.shape):
+            raise UnsupportedModelError(
+                f"{spec.key} {part.name}: got a matrix {list(part.shape)}, expected columns "
+                f"divisible by 32 for {job.experts_format}; choose bf16 or exact12"
+            )
+
+
+def small_files(job: Job) -> list[Path]:
+    ours = (HEADER, EXPERTS, JOURNAL)
+    return [
+        path
+        for path in sorted(job.source.path.iterdir())
+        if path.is_file()
+        and not path.name.endswith(_WEIGHTS)
+        and path.name not in ours
+        and path.stat().st_size <= _LARGEST_COPY_BYTES
+    ]
+
+
+def aligned(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
