@@ -170,9 +170,11 @@ def llama_cpp(job: dict) -> dict:
 
     threads = len(os.sched_getaffinity(0))
     params = llama_cpp.llama_model_default_params()
-    params.use_mmap = True
-    if hasattr(params, "use_extra_bufts"):
-        params.use_extra_bufts = job["limit"] is None  # repacking, where everything fits
+    if hasattr(params, "load_mode"):
+        params.load_mode = llama_cpp.LLAMA_LOAD_MODE_MMAP
+    else:
+        params.use_mmap = True
+    params.use_extra_bufts = job["limit"] is None  # repacking, where everything fits
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(job["path"].encode(), params)
     options = llama_cpp.llama_context_default_params()
