@@ -63,6 +63,36 @@ def _budget_row(result: dict, system: str, s: dict) -> str:
     )
 
 
+def peers_table() -> str:
+    rows = [
+        "| file | memory limit | system | tokens/s | over llama.cpp | hit rate | read/token | "
+        "of the limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name in ("peers_widened16_int4", "peers_widened16_f16"):
+        result = load(name)
+        form = "4 bit" if "int4" in name else "16 bit"
+        rows += [_peers_row(form, row) for row in result["rows"]]
+        notes.append(_provenance(result))
+    return "\n".join(rows) + "\n\n" + "\n".join(notes) + "\n"
+
+
+def _peers_row(form: str, row: dict) -> str:
+    limit = "none" if row["share"] is None else f"{row['share']:.0%} of the file"
+    if "tokens_per_s" not in row:
+        return f"| {form} | {limit} | {row['system']} | failed | | | | |"
+    is_ours = row.get("hit_rate") is not None
+    cells = [
+        f"{row['tokens_per_s']:.2f}",
+        f"{row['ratio']:.1f}x" if is_ours and row["ratio"] else "",
+        f"{row['hit_rate']:.0%}" if is_ours else "",
+        f"{row['read_bytes_per_token'] / _GB:.2f} GB" if is_ours else "",
+        f"{row['limit_fraction']:.0%}" if is_ours and row.get("limit_fraction") else "",
+    ]
+    return f"| {form} | {limit} | {row['system']} | " + " | ".join(cells) + " |"
+
+
 def depth_table() -> str:
     result = load("depth")
     rows = ["| tokens of context | ms per token |", "|---|---|"]
@@ -142,6 +172,7 @@ def _provenance(result: dict) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
+    "peers": peers_table,
     "plan": plan_table,
     "policies": lambda: _with_source("policies", render_policies.summary_table),
     "disk": lambda: _with_source("prefetch_disk", render_policies.disk_table),

@@ -23,11 +23,14 @@ from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
+from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.room import FEWEST_SLOTS
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
+
+_TRIAL_PASSES = 12  # of looking ahead, and of doing without
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -84,11 +87,13 @@ def build_hierarchy(
         PrefetchPlanner(predictor, directory),
         miss_rule.load if miss_rule.lossy else None,
     )
+    tries = config.prefetch == "auto" and predictor_class.foresight is not None
     return RamHierarchy(
         store,
         runner,
         SlotArena(plan.slots_per_class, plan.slot_bytes),
         TransferEngine(store, config.num_read_threads),
+        PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None,
     )
 
 

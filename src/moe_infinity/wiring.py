@@ -21,6 +21,7 @@ from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.request import Request
+from moe_infinity.stats import Counters
 from moe_infinity.tracing.recorder import Recorder
 from moe_infinity.tracing.trace_recorder import TraceRecorder
 
@@ -54,7 +55,9 @@ class Wiring:
         self._hierarchy = hierarchy
         step = Step(0, "decode", 1, 1)
         self.kernel = choose(kernel)
-        self._threads = FewThreads(speed_up(model, self.kernel))
+        maths = [anatomy.adapter.math(module) for module in modules]
+        compiled = not any(math.has_bias or math.is_transposed for math in maths)
+        self._threads = FewThreads(speed_up(model, self.kernel) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         self._attach(modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
@@ -94,7 +97,13 @@ class Wiring:
         observer = self._runtime.observer
         return (observer.fault,) if observer is not None and observer.fault else ()
 
+    def finish(self, counters: Counters) -> None:
+        """The request is over, well or not."""
+        self._threads.end()
+        self.request.finish(counters, time.perf_counter())
+
     def close(self) -> None:
+        self._threads.end()
         self.kernel.close()
         self._tap.close()
         if self._runtime.observer is not None:
@@ -121,7 +130,7 @@ class Wiring:
 
     def _begin_step(self, step: Step) -> None:
         step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
-        self._threads.begin(step.phase)
+        self._threads.begin(step)
         observer = self._runtime.observer
         embeddings = observer.begin_step(step) if observer else None
         self._hierarchy.begin_pass(step.phase, embeddings, step.real_ids())
@@ -130,7 +139,6 @@ class Wiring:
         now.num_tokens += step.num_rows * step.length
 
     def _end_step(self) -> None:
-        self._threads.end()
         if self._runtime.observer is not None:
             self._runtime.observer.end_step()
         self.request.end_step(self._runtime.step, time.perf_counter())

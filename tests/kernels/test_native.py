@@ -9,7 +9,7 @@ import torch
 
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels import native
-from moe_infinity.kernels.base import ExpertMath, Views
+from moe_infinity.kernels.base import ExpertMath, Job, Views
 from moe_infinity.kernels.choice import choose
 from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.kernels.reference import Kernel as Reference
@@ -130,6 +130,55 @@ def test_exact12_equals_bf16_to_the_bit(kernel: native.Kernel, dtype: torch.dtyp
         assert torch.equal(packed, whole)
 
 
+@pytest.mark.parametrize("tokens", [1, 33, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_whole_experts_of_exact12_equal_bf16_to_the_bit(
+    kernel: native.Kernel, tokens: int, dtype: torch.dtype
+) -> None:
+    matrices = {"gate_up_proj": [random(192, 512), random(192, 512, 2)]}
+    matrices["down_proj"] = [random(512, 192)]
+    x = (random(tokens, 512, seed=3) * 20).to(dtype)
+    found = [
+        kernel.forward(
+            GATED, Views({n: [stored(m, f) for m in ms] for n, ms in matrices.items()}), x
+        )
+        for f in ("EXACT12", "BF16")
+    ]
+    assert torch.equal(*found)
+
+
+def test_experts_together_are_those_apart(kernel: native.Kernel) -> None:
+    """However they are grouped, and on any number of threads."""
+    jobs = []
+    for seed in range(5):
+        views = Views(
+            gate_up_proj=[
+                stored(random(96, 160, seed), "BF16"),
+                stored(random(96, 160, 9), "BF16"),
+            ],
+            down_proj=[stored(random(160, 96, seed), "BF16")],
+        )
+        x = (random(1 + seed, 160, seed) * 20).bfloat16()
+        jobs.append(Job(views, x, torch.empty_like(x)))
+    expected = [kernel.forward(GATED, job.views, job.x) for job in jobs]
+    for threads in (1, 2, 3):
+        native.Kernel(threads, kernel.instruction_set).run(GATED, jobs)
+        assert all(torch.equal(job.out, each) for job, each in zip(jobs, expected, strict=True))
+
+
+def test_what_is_not_finite_shows(kernel: native.Kernel) -> None:
+    for number_format, value in itertools.product(FORMATS, (float("nan"), float("inf"))):
+        x = torch.ones(1, 64).bfloat16()
+        x[0, 5] = value
+        assert not product(kernel, stored(random(3, 64), number_format), x).isfinite().any()
+
+
+def test_matrices_that_do_not_fit_are_the_references_affair(kernel: native.Kernel) -> None:
+    views = Views(gate_up_proj=[random(64, 64)], down_proj=[random(64, 48)])
+    with pytest.raises(RuntimeError, match="shapes"):
+        kernel.forward(GATED, views, random(2, 64))
+
+
 def test_rows_of_a_larger_matrix(kernel: native.Kernel) -> None:
     """Rows apart from one another, as fused checkpoints have them."""
     whole = random(20, 300).bfloat16()
@@ -149,6 +198,7 @@ def test_experts(kernel: native.Kernel, number_format: str, gate: object) -> Non
         down_proj=[stored(random(160, 96), number_format)],
     )
     for dtype, tokens in itertools.product(TYPES, (1, 6, 33)):
+        views = Views(views)  # as loaded anew: nothing prepared
         x = (random(tokens, 160, seed=3) * 20).to(dtype)
         exact = {name: [plain(block) for block in blocks] for name, blocks in views.items()}
         expected = Reference().forward(math, Views(exact), x.float())
@@ -180,7 +230,7 @@ def test_bf16_experts_round_as_torch_does(
         return function(half) * up  # type: ignore[operator]
 
     math = ExpertMath(has_gate, False, False, gate)
-    assert native.recognise(math, 512) is not None
+    assert native.recognise(math) is not None
     views = Views(down_proj=[random(128, 256).bfloat16()])
     name, rows = ("gate_up_proj", 512) if has_gate else ("up_proj", 256)
     views[name] = [random(rows, 128).bfloat16()]
@@ -191,8 +241,10 @@ def test_bf16_experts_round_as_torch_does(
 
 
 def test_gates_that_bound_their_input_are_not_taken_for_plain_ones() -> None:
-    assert native.recognise(GATED, 512) is not None
-    assert native.recognise(ExpertMath(True, False, False, odd_gate), 512) is None
+    assert native.recognise(GATED) is not None
+    assert native.recognise(ExpertMath(True, False, False, odd_gate)) is None
+    exact_gelu = ExpertMath(False, False, False, torch.nn.functional.gelu)
+    assert native.recognise(exact_gelu) is None
 
 
 def test_what_it_cannot_do_the_reference_does(kernel: native.Kernel) -> None:

@@ -16,7 +16,7 @@ from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.residency.directory import State
-from moe_infinity.residency.meters import StallMeter
+from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, EventRunner, Settled
 from moe_infinity.stats import Counters
@@ -32,8 +32,14 @@ class RamHierarchy(Hierarchy, Carrier):
     """
 
     def __init__(
-        self, store: ExpertStore, runner: EventRunner, arena: SlotArena, engine: TransferEngine
+        self,
+        store: ExpertStore,
+        runner: EventRunner,
+        arena: SlotArena,
+        engine: TransferEngine,
+        pays: PaysMeter | None = None,
     ) -> None:
+        """pays: decides whether looking ahead is worth it; None: whoever asked for it wants it."""
         self.runner = runner
         self.residency = runner.residency
         self.cancelled = threading.Event()  # set by another thread; seen between two experts
@@ -45,6 +51,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self._is_clean = True  # False while an event runs, or was given up halfway
         self._views: dict[ExpertKey, Views] = {}
         self._stalls = StallMeter()
+        self._pays = pays
         self._stalled_s = 0.0  # in the running event
         self._event_ended_s: float | None = None  # of decode
 
@@ -162,7 +169,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self.counters.now.stall_s += stall_s
 
     def looks_ahead(self) -> bool:
-        return self._stalls.is_worth_it
+        return self._stalls.is_worth_it and (self._pays is None or self._pays.is_on)
 
     def compute(self, keys: list[ExpertKey]) -> None:
         if self.cancelled.is_set():
@@ -193,6 +200,8 @@ class RamHierarchy(Hierarchy, Carrier):
         now = time.perf_counter()
         if phase == "decode" and self._event_ended_s is not None:
             self._stalls.spend(self._stalled_s, now - self._event_ended_s)
+            if self._pays is not None:
+                self._pays.spend(now - self._event_ended_s)
         self._event_ended_s = now if phase == "decode" else None
         self._stalled_s = 0.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -26,31 +27,33 @@ native: ModuleType | None = _native
 
 # Numbers and layouts are those of native/matrix.hpp and native/engine.hpp.
 _FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_TYPE_FORMATS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
 _MATRIX = struct.Struct("<QQQIIII")
 _CALL = struct.Struct("<QQIIII")
 _NO_MATRIX = bytes(_MATRIX.size)
-# Beyond, torch's own products of 16-bit matrices are the faster ones.
+# Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
-_NONE, _SILU, _GELU_TANH, _RELU = range(4)
+_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+    1: torch.nn.functional.silu,
+    2: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    3: torch.relu,
+}
+_PROBES = 1024
 
 
 class _Prepared(NamedTuple):
     """One expert as the compiled code reads it. activation: None where torch has to do it."""
 
-    gate: bytes
+    has_gate: bool
     matrices: bytes  # gate, up, down
     activation: int | None
-    is_packed: bool
-
-    def takes(self, x: torch.Tensor) -> bool:
-        """Whether so many tokens are better computed here than by torch."""
-        return self.is_packed or len(x) <= MOST_TOKENS
+    cols: int  # of the tokens
+    is_grouped: bool  # Q8_0 or Q4_0
 
 
 class Kernel(ExpertKernel):
-    """Experts by compiled code. Results do not depend on threads, addresses or batches."""
+    """Experts by compiled code. What it computes does not depend on threads, addresses or the
+    number of tokens; where torch computes in its place, that may."""
 
     def __init__(self, num_threads: int, instruction_set: str | None = None) -> None:
         """Raises ConfigError where there is no compiled code, or not for this processor."""
@@ -73,7 +76,7 @@ class Kernel(ExpertKernel):
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         prepared = self._prepared(math, views, x.dtype)
-        if prepared is None or not prepared.takes(x) or not len(x):
+        if prepared is None or not self._takes(prepared, x) or not len(x):
             return self._reference.forward(math, views, x)
         out = self._fused(prepared, x) if prepared.activation is not None else None
         if out is None:
@@ -85,7 +88,12 @@ class Kernel(ExpertKernel):
         calls = []
         for job in jobs:
             expert = self._prepared(math, job.views, job.x.dtype)
-            if expert is None or expert.activation is None or math.post or not expert.takes(job.x):
+            if (
+                expert is None
+                or expert.activation is None
+                or math.post
+                or not self._takes(expert, job.x)
+            ):
                 job.out.copy_(self.forward(math, job.views, job.x))
             else:
                 calls.append(_call(expert, job.x, job.out))
@@ -109,6 +117,14 @@ class Kernel(ExpertKernel):
     def close(self) -> None:
         self._engine = None  # its threads end with it
 
+    def _takes(self, expert: _Prepared, x: torch.Tensor) -> bool:
+        """Whether these tokens are computed here. Not by how the weights are stored, unless torch
+        has no such products: exact12 and bf16 must go the same way."""
+        if expert.cols != x.shape[1]:
+            return False
+        is_quick = x.dtype == torch.bfloat16 and self.instruction_set == "avx512_bf16"
+        return expert.is_grouped or is_quick or len(x) <= MOST_TOKENS
+
     def _fused(self, expert: _Prepared, x: torch.Tensor) -> torch.Tensor:
         assert native is not None
         x = x.contiguous()
@@ -128,12 +144,12 @@ class Kernel(ExpertKernel):
 
     def _prepared(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
         kept = getattr(views, "prepared", None)
-        if kept is not None and kept[0] is math:
-            found: _Prepared | None = kept[1]
+        if kept is not None and kept[0] is math and kept[1] is dtype:
+            found: _Prepared | None = kept[2]
             return found
         found = self._prepare(math, views, dtype)
         if isinstance(views, Views):
-            views.prepared = (math, found)
+            views.prepared = (math, dtype, found)
         return found
 
     def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
@@ -146,46 +162,47 @@ class Kernel(ExpertKernel):
         gate, up = _gate_and_up(first) if math.has_gate else (_NO_MATRIX, describe(first[0]))
         whole = gate is not None and len(views["down_proj"]) == 1
         whole = whole and (math.has_gate or len(first) == 1)
-        rows = sum(map(_rows, first))
-        activation = self._activation(math, rows) if whole else None
-        is_packed = any(isinstance(block, PackedMatrix) for block in blocks)
-        down = describe(views["down_proj"][0])
-        gate = gate or _NO_MATRIX
-        return _Prepared(gate, gate + up + down, activation, is_packed)
+        rows = sum(map(_rows, first)) // (2 if math.has_gate else 1)
+        if {_cols(block) for block in views["down_proj"]} != {rows} or len(
+            set(map(_cols, first))
+        ) > 1:
+            return None  # the reference says what is wrong
+        activation = self._activation(math) if whole else None
+        is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
+        matrices = (gate or _NO_MATRIX) + up + describe(views["down_proj"][0])
+        return _Prepared(math.has_gate, matrices, activation, _cols(first[0]), is_grouped)
 
-    def _activation(self, math: ExpertMath, rows: int) -> int | None:
+    def _activation(self, math: ExpertMath) -> int | None:
         if math not in self._activations:
-            self._activations[math] = recognise(math, rows)
+            self._activations[math] = recognise(math)
         return self._activations[math]
 
 
 def _call(expert: _Prepared, x: torch.Tensor, out: torch.Tensor) -> bytes:
     """One expert over contiguous tokens for the compiled code."""
-    has_gate = expert.gate is not _NO_MATRIX
     head = _CALL.pack(
-        x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, has_gate
+        x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, expert.has_gate
     )
     return head + expert.matrices
 
 
-def recognise(math: ExpertMath, rows: int) -> int | None:
-    """Which compiled activation does what the model's own gate does, to the bit; None: none.
+def recognise(math: ExpertMath) -> int | None:
+    """Which compiled activation does what the model's own gate does; None: none.
 
-    Asked on numbers, large ones too: some models bound what goes into their gates.
+    Asked on a thousand numbers, large ones too: some models bound what goes into their gates.
     """
-    half = rows // 2 if math.has_gate else rows
-    spread = torch.linspace(-40, 40, half)
-    gate = torch.where(torch.arange(half) % 7 == 0, spread * 1000, spread)
-    up = torch.where(torch.arange(half) % 5 == 0, spread.flip(0) * 1000, spread.flip(0))
-    said = math.gate(torch.cat([gate, up])[None] if math.has_gate else gate[None])
-    functions = {
-        _SILU: torch.nn.functional.silu,
-        _GELU_TANH: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-        _RELU: torch.relu,
-    }
-    for number, function in functions.items():
-        expected = function(gate[None]) * up if math.has_gate else function(gate[None])
-        if torch.allclose(said, expected, rtol=1e-6, atol=1e-6):
+    points = torch.arange(_PROBES)
+    spread = torch.linspace(-12, 12, _PROBES, dtype=torch.float64)
+    gate = torch.where(points % 7 == 0, spread * 1000, spread)[:, None]
+    up = torch.where(points % 5 == 0, spread.flip(0) * 1000, spread.flip(0))[:, None]
+    wide = [gate, gate, up, up] if math.has_gate else [gate, gate]
+    try:
+        said = math.gate(torch.cat(wide, dim=1))[:, :1]
+    except Exception:  # a gate may want shapes or types of its own
+        return None
+    for number, function in _ACTIVATIONS.items():
+        expected = function(gate) * up if math.has_gate else function(gate)
+        if said.shape == expected.shape and torch.allclose(said, expected, rtol=1e-6, atol=1e-6):
             return number
     return None
 
@@ -198,8 +215,9 @@ def describe(block: torch.Tensor | PackedMatrix) -> bytes:
         stride = row_bytes(block.format, block.cols)
         return _MATRIX.pack(at, side, stride, block.rows, block.cols, _FORMATS[block.format], 0)
     rows, cols = block.shape
+    assert block.stride(1) == 1, "rows are contiguous"
     stride = block.stride(0) * block.element_size()
-    number = _TYPE_FORMATS[block.dtype]
+    number = _TYPES[block.dtype]
     return _MATRIX.pack(block.data_ptr(), 0, stride, rows, cols, number, 0)
 
 
@@ -217,8 +235,12 @@ def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> boo
     if isinstance(block, PackedMatrix):
         return True
     is_row_major = block.ndim == 2 and block.stride(1) == 1
-    return is_row_major and block.dtype in _TYPE_FORMATS and dtype in (block.dtype, torch.float32)
+    return is_row_major and block.dtype in _TYPES and dtype in (block.dtype, torch.float32)
 
 
 def _rows(block: torch.Tensor | PackedMatrix) -> int:
     return block.rows if isinstance(block, PackedMatrix) else block.shape[0]
+
+
+def _cols(block: torch.Tensor | PackedMatrix) -> int:
+    return block.cols if isinstance(block, PackedMatrix) else block.shape[-1]

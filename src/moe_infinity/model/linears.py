@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel
-from moe_infinity.types import Phase
+from moe_infinity.model.taps import Step
 
 # In float32 the order of a sum shows: stock's own results are kept, to its own spread.
 _TYPES = (torch.bfloat16, torch.float16)
+_LONG_CONTEXT = 4096  # tokens whose attention is worth torch's threads
 
 
 def speed_up(model: nn.Module, kernel: ExpertKernel) -> bool:
@@ -21,56 +24,84 @@ def speed_up(model: nn.Module, kernel: ExpertKernel) -> bool:
         return found
     for module in model.modules():
         if type(module) is nn.Linear and _can(module.weight, module.bias):
-            compiled = _Linear(kernel, module.weight, module.bias)
+            compiled = _Linear(kernel, module)
             module.forward = compiled.forward  # type: ignore[method-assign,assignment]
             found = True
     return found
 
 
 class FewThreads:
-    """Keeps torch to one thread in decode steps whose large products the compiled kernels do.
+    """Keeps torch to one thread during decode whose large products the compiled kernels do.
 
-    What is left for torch then is small, and its other threads would only take processors from
-    the kernels' own and from readers. Process-wide, so it lasts no longer than a step.
+    What is left for torch then is small, and its other threads, which may spin while they wait,
+    would only take processors from the kernels' own and from readers. The setting belongs to the
+    process: the first to begin remembers it, and everyone who ends puts it back.
     """
+
+    _lock = threading.Lock()
+    _num_steps = 0
+    _before = 1
 
     def __init__(self, is_wanted: bool) -> None:
         self._is_wanted = is_wanted
-        self._before: int | None = None
+        self._is_on = False
 
-    def begin(self, phase: Phase) -> None:
-        if self._is_wanted and phase == "decode" and self._before is None:
-            self._before = torch.get_num_threads()
-            torch.set_num_threads(1)
+    def begin(self, step: Step) -> None:
+        """Between two steps of decode nothing changes; ``end`` with the request."""
+        small = step.num_rows <= native.MOST_TOKENS and step.context <= _LONG_CONTEXT
+        if not (self._is_wanted and step.phase == "decode" and small):
+            self.end()
+            return
+        if self._is_on:
+            return
+        with FewThreads._lock:
+            if FewThreads._num_steps == 0:
+                FewThreads._before = torch.get_num_threads()
+            FewThreads._num_steps += 1
+        self._is_on = True
+        torch.set_num_threads(1)
 
     def end(self) -> None:
-        if self._before is not None:
-            torch.set_num_threads(self._before)
-            self._before = None
+        if not self._is_on:
+            return
+        with FewThreads._lock:
+            FewThreads._num_steps -= 1
+        self._is_on = False
+        torch.set_num_threads(FewThreads._before)
 
 
 def _can(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    same = bias is None or bias.dtype == weight.dtype
-    return same and weight.dim() == 2 and weight.dtype in _TYPES and weight.is_cpu
+    fits = bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())
+    if weight.dim() != 2 or weight.dtype not in _TYPES or not weight.is_cpu:
+        return False
+    return fits and weight.stride(1) == 1
 
 
 class _Linear:
-    """One layer. Its weights are held, so that addresses stay good."""
+    """One layer, for as long as its weights are those it had."""
 
-    def __init__(
-        self, kernel: native.Kernel, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> None:
+    def __init__(self, kernel: native.Kernel, module: nn.Linear) -> None:
         self._kernel = kernel
-        self._weight, self._bias = weight, bias
-        self._rows, self._cols = weight.shape
-        self._matrix = native.describe(weight.detach())
-        self._address = weight.data_ptr()
+        self._module = module
+        self._weight, self._bias = module.weight, module.bias
+        self._rows, self._cols = module.weight.shape
+        self._matrix = native.describe(module.weight.detach())
+        self._address = module.weight.data_ptr()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self._weight
-        fits = x.dtype == weight.dtype and weight.data_ptr() == self._address
-        if not fits or x.numel() > native.MOST_TOKENS * self._cols or not x.numel():
-            return nn.functional.linear(x, weight, self._bias)
+        if not self._fits(x):
+            return nn.functional.linear(x, self._module.weight, self._module.bias)
         tokens = x.reshape(-1, self._cols).contiguous()
         out = self._kernel.linear(self._matrix, self._rows, tokens, self._bias)
         return out.view(*x.shape[:-1], self._rows)
+
+    def _fits(self, x: torch.Tensor) -> bool:
+        module, weight = self._module, self._weight
+        if module.weight is not weight or module.bias is not self._bias:
+            return False
+        if x.dtype != weight.dtype or not x.is_cpu or x.shape[-1] != self._cols:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return False
+        few = 0 < x.numel() <= native.MOST_TOKENS * self._cols
+        return few and weight.data_ptr() == self._address

@@ -30,6 +30,7 @@ class Step:
     is_real: NDArray[np.bool_] | None = None  # [rows * length]; None: all are
     is_encoder: bool = False
     token_ids: NDArray[np.int64] | None = None  # [rows * length]; None: embeddings were given
+    context: int = 0  # tokens attended to, as far as the mask says
 
     def real_tokens(self, num_tokens: int) -> NDArray[np.bool_] | None:
         """The mask if it is about these tokens; a layer that sees others (images) has none."""
@@ -89,8 +90,10 @@ class StepTap:
             ids = tokens.reshape(-1).numpy(force=True)
         rows, length = tokens.shape
         phase: Phase = "decode" if length == 1 and not is_encoder else "prefill"
-        mask = _real(kwargs.get("attention_mask"), rows, length)
-        self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder, ids)
+        given = kwargs.get("attention_mask")
+        mask = _real(given, rows, length)
+        context = given.shape[-1] if isinstance(given, torch.Tensor) else length
+        self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder, ids, context)
         self._on_begin(self.step)
 
     def _after(self, *_: Any) -> None:

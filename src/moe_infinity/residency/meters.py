@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _MEMORY = 0.02  # weight of the newest guess in the running share of right ones: about 50 guesses
 _PRIOR = 0.5
@@ -30,6 +30,38 @@ class StallMeter:
             self.is_worth_it = False
         elif self.share > self.much:
             self.is_worth_it = True
+
+
+@dataclass
+class PaysMeter:
+    """Finds out whether looking ahead makes decode faster here, by doing without it in turns.
+
+    Its own time, and the processor that reads take from products, differ from machine to machine
+    and from model to model; what counts is the time between events with it and without. The way
+    that was slower is tried again for one ``window`` of events in ``retry``.
+    """
+
+    window: int
+    retry: int = 16
+    is_on: bool = True
+    _num_events: int = 0
+    _spent_s: float = 0.0
+    _num_windows: int = 0
+    _costs: dict[bool, float] = field(default_factory=dict)  # seconds per event
+
+    def spend(self, wall_s: float) -> None:
+        """One event, from the end of the one before: seconds passed."""
+        self._num_events += 1
+        self._spent_s += wall_s
+        if self._num_events < self.window:
+            return
+        self._costs[self.is_on] = self._spent_s / self._num_events
+        self._num_events, self._spent_s = 0, 0.0
+        self._num_windows += 1
+        if len(self._costs) < 2 or self._num_windows % self.retry == 0:
+            self.is_on = not self.is_on
+        else:
+            self.is_on = self._costs[True] <= self._costs[False]
 
 
 @dataclass

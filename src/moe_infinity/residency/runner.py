@@ -157,6 +157,9 @@ class EventRunner:
     def _load_ahead(self, layer: int, phase: Phase, carrier: Carrier) -> None:
         if phase == "prefill":
             return  # it streams the next layer whole
+        if self.planner.predictor.foresight is not None and not carrier.looks_ahead():
+            self.residency.room.protect(np.empty(0, dtype=np.int64))
+            return
         coming = self.planner.plan(layer)
         self.residency.room.protect(coming.keep)
         loads = self.residency.prefetch(coming.load, layer)

@@ -3,7 +3,7 @@
 
 #include "scalar.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // its pragmas differ
 #include <immintrin.h>
 #pragma GCC target("avx2,fma,f16c")
 
@@ -13,6 +13,7 @@ namespace avx2 {
 #include "elementwise.inc"
 
 constexpr int LANES = 8;
+#define FMA(a, b, c) __builtin_fmaf(a, b, c)
 
 static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
     const __m256i a = _mm256_load_si256(reinterpret_cast<const __m256i *>(w));

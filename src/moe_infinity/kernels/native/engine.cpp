@@ -120,6 +120,7 @@ void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Body &
 }
 
 void Engine::run(const Call *calls, size_t count) {
+    std::lock_guard<std::mutex> turn(turn_);
     std::vector<Call> split;  // many tokens: several calls
     for (size_t i = 0; i < count; ++i) {
         for (uint32_t start = 0; start < calls[i].num_tokens; start += kTokensAtOnce) {
@@ -216,6 +217,7 @@ void Engine::outer(const Call &call, const Work &work, uint32_t first, uint32_t 
 
 void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                      const void *bias) {
+    std::lock_guard<std::mutex> turn(turn_);
     const size_t item = size_of(type);
     float *biases = nullptr;
     if (bias) {

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -55,7 +56,7 @@ public:
     Engine(int num_threads, const Kernels &kernels);
     ~Engine();
 
-    // All calls at once: their rows are shared out together. One caller at a time.
+    // All calls at once: their rows are shared out together. Callers take turns.
     void run(const Call *calls, size_t count);
 
     // out [num_tokens, rows] = x [num_tokens, cols] . m^T + bias [rows]; bias may be null
@@ -80,6 +81,7 @@ private:
 
     const Kernels &kernels_;
     Pool pool_;
+    std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
     Prepared prepared_;
     Scratch result_, bias_;

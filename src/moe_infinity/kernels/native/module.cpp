@@ -54,6 +54,7 @@ PyObject *without_gil(const Body &body) {
 
 PyObject *instruction_sets(PyObject *, PyObject *) {
     PyObject *names = PyList_New(0);
+    if (!names) return nullptr;
     for (const Kernels *k : available()) {
         PyObject *name = PyUnicode_FromString(k->name);
         if (!name || PyList_Append(names, name) < 0) {
@@ -95,8 +96,15 @@ PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Engine *engine = engine_of(args[0]);
     Py_buffer calls;
     if (!engine || PyObject_GetBuffer(args[1], &calls, PyBUF_SIMPLE) < 0) return nullptr;
-    std::vector<Call> copied(static_cast<size_t>(calls.len) / sizeof(Call));
-    std::memcpy(copied.data(), calls.buf, copied.size() * sizeof(Call));  // it may lie unaligned
+    std::vector<Call> copied;
+    try {
+        copied.resize(static_cast<size_t>(calls.len) / sizeof(Call));
+    } catch (const std::exception &) {
+        PyBuffer_Release(&calls);
+        return PyErr_NoMemory();
+    }
+    if (!copied.empty())  // it may lie unaligned
+        std::memcpy(static_cast<void *>(copied.data()), calls.buf, copied.size() * sizeof(Call));
     const bool whole = copied.size() * sizeof(Call) == static_cast<size_t>(calls.len);
     PyBuffer_Release(&calls);
     if (!whole) {

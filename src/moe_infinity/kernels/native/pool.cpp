@@ -21,10 +21,17 @@ inline void pause() {
 }  // namespace
 
 Pool::Pool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+        for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (...) {  // the system has no more threads: those there are must not outlive the pool
+        close();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { close(); }
+
+void Pool::close() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         closing_ = true;

@@ -24,6 +24,7 @@ public:
     void run(int num_tasks, const std::function<void(int)> &task);
 
 private:
+    void close();
     void work();
     void help(uint64_t round);
     bool wait_for_round(uint64_t after);

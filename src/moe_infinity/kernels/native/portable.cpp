@@ -9,6 +9,7 @@ namespace portable {
 #include "elementwise.inc"
 
 constexpr int LANES = 8;
+#define FMA(a, b, c) ((a) * (b) + (c))
 
 static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
     for (int l = 0; l < LANES; ++l) {

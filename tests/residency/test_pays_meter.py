@@ -1,0 +1,30 @@
+"""Whether looking ahead pays is found out by doing without it in turns."""
+
+import pytest
+
+from moe_infinity.residency.meters import PaysMeter
+
+
+def share_on(meter: PaysMeter, with_it_s: float, without_s: float, num_events: int) -> float:
+    on = 0
+    for _ in range(num_events):
+        on += meter.is_on
+        meter.spend(with_it_s if meter.is_on else without_s)
+    return on / num_events
+
+
+@pytest.mark.parametrize(("with_it_s", "low", "high"), [(0.5, 0.9, 1.0), (2.0, 0.0, 0.1)])
+def test_the_faster_way_is_kept(with_it_s: float, low: float, high: float) -> None:
+    meter = PaysMeter(window=10)
+    share_on(meter, with_it_s, 1.0, 20)  # both were tried
+    assert low <= share_on(meter, with_it_s, 1.0, 3200) <= high
+
+
+def test_the_other_way_is_tried_again() -> None:
+    """A model that grows into a cache: first it pays, later it does not, and the reverse."""
+    meter = PaysMeter(window=10)
+    share_on(meter, 0.5, 1.0, 500)
+    share_on(meter, 2.0, 1.0, 20)
+    assert share_on(meter, 2.0, 1.0, 1600) < 0.15
+    share_on(meter, 0.5, 1.0, 320)
+    assert share_on(meter, 0.5, 1.0, 1600) > 0.85
