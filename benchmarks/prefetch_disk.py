@@ -14,8 +14,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import provenance, save
-from prefetch_live import PROMPTS, SYSTEMS
+from prefetch_live import PROMPTS
 
+SYSTEMS = (("lru", "none"), ("next_use", "none"), ("next_use", "auto"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
