@@ -30,7 +30,7 @@ from moe_infinity.residency.room import FEWEST_SLOTS
 from moe_infinity.residency.runner import EventRunner
 from moe_infinity.stats import Counters
 
-_TRIAL_PASSES = 12  # of looking ahead, and of doing without
+_TRIAL_PASSES = 8  # of looking ahead, and of doing without
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

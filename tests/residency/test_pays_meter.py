@@ -25,6 +25,10 @@ def test_the_other_way_is_tried_again() -> None:
     meter = PaysMeter(window=10)
     share_on(meter, 0.5, 1.0, 500)
     share_on(meter, 2.0, 1.0, 20)
-    assert share_on(meter, 2.0, 1.0, 1600) < 0.15
-    share_on(meter, 0.5, 1.0, 320)
-    assert share_on(meter, 0.5, 1.0, 1600) > 0.85
+    assert share_on(meter, 2.0, 1.0, 3200) < 0.15
+    share_on(meter, 0.5, 1.0, 640)
+    assert share_on(meter, 0.5, 1.0, 3200) > 0.85
+
+
+def test_it_begins_without() -> None:
+    assert not PaysMeter(window=10).is_on

@@ -34,7 +34,7 @@ class StallMeter:
 
 @dataclass
 class PaysMeter:
-    """Finds out whether looking ahead makes decode faster here, by doing without it in turns.
+    """Finds out whether looking ahead makes decode faster here: first without it, then with it.
 
     Its own time, and the processor that reads take from products, differ from machine to machine
     and from model to model; what counts is the time between events with it and without. The way
@@ -42,8 +42,8 @@ class PaysMeter:
     """
 
     window: int
-    retry: int = 16
-    is_on: bool = True
+    retry: int = 32
+    is_on: bool = False
     _num_events: int = 0
     _spent_s: float = 0.0
     _num_windows: int = 0
