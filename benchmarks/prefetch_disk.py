@@ -18,6 +18,7 @@ from prefetch_live import PROMPTS
 
 SYSTEMS = (("lru", "none"), ("next_use", "none"), ("next_use", "auto"))
 
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
