@@ -119,8 +119,9 @@ class Kernel(ExpertKernel):
 
     def _takes(self, expert: _Prepared, x: torch.Tensor) -> bool:
         """Whether these tokens are computed here. Not by how the weights are stored, unless torch
-        has no such products: exact12 and bf16 must go the same way."""
-        if expert.cols != x.shape[1]:
+        has no such products: exact12 and bf16 must go the same way. In float32 the order of a sum
+        shows, and stock's own is kept."""
+        if expert.cols != x.shape[1] or (x.dtype == torch.float32 and not expert.is_grouped):
             return False
         is_quick = x.dtype == torch.bfloat16 and self.instruction_set == "avx512_bf16"
         return expert.is_grouped or is_quick or len(x) <= MOST_TOKENS
