@@ -45,8 +45,8 @@ def prefetch_table(result: Result, capacity: float = 0.25) -> str:
     for prefetch in predictors:
         cells = []
         for policy in policies:
-            row = next(r for r in rows if (r["policy"], r["prefetch"]) == (policy, prefetch))
-            cells.append(_stall_cell(row, baseline))
+            found = [r for r in rows if (r["policy"], r["prefetch"]) == (policy, prefetch)]
+            cells.append(_stall_cell(found[0], baseline) if found else "not run")
         lines.append(_row([prefetch, *cells]))
     return "\n".join(lines) + "\n"
 
