@@ -154,8 +154,13 @@ def _become(job: dict[str, Any]) -> None:
         _open_streams(job["streams"])
         sys.argv = ["moe-infinity", *job["arguments"]]
         os.environ["MOE_INFINITY_STATE_DIR"] = job["state"]
+        import torch
+
         from moe_infinity.cli import main
 
+        # A fork leaves torch's threads behind; it makes new ones when it is first asked, and not
+        # safely so if several threads ask at once, as those that load weights do.
+        torch.set_num_threads(torch.get_num_threads())
         try:
             main()
         except SystemExit as end:
