@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from limits import MemoryLimit, direct_read_gbps, prompt_ids, provenance, save
+from limits import MemoryLimit, decode_figures, direct_read_gbps, prompt_ids, provenance, save
 
 
 def main() -> None:
@@ -115,22 +115,12 @@ def ours(args: argparse.Namespace) -> dict:
         plan = moe.plan
         decode = stats.decode
         return {
-            "tokens_per_s": stats.tokens_per_s,
-            "ttft_s": stats.ttft_s,
-            "hit_rate": decode.hit_rate,
-            "decode_read_bytes_per_token": (decode.demand_bytes + decode.prefetch_bytes)
-            / decode.num_tokens,
-            "decode_prefetch_bytes_per_token": decode.prefetch_bytes / decode.num_tokens,
-            "stall_s": decode.stall_s,
-            "compute_s": decode.compute_s,
-            "wall_s": decode.wall_s,
+            **decode_figures(stats),
+            "prefetch_bytes_per_token": decode.prefetch_bytes / decode.num_tokens,
             "read_gbps": decode.read_gbps,
-            "limit_fraction": decode.limit_fraction,
-            "belady_fraction": decode.belady_fraction,
             "slots": stats.slots,
             "experts_total": stats.experts_total,
             "planned_bytes": plan.used_bytes,
-            "peak_rss_bytes": stats.peak_rss_bytes,
             "written_bytes": written_bytes() - written_before,
         }
 

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -105,6 +106,23 @@ def prompt_ids(checkpoint: Path) -> list[int]:
     from transformers import AutoTokenizer
 
     return list(AutoTokenizer.from_pretrained(checkpoint)(_TEXT).input_ids)
+
+
+def decode_figures(stats: Any) -> dict[str, float]:
+    """What a run's stats say of its last request, under the names the result files have."""
+    decode = stats.decode
+    return {
+        "tokens_per_s": stats.tokens_per_s,
+        "ttft_s": stats.ttft_s,
+        "hit_rate": decode.hit_rate,
+        "read_bytes_per_token": (decode.demand_bytes + decode.prefetch_bytes) / decode.num_tokens,
+        "limit_fraction": decode.limit_fraction,
+        "belady_fraction": decode.belady_fraction,
+        "stall_s": decode.stall_s,
+        "compute_s": decode.compute_s,
+        "wall_s": decode.wall_s,
+        "peak_rss_bytes": stats.peak_rss_bytes,
+    }
 
 
 def provenance(argv: list[str] | None = None) -> dict[str, str]:

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from limits import MemoryLimit, prompt_ids, provenance, save
+from limits import MemoryLimit, decode_figures, prompt_ids, provenance, save
 
 NO_LIMIT = 10.0  # a share that never binds
 
@@ -148,21 +148,7 @@ def ours(job: dict) -> dict:
                 do_sample=False,
                 logits_processor=LogitsProcessorList([Forced()]),
             )
-        stats = moe.stats()
-        decode = stats.decode
-        return {
-            "tokens_per_s": stats.tokens_per_s,
-            "ttft_s": stats.ttft_s,
-            "hit_rate": decode.hit_rate,
-            "read_bytes_per_token": (decode.demand_bytes + decode.prefetch_bytes)
-            / decode.num_tokens,
-            "limit_fraction": decode.limit_fraction,
-            "belady_fraction": decode.belady_fraction,
-            "stall_s": decode.stall_s,
-            "compute_s": decode.compute_s,
-            "wall_s": decode.wall_s,
-            "peak_rss_bytes": stats.peak_rss_bytes,
-        }
+        return decode_figures(moe.stats())
 
 
 def llama_cpp(job: dict) -> dict:

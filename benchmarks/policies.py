@@ -53,7 +53,8 @@ def main() -> None:
 
         rows = run(tasks, args.processes, on_row=count)
     for row, task in zip(rows, tasks, strict=True):
-        if faults := row.pop("faults", None):
+        row.pop("notes")
+        if faults := row.pop("faults"):
             sys.exit(f"{task}: {faults}")
         row |= {"link": task.cost.load_s, "commit": provenance()["commit"]}
     if args.only:

@@ -54,7 +54,7 @@ def _budget_row(result: dict, system: str, s: dict) -> str:
         cells = f"{result['checkpoint']} ({size:.1f} GB) | {limit:.2f} GB | {system}"
         return f"| {cells} | failed | | | | |"
     hits = f"{s['hit_rate']:.0%}" if "hit_rate" in s else "-"
-    read = f"{s['decode_read_bytes_per_token'] / _GB:.2f} GB" if "hit_rate" in s else "-"
+    read = f"{s['read_bytes_per_token'] / _GB:.2f} GB" if "hit_rate" in s else "-"
     peak = s.get("peak_rss_bytes", s["group_peak_bytes"]) / _GB
     wrote = "0" if s["written_bytes"] == 0 else f"{s['written_bytes'] / _GB:.2f} GB"
     return (

@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from moe_infinity import MoE
+from moe_infinity.tracing.trace_file import save_trace
 from support.checkpoints import tiny_checkpoint
 from support.engine import BUDGET
+from support.traces import random_trace
 
 settings.register_profile(
     "stable",
@@ -53,6 +55,14 @@ def _one_torch_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("engine") / "tiny")
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A small random trace in a file."""
+    path = tmp_path / "made_up.safetensors"
+    save_trace(random_trace(3, 16, 2, 40, seed=1), path)
+    return path
 
 
 @pytest.fixture

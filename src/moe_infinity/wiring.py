@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
+from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.linears import FewThreads, speed_up
@@ -59,7 +60,7 @@ class Wiring:
         compiled = not any(math.has_bias or math.is_transposed for math in maths)
         self._threads = FewThreads(speed_up(model, self.kernel) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
-        self._attach(modules)
+        self._attach(modules, maths)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
         self._wish = predictor.foresight
@@ -109,13 +110,11 @@ class Wiring:
         if self._runtime.observer is not None:
             self._runtime.observer.close()
 
-    def _attach(self, modules: list[Any]) -> None:
+    def _attach(self, modules: list[Any], maths: list[ExpertMath]) -> None:
         adapter = self._anatomy.adapter
-        for layer, module in enumerate(modules):
+        for layer, (module, math) in enumerate(zip(modules, maths, strict=True)):
             count = self._anatomy.shape.experts_per_layer[layer]
-            experts = ExpertsLayer(
-                layer, count, adapter.math(module), self._runtime, adapter.routes_padding
-            )
+            experts = ExpertsLayer(layer, count, math, self._runtime, adapter.routes_padding)
             adapter.attach(module, experts.forward)
 
     def _observer(self) -> Observer:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_infinity.tracing.trace_file import load_trace, save_trace
 from support.command_line import refused, run
-from support.traces import random_trace, trace_of
+from support.traces import trace_of
 
 COLUMNS = ["trace", "policy", "prefetch", "capacity", "slots", "hits", "misses", "late", "hit_rate"]
 COLUMNS += ["demand_loads", "proactive_loads", "wasted_loads", "stall_s"]
@@ -25,13 +25,6 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = run("trace", "--prompts", prompts, "-o", path, *options)
     assert result.code == 0, result.both
     assert "trace-show" in result.out
-    return path
-
-
-@pytest.fixture
-def made_up(tmp_path: Path) -> Path:
-    path = tmp_path / "made_up.safetensors"
-    save_trace(random_trace(3, 16, 2, 40, seed=1), path)
     return path
 
 

@@ -9,8 +9,6 @@ from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.simulator.sweep import FAULTS, Task, row_of
 from moe_infinity.tracing.event import Event
-from moe_infinity.tracing.trace_file import save_trace
-from support.traces import random_trace
 
 
 class Raises(CachePolicy):
@@ -34,13 +32,6 @@ class Guesses(ExpertPredictor):
 
     def predict(self) -> np.ndarray:
         return np.zeros(3)
-
-
-@pytest.fixture
-def made_up(tmp_path: Path) -> Path:
-    path = tmp_path / "made_up.safetensors"
-    save_trace(random_trace(3, 16, 2, 40, seed=1), path)
-    return path
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.kernels.base import Views
+from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
 
@@ -31,8 +32,8 @@ class Hierarchy(ABC):
     def begin_pass(
         self,
         phase: Phase,
-        embeddings: NDArray[np.float32] | None = None,
-        token_ids: NDArray[np.int64] | None = None,
+        embeddings: Embeddings = None,
+        token_ids: TokenIds = None,
     ) -> None:
         """A forward pass starts. embeddings: [T, H] of its tokens, where a predictor asks.
         token_ids: [T], where they are known."""

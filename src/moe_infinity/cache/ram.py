@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.formats import is_viewable, part_views
+from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.residency import Load
@@ -73,43 +76,23 @@ class RamHierarchy(Hierarchy, Carrier):
         self.runner.end_request()
 
     def begin_pass(
-        self,
-        phase: Phase,
-        embeddings: NDArray[np.float32] | None = None,
-        token_ids: NDArray[np.int64] | None = None,
+        self, phase: Phase, embeddings: Embeddings = None, token_ids: TokenIds = None
     ) -> None:
-        try:
-            self._is_clean = False
+        with self._undone_if_interrupted():
             self.runner.begin_pass(phase, self, embeddings, token_ids)
-            self._is_clean = True
-        except BaseException:
-            self._abort()
-            raise
 
     def run_event(
         self, event: Event, compute: Compute, foreseen: NDArray[np.float32] | None = None
     ) -> None:
-        if not self._is_clean:  # a second interrupt struck while the first was seen to
-            self._abort()
-        try:
-            self._is_clean = False
+        with self._undone_if_interrupted():
             self._computing = compute
             self.runner.run(event, self, foreseen)
             self._count_activity()
             self._count_stall(event.phase)
-            self._is_clean = True
-        except BaseException:
-            self._abort()
-            raise
 
     def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
-        try:
-            self._is_clean = False
+        with self._undone_if_interrupted():
             self.runner.foresee(layer, self.counters.phase, scores, self)
-            self._is_clean = True
-        except BaseException:
-            self._abort()
-            raise
 
     def tier_of(self, key: ExpertKey) -> TierName:
         return "ram" if self.residency.directory.state(key) is State.RESIDENT else "disk"
@@ -204,6 +187,18 @@ class RamHierarchy(Hierarchy, Carrier):
                 self._pays.spend(now - self._event_ended_s)
         self._event_ended_s = now if phase == "decode" else None
         self._stalled_s = 0.0
+
+    @contextmanager
+    def _undone_if_interrupted(self) -> Iterator[None]:
+        if not self._is_clean:  # a second interrupt struck while the first was seen to
+            self._abort()
+        try:
+            self._is_clean = False
+            yield
+            self._is_clean = True
+        except BaseException:
+            self._abort()
+            raise
 
     def _abort(self) -> None:
         """Leave nothing pinned or in flight behind a failed event, wherever it was interrupted."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,14 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from moe_infinity.cli import common
-from moe_infinity.config import learned_path
 from moe_infinity.errors import ConfigError
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor, predictor_names
 from moe_infinity.simulator.cost_model import Cost
-from moe_infinity.simulator.replay import lacks
-from moe_infinity.simulator.sweep import FAULTS, NOT_AVAILABLE, ORACLES, Row, Task, run, tasks_of
-from moe_infinity.tracing.trace_file import load_trace
+from moe_infinity.simulator.sweep import (
+    FAULTS,
+    NOT_AVAILABLE,
+    NOTES,
+    ORACLES,
+    Row,
+    Task,
+    run,
+    tasks_of,
+)
 
 
 def simulate(
@@ -92,27 +97,11 @@ def _run_with_bar(tasks: list[Any], processes: int | None, quiet: bool) -> list[
 
 
 def _say_notes(tasks: list[Task], rows: list[Row]) -> None:
-    """On standard error: why a row is empty, what was learned before, what costs nothing."""
+    """On standard error, each once: why a row is empty, what was learned before."""
     notes: dict[str, None] = {}
-    load = functools.cache(load_trace)  # of the size of router inputs, and rows are many
     for task, row in zip(tasks, rows, strict=True):
-        for fault in row.pop(FAULTS, []):
-            notes[fault] = None
-        fingerprint = load(task.trace).fingerprint
-        for name in (task.policy, task.prefetch):
-            if fingerprint and learned_path(fingerprint, name).is_file():
-                notes[
-                    f"{name} began with what it had learned of this model: "
-                    f"{learned_path(fingerprint, name)}"
-                ] = None
-        if row["hits"] == NOT_AVAILABLE:
-            members = find_policy(task.policy), find_predictor(task.prefetch)
-            lost = lacks(load(task.trace), *members)
-            notes[
-                f"{row['trace']} holds no {lost}, which {task.prefetch} needs: n/a (see "
-                f"moe-infinity trace --help)"
-            ] = None
-        elif task.prefetch != "none" and task.cost.load_s == 0:
+        notes |= dict.fromkeys(row.pop(FAULTS) + row.pop(NOTES))
+        if task.prefetch != "none" and task.cost.load_s == 0 and row["hits"] != NOT_AVAILABLE:
             notes["loads take no time without --load-ms and --layer-ms: nothing comes late"] = None
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

@@ -75,31 +75,28 @@ class Kernel(ExpertKernel):
         self._activations: dict[ExpertMath, int | None] = {}
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
-        prepared = self._prepared(math, views, x.dtype)
-        if prepared is None or not self._takes(prepared, x) or not len(x):
+        expert = self._expert(math, views, x)
+        if expert is None:
             return self._reference.forward(math, views, x)
-        out = self._fused(prepared, x) if prepared.activation is not None else None
-        if out is None:
+        x = x.contiguous()
+        if expert.activation is None:
             out = self._apart(math, views, x)
+        else:
+            out = torch.empty_like(x)
+            self._run([_call(expert, x, out)])
         return math.post(out) if math.post else out
 
     def run(self, math: ExpertMath, jobs: list[Job]) -> None:
         """Those that the compiled code knows whole go to it together."""
         calls = []
         for job in jobs:
-            expert = self._prepared(math, job.views, job.x.dtype)
-            if (
-                expert is None
-                or expert.activation is None
-                or math.post
-                or not self._takes(expert, job.x)
-            ):
+            expert = self._expert(math, job.views, job.x)
+            if expert is None or expert.activation is None or math.post:
                 job.out.copy_(self.forward(math, job.views, job.x))
             else:
                 calls.append(_call(expert, job.x, job.out))
         if calls:
-            assert native is not None
-            native.run(self._engine, b"".join(calls))
+            self._run(calls)
 
     def linear(
         self, weight: bytes, rows: int, x: torch.Tensor, bias: torch.Tensor | None = None
@@ -117,41 +114,38 @@ class Kernel(ExpertKernel):
     def close(self) -> None:
         self._engine = None  # its threads end with it
 
+    def _expert(self, math: ExpertMath, views: Views, x: torch.Tensor) -> _Prepared | None:
+        """The expert for the compiled code; None where the reference computes these tokens."""
+        kept = views.prepared
+        if kept is None or kept[0] is not math or kept[1] is not x.dtype:
+            kept = views.prepared = (math, x.dtype, self._prepare(math, views, x.dtype))
+        expert: _Prepared | None = kept[2]
+        return expert if expert is not None and self._takes(expert, x) else None
+
     def _takes(self, expert: _Prepared, x: torch.Tensor) -> bool:
         """Whether these tokens are computed here. Not by how the weights are stored, unless torch
         has no such products: exact12 and bf16 must go the same way. In float32 the order of a sum
         shows, and stock's own is kept."""
-        if expert.cols != x.shape[1] or (x.dtype == torch.float32 and not expert.is_grouped):
+        if expert.cols != x.shape[1] or not len(x):
             return False
+        if expert.is_grouped:
+            return True
         is_quick = x.dtype == torch.bfloat16 and self.instruction_set == "avx512_bf16"
-        return expert.is_grouped or is_quick or len(x) <= MOST_TOKENS
+        return x.dtype != torch.float32 and (is_quick or len(x) <= MOST_TOKENS)
 
-    def _fused(self, expert: _Prepared, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, calls: list[bytes]) -> None:
         assert native is not None
-        x = x.contiguous()
-        out = torch.empty_like(x)
-        native.run(self._engine, _call(expert, x, out))
-        return out
+        native.run(self._engine, b"".join(calls))
 
     def _apart(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         """The model's own gate between two products."""
         first = "gate_up_proj" if math.has_gate else "up_proj"
-        inner = math.gate(self._products(views[first], x.contiguous()))
+        inner = math.gate(self._products(views[first], x))
         return self._products(views["down_proj"], inner.contiguous())
 
     def _products(self, blocks: list[torch.Tensor | PackedMatrix], x: torch.Tensor) -> torch.Tensor:
         found = [self.linear(describe(block), _rows(block), x) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-
-    def _prepared(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
-        kept = getattr(views, "prepared", None)
-        if kept is not None and kept[0] is math and kept[1] is dtype:
-            found: _Prepared | None = kept[2]
-            return found
-        found = self._prepare(math, views, dtype)
-        if isinstance(views, Views):
-            views.prepared = (math, dtype, found)
-        return found
 
     def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
         first = views["gate_up_proj" if math.has_gate else "up_proj"]
@@ -164,9 +158,7 @@ class Kernel(ExpertKernel):
         whole = gate is not None and len(views["down_proj"]) == 1
         whole = whole and (math.has_gate or len(first) == 1)
         rows = sum(map(_rows, first)) // (2 if math.has_gate else 1)
-        if {_cols(block) for block in views["down_proj"]} != {rows} or len(
-            set(map(_cols, first))
-        ) > 1:
+        if set(map(_cols, views["down_proj"])) != {rows} or len(set(map(_cols, first))) > 1:
             return None  # the reference says what is wrong
         activation = self._activation(math) if whole else None
         is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Load, Residency
@@ -90,8 +91,8 @@ class EventRunner:
         self,
         phase: Phase,
         carrier: Carrier,
-        embeddings: NDArray[np.float32] | None = None,
-        token_ids: NDArray[np.int64] | None = None,
+        embeddings: Embeddings = None,
+        token_ids: TokenIds = None,
     ) -> None:
         """A forward pass starts: load ahead what its tokens alone say of its first layers."""
         self.residency.begin_pass(phase)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -159,9 +160,15 @@ def foresight_of(each: TracePass, predictor: ExpertPredictor, layer: int) -> np.
 def recall(member: CachePolicy | ExpertPredictor, name: str, fingerprint: str | None) -> None:
     """Give a policy or predictor what it learned of this model before, where there is a file."""
     member.fingerprint = fingerprint or ""
-    path = learned_path(fingerprint, name) if fingerprint else None
-    if path is not None and path.is_file():
+    path = learned_file(name, fingerprint)
+    if path is not None:
         member.load(path)
+
+
+def learned_file(name: str, fingerprint: str | None) -> Path | None:
+    """What a policy or predictor learned of this model before, if anything."""
+    path = learned_path(fingerprint, name) if fingerprint else None
+    return path if path is not None and path.is_file() else None
 
 
 def _replay_pass(each: TracePass, runner: EventRunner, carrier: SimulatedCarrier) -> None:

@@ -19,14 +19,23 @@ from moe_infinity.predictors import find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.cost_model import Cost
-from moe_infinity.simulator.replay import Scope, lacks, recall, replay, slots_of, teach
+from moe_infinity.simulator.replay import (
+    Scope,
+    lacks,
+    learned_file,
+    recall,
+    replay,
+    slots_of,
+    teach,
+)
 from moe_infinity.tracing.trace import Trace
 from moe_infinity.tracing.trace_file import load_trace
 from moe_infinity.types import ExpertShape
 
 ORACLES = ("belady", "belady_bypass")  # bounds, not policies: no live cache knows the future
 NOT_AVAILABLE = "n/a"
-FAULTS = "faults"  # of a row: what failed and was replaced, as in a live run; not always there
+# Of a row: what failed and was replaced, as in a live run; what else there is to say of it.
+FAULTS, NOTES = "faults", "notes"
 Row = dict[str, Any]
 _FREE = Cost()
 
@@ -104,14 +113,19 @@ def row_of(task: Task) -> Row:
         "slots": sum(slots),
     }
     counted = _bound(task, trace, slots) if task.policy in ORACLES else _replay(task, trace, slots)
-    return row | counted
+    return {FAULTS: [], NOTES: []} | row | counted
 
 
 def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     policy_class, predictor_class = find_policy(task.policy), find_predictor(task.prefetch)
     names = "hits misses late hit_rate demand_loads proactive_loads wasted_loads stall_s"
-    if lacks(trace, policy_class, predictor_class):
-        return dict.fromkeys(names.split(), NOT_AVAILABLE)
+    if lost := lacks(trace, policy_class, predictor_class):
+        return dict.fromkeys(names.split(), NOT_AVAILABLE) | {
+            NOTES: [
+                f"{trace.name} holds no {lost}, which {task.prefetch} needs: n/a (see "
+                f"moe-infinity trace --help)"
+            ]
+        }
     policy = GuardedPolicy(policy_class(trace.shape, sum(slots), task.seed))
     recall(policy, task.policy, trace.fingerprint)
     predictor = pickle.loads(
@@ -122,6 +136,11 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     result = replay(trace, policy, predictor, slots, task.cost)
     c = result.counters
     faults = [policy.fault, getattr(predictor, "fault", None)]
+    learned = [
+        f"{name} began with what it had learned of this model: {path}"
+        for name in (task.policy, task.prefetch)
+        if (path := learned_file(name, trace.fingerprint))
+    ]
     return {
         "hits": c.hits,
         "misses": c.misses,
@@ -132,6 +151,7 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
         "wasted_loads": c.wasted_loads,
         "stall_s": result.stall_s,
         FAULTS: [fault for fault in faults if fault],
+        NOTES: learned,
     }
 
 
