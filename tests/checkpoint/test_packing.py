@@ -119,19 +119,24 @@ class _Interrupted(Exception):
     pass
 
 
+def stop_after(num_bytes: float) -> Any:
+    left = [num_bytes]
+
+    def stop(done: int) -> None:
+        left[0] -= done
+        if left[0] < 0:
+            raise _Interrupted
+
+    return stop
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.98])
 def test_an_interrupted_job_goes_on(
     folders: dict[str, Path], tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, left = tmp_path / "out", [int(share * 31e6)]
-
-    def stop(num_bytes: int) -> None:
-        left[0] -= num_bytes
-        if left[0] < 0:
-            raise _Interrupted
-
+    target = tmp_path / "out"
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop)
+        packed(bundled_model_path(), target, on_bytes=stop_after(share * 31e6))
     assert not target.exists()
     coded = []
     real = packing._coded
@@ -146,15 +151,8 @@ def test_a_torn_journal_counts_as_far_as_it_is_sound(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
-    left = [10e6]
-
-    def stop(num_bytes: int) -> None:
-        left[0] -= num_bytes
-        if left[0] < 0:
-            raise _Interrupted
-
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop)
+        packed(bundled_model_path(), target, on_bytes=stop_after(10e6))
     journal = tmp_path / "out.partial" / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-7])
     with open(tmp_path / "out.partial" / EXPERTS, "ab") as file:
@@ -170,17 +168,6 @@ def test_a_journal_of_another_job_is_not_gone_on_with(
     (partial / "journal.jsonl").write_bytes(journal.line_of({"version": 1, "source": "other"}))
     found = contents(packed(bundled_model_path(), tmp_path / "out"))
     assert found[EXPERTS] == contents(folders["exact12"])[EXPERTS]
-
-
-def stop_after(num_bytes: float) -> Any:
-    left = [num_bytes]
-
-    def stop(done: int) -> None:
-        left[0] -= done
-        if left[0] < 0:
-            raise _Interrupted
-
-    return stop
 
 
 def test_what_the_file_lost_is_packed_again(folders: dict[str, Path], tmp_path: Path) -> None:
