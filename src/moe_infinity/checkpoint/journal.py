@@ -42,8 +42,7 @@ class Journal:
 
 
 def line_of(value: dict[str, Any]) -> bytes:
-    body = json.dumps(value, separators=(",", ":")).encode()
-    return f"{zlib.crc32(body):08x}".encode() + b" " + body + b"\n"
+    return _with_checksum(json.dumps(value, separators=(",", ":")).encode()) + b"\n"
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -94,7 +93,11 @@ def only_one_in(folder: Path) -> Iterator[None]:
 
 def _sound_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_bytes().split(b"\n")[:-1]:
-        checksum, _, body = line.partition(b" ")
-        if checksum != f"{zlib.crc32(body):08x}".encode():
+        body = line.partition(b" ")[2]
+        if line != _with_checksum(body):
             return
         yield json.loads(body)
+
+
+def _with_checksum(body: bytes) -> bytes:
+    return f"{zlib.crc32(body):08x} ".encode() + body

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class PackedExpert:
     def key(self) -> ExpertKey:
         return ExpertKey(self.layer, self.expert)
 
+    @property
+    def end(self) -> int:
+        """Where the next expert can begin."""
+        return aligned(self.offset + self.num_bytes)
+
     def spec(self) -> ExpertSpec:
         """As the cache sees it: one read. File 0 is the file of experts."""
         whole = ReadRange(0, self.offset, align_up(self.num_bytes), self.num_bytes, 0)
@@ -66,8 +71,7 @@ class Pack:
     files: dict[str, int]  # crc32 of everything small beside them; of DENSE its header
 
     def to_bytes(self) -> bytes:
-        body = json.dumps(asdict(self), separators=(",", ":")).encode()
-        return _START + f"{zlib.crc32(body):08x}".encode() + _MIDDLE + body + _END
+        return _framed(json.dumps(asdict(self), separators=(",", ":")).encode())
 
     @classmethod
     def read(cls, folder: Path) -> Pack:
@@ -81,8 +85,7 @@ class Pack:
             ) from error
         start = len(_START) + 8 + len(_MIDDLE)
         body = data[start : -len(_END)]
-        expected = _START + f"{zlib.crc32(body):08x}".encode() + _MIDDLE + body + _END
-        if data != expected:
+        if data != _framed(body):
             raise CorruptCheckpointError(
                 f"{path}: the header's checksum is not that of its contents; the file is damaged "
                 f"or was edited: pack the model again"
@@ -97,16 +100,16 @@ class Pack:
         return cls(experts=experts, **raw)
 
 
+def aligned(num_bytes: int) -> int:
+    """Up to a place in the file of experts where one can begin."""
+    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
 def checksums(data: memoryview) -> list[int]:
     return [
         zlib.crc32(data[start : start + CHECKED_BYTES])
         for start in range(0, len(data), CHECKED_BYTES)
     ]
-
-
-def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, int]:
-    """crc32 of whole small files."""
-    return {name: zlib.crc32((folder / name).read_bytes()) for name in names}
 
 
 def require_same(folder: Path, expected: Mapping[str, int]) -> None:
@@ -123,6 +126,10 @@ def require_same(folder: Path, expected: Mapping[str, int]) -> None:
                 f"{folder / name}: got checksum {found:08x}, expected {checksum:08x}; the file was "
                 f"changed since it was packed: pack the model again"
             )
+
+
+def _framed(body: bytes) -> bytes:
+    return _START + f"{zlib.crc32(body):08x}".encode() + _MIDDLE + body + _END
 
 
 def _part(raw: dict[str, Any]) -> Part:

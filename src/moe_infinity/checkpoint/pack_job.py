@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
-from moe_infinity.checkpoint.pack_format import ALIGNMENT_BYTES, EXPERTS, FORMATS, HEADER, VERSION
+from moe_infinity.checkpoint.pack_format import EXPERTS, FORMATS, HEADER, VERSION, aligned
 from moe_infinity.errors import ConfigError, DiskSpaceError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import MAX_EXCEPTIONS, can_pack, row_bytes
@@ -88,9 +88,10 @@ def refuse(job: Job) -> None:
     folder = job.target.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder, expected one to make {job.target.name} in")
-    if job.experts_format != "bf16":
+    number_format = FORMATS[job.experts_format]
+    if number_format is not None:
         for spec in job.specs.values():
-            _require_packable(job, spec)
+            _require_packable(spec, job.experts_format, number_format)
     there = sum(path.stat().st_size for path in job.partial.glob("*"))
     needed = estimate_bytes(job) + _MARGIN_BYTES - there
     free = shutil.disk_usage(folder).free
@@ -101,9 +102,7 @@ def refuse(job: Job) -> None:
         )
 
 
-def _require_packable(job: Job, spec: ExpertSpec) -> None:
-    number_format = FORMATS[job.experts_format]
-    assert number_format is not None
+def _require_packable(spec: ExpertSpec, experts_format: str, number_format: str) -> None:
     for part in spec.parts:
         if len(part.shape) != 2:
             continue
@@ -115,7 +114,7 @@ def _require_packable(job: Job, spec: ExpertSpec) -> None:
         if not can_pack(number_format, part.shape):
             raise UnsupportedModelError(
                 f"{spec.key} {part.name}: got a matrix {list(part.shape)}, expected columns "
-                f"divisible by 32 for {job.experts_format}; choose bf16 or exact12"
+                f"divisible by 32 for {experts_format}; choose bf16 or exact12"
             )
 
 
@@ -129,7 +128,3 @@ def small_files(job: Job) -> list[Path]:
         and path.name not in ours
         and path.stat().st_size <= _LARGEST_COPY_BYTES
     ]
-
-
-def aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

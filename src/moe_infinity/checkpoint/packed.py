@@ -11,9 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
-from moe_infinity.checkpoint.direct_io import DirectFile, align_up, allocate
+from moe_infinity.checkpoint.direct_io import DirectFile, align_down, align_up, allocate
 from moe_infinity.checkpoint.pack_format import (
-    ALIGNMENT_BYTES,
     CHECKED_BYTES,
     DENSE,
     EXPERTS,
@@ -38,6 +37,8 @@ class PackedCheckpoint(Checkpoint):
     Raises CorruptCheckpointError if header, small files or sizes are not what was written.
     """
 
+    packed_specs: Mapping[ExpertKey, ExpertSpec]
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.pack = Pack.read(path)
@@ -50,10 +51,9 @@ class PackedCheckpoint(Checkpoint):
             self._require_size()
             self.tensors = {entry.name: entry for entry in self._dense_entries()}
             undo.pop_all()
-        self._specs = {each.key: each.spec() for each in self.pack.experts}
+        self.packed_specs = {each.key: each.spec() for each in self.pack.experts}
         for each in self.pack.experts:
             each.parts.clear()  # the specs have them, and there may be tens of thousands
-        self.packed_specs = self._specs
         self.lossy = (self.pack.experts_format,) if self.pack.experts_format in LOSSY else ()
         self._scratch = threading.local()
 
@@ -94,7 +94,7 @@ class PackedCheckpoint(Checkpoint):
                 found = zlib.crc32(piece, found)
             self._require_checksum(entry, found)
             on_bytes(entry.num_bytes)
-        store = PackedStore(self._specs, self._opened[0], self.pack.experts)
+        store = self.expert_store(self.packed_specs)
         end = 0
         for each in sorted(self.pack.experts, key=lambda each: each.offset):
             self._require_zeros(buffer, end, each.offset)
@@ -109,8 +109,7 @@ class PackedCheckpoint(Checkpoint):
             file.close()
 
     def _require_size(self) -> None:
-        last = max(self.pack.experts, key=lambda each: each.offset)
-        end = last.offset + -(-last.num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        end = max(each.end for each in self.pack.experts)
         got = self._opened[0].num_bytes
         if got != end:
             raise CorruptCheckpointError(
@@ -134,7 +133,7 @@ class PackedCheckpoint(Checkpoint):
 
     def _require_zeros(self, buffer: memoryview, start: int, end: int) -> None:
         """Between experts there is padding; a page of it may hold the end of an expert."""
-        page = start - start % 4096
+        page = align_down(start)
         if start >= end:
             return
         self._opened[0].read_into(buffer[: align_up(end) - page], page, end - page)
@@ -157,7 +156,6 @@ class PackedStore(ExpertStore):
         self.specs = specs
         self._file = file
         self._checksums = {each.key: each.checksums for each in experts}
-        self._sizes = {each.key: each.num_bytes for each in experts}
         self._checked: set[tuple[ExpertKey, int]] = set()  # adding to a set is atomic
 
     def chunks(self, key: ExpertKey, chunk_bytes: int) -> list[ReadRange]:

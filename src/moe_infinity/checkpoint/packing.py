@@ -36,42 +36,23 @@ from moe_infinity.checkpoint.pack_format import (
     VERSION,
     Pack,
     PackedExpert,
+    aligned,
     checksums,
-    file_checksums,
 )
 from moe_infinity.checkpoint.pack_job import (
     BLOCK_ALIGNMENT,
     JOURNAL,
     Job,
-    aligned,
     estimate_bytes,
     refuse,
     small_files,
 )
-from moe_infinity.errors import (
-    CheckpointError,
-    DiskSpaceError,
-    PackError,
-    UnsupportedModelError,
-)
+from moe_infinity.errors import CheckpointError, DiskSpaceError, PackError, UnsupportedModelError
 from moe_infinity.kernels.formats import part_views
-from moe_infinity.kernels.packed import (
-    PackedMatrix,
-    encode,
-)
+from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.types import Block, ExpertKey, Part
 
 _PIECE_BYTES = 8 * 1024**2
-_WEIGHTS = (
-    ".new",
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".safetensors.index.json",
-    ".h5",
-)
 
 
 def pack(job: Job, on_bytes: Callable[[int], None] = lambda _: None) -> None:
@@ -115,11 +96,10 @@ def _write(job: Job, on_bytes: Callable[[int], None]) -> None:
     """Everything up to the header."""
     experts = _write_experts(job, on_bytes)
     dense, dense_header = _write_dense(job, on_bytes)
-    names = _copysmall_files(job)
+    files = _copy_small_files(job) | {DENSE: dense_header}
     for stray in job.partial.iterdir():  # of an earlier attempt whose source had it
-        if stray.name not in (*names, EXPERTS, DENSE, JOURNAL):
+        if stray.name not in (*files, EXPERTS, JOURNAL):
             stray.unlink()
-    files = file_checksums(job.partial, names) | {DENSE: dense_header}
     header = Pack(VERSION, job.experts_format, job.source.identity, experts, dense, files)
     write_synced(job.partial / HEADER, header.to_bytes())
 
@@ -129,7 +109,7 @@ def _write_experts(job: Job, on_bytes: Callable[[int], None]) -> list[PackedExpe
     path, journal = job.partial / EXPERTS, Journal(job.partial / JOURNAL)
     size = path.stat().st_size if path.exists() else 0
     lines = [PackedExpert(**line) for line in journal.resume(job.identity)]
-    done = list(itertools.takewhile(lambda e: aligned(e.offset + e.num_bytes) <= size, lines))
+    done = list(itertools.takewhile(lambda each: each.end <= size, lines))
     if len(done) < len(lines):
         journal.restart(job.identity, [asdict(each) for each in done])
     for each in done:
@@ -138,7 +118,7 @@ def _write_experts(job: Job, on_bytes: Callable[[int], None]) -> list[PackedExpe
     left = sorted(job.specs.keys() - {each.key for each in done})
     with open(path, "r+b" if path.exists() else "w+b") as file:
         sync_folder(job.partial)
-        end = max((aligned(each.offset + each.num_bytes) for each in done), default=0)
+        end = max((each.end for each in done), default=0)
         file.truncate(end)
         for key in left:
             data, parts = _coded(job, store, key)
@@ -149,7 +129,7 @@ def _write_experts(job: Job, on_bytes: Callable[[int], None]) -> list[PackedExpe
             each = PackedExpert(*key, end, len(data), list(map(asdict, parts)), checksums(data))
             journal.append(asdict(each))
             done.append(each)
-            end += aligned(len(data))
+            end = each.end
             on_bytes(job.specs[key].weight_bytes)
     return done
 
@@ -158,7 +138,7 @@ def _coded(job: Job, store: ExpertStore, key: ExpertKey) -> tuple[memoryview, li
     """One expert's bytes and where its parts lie in them."""
     spec = job.specs[key]
     slot = memoryview(allocate(spec.slot_bytes))
-    for chunk in store.chunks(key, 8 * 1024**2):
+    for chunk in store.chunks(key, _PIECE_BYTES):
         store.read_into(key, slot[chunk.slot_offset :][: chunk.num_bytes], chunk)
     views = part_views(spec, torch.frombuffer(slot, dtype=torch.uint8))
     data = bytearray()
@@ -238,10 +218,11 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
     return found, zlib.crc32(header)
 
 
-def _copysmall_files(job: Job) -> list[str]:
-    """Config, tokenizer, licence: everything beside the weights."""
-    names = []
+def _copy_small_files(job: Job) -> dict[str, int]:
+    """Config, tokenizer, licence: everything beside the weights. Returns crc32 by name."""
+    found = {}
     for path in small_files(job):
-        write_synced(job.partial / path.name, path.read_bytes())
-        names.append(path.name)
-    return names
+        data = path.read_bytes()
+        write_synced(job.partial / path.name, data)
+        found[path.name] = zlib.crc32(data)
+    return found

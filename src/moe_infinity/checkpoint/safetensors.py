@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
-from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, DirectFile, align_down, allocate
+from moe_infinity.checkpoint.direct_io import (
+    ALIGNMENT_BYTES,
+    DirectFile,
+    align_down,
+    align_up,
+    allocate,
+)
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
@@ -124,8 +130,7 @@ def read_through(
         start = align_down(offset + done)
         skip = offset + done - start
         size = min(_SCRATCH_BYTES - skip, len(into) - done)
-        length = -(-(skip + size) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        file.read_into(scratch[:length], start, skip + size)
+        file.read_into(scratch[: align_up(skip + size)], start, skip + size)
         into[done : done + size] = scratch[skip : skip + size]
         done += size
 
