@@ -16,7 +16,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 # A part may import from those in earlier lines, and from itself; not from its own line's others.
 LAYERS = (
     ("types", "errors"),
-    ("config", "stats", "registry", "interrupts"),
+    ("config", "stats", "registry", "interrupts", "durable"),
     ("tracing",),
     ("policies", "predictors"),
     ("residency",),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -10,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from moe_infinity.config import state_dir
+from moe_infinity.durable import write_atomically
 from moe_infinity.machine import Bandwidths
 
 _VERSION = 2  # products by the kernel that runs choose
@@ -43,15 +43,11 @@ class StateFile:
         if not self._changed:
             return
         text = json.dumps({"version": _VERSION, "bandwidths": self._known}, indent=1)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(text)
-            temporary.replace(self.path)
+            write_atomically(self.path, text.encode())
         except OSError as error:
             _log.warning("state file %s not written: %s", self.path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
             return
         self.bytes_written += len(text)
         self._changed = False

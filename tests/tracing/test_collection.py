@@ -132,9 +132,9 @@ def test_killed_while_saving_the_old_file_stands(tmp_path: Path) -> None:
     before = path.read_bytes()
     code = f"""
 import os, signal
-import moe_infinity.tracing.trace_file as files
+from moe_infinity.durable import write_atomically
 os.fsync = lambda fd: os.kill(os.getpid(), signal.SIGKILL)
-files.write_atomically(__import__('pathlib').Path({str(path)!r}), b'half')
+write_atomically(__import__('pathlib').Path({str(path)!r}), b'half')
 """
     died = subprocess.run([sys.executable, "-c", code], env=os.environ)
     assert died.returncode == -signal.SIGKILL

@@ -8,8 +8,9 @@ import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from moe_infinity.durable import sync, write_atomically
 from moe_infinity.errors import ConfigError
 
 
@@ -32,7 +33,7 @@ class Journal:
 
     def restart(self, job: dict[str, Any], lines: list[dict[str, Any]]) -> None:
         """Only these lines count from now on."""
-        write_synced(self.path, b"".join(map(line_of, [job, *lines])))
+        write_atomically(self.path, b"".join(map(line_of, [job, *lines])))
 
     def append(self, line: dict[str, Any]) -> None:
         """Safely on disk when this returns."""
@@ -43,30 +44,6 @@ class Journal:
 
 def line_of(value: dict[str, Any]) -> bytes:
     return _with_checksum(json.dumps(value, separators=(",", ":")).encode()) + b"\n"
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(path.name + ".new")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        sync(file)
-    os.replace(temporary, path)
-
-
-def sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a renaming in it last, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ _WEIGHTS = (
     ".gguf",
     ".h5",
     ".safetensors.index.json",
-    ".new",
 )
 _LARGEST_COPY_BYTES = 256 * 1024**2  # tokenizers reach 30 MB
 

@@ -21,13 +21,7 @@ import torch
 
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.direct_io import allocate
-from moe_infinity.checkpoint.journal import (
-    Journal,
-    only_one_in,
-    sync,
-    sync_folder,
-    write_synced,
-)
+from moe_infinity.checkpoint.journal import Journal, only_one_in
 from moe_infinity.checkpoint.pack_format import (
     DENSE,
     EXPERTS,
@@ -47,6 +41,7 @@ from moe_infinity.checkpoint.pack_job import (
     refuse,
     small_files,
 )
+from moe_infinity.durable import sync, sync_folder, write_atomically
 from moe_infinity.errors import CheckpointError, DiskSpaceError, PackError, UnsupportedModelError
 from moe_infinity.kernels.formats import part_views
 from moe_infinity.kernels.packed import PackedMatrix, encode
@@ -97,11 +92,11 @@ def _write(job: Job, on_bytes: Callable[[int], None]) -> None:
     experts = _write_experts(job, on_bytes)
     dense, dense_header = _write_dense(job, on_bytes)
     files = _copy_small_files(job) | {DENSE: dense_header}
-    for stray in job.partial.iterdir():  # of an earlier attempt whose source had it
+    for stray in job.partial.iterdir():  # of an earlier attempt: cut off, or its source had it
         if stray.name not in (*files, EXPERTS, JOURNAL):
             stray.unlink()
     header = Pack(VERSION, job.experts_format, job.source.identity, experts, dense, files)
-    write_synced(job.partial / HEADER, header.to_bytes())
+    write_atomically(job.partial / HEADER, header.to_bytes())
 
 
 def _write_experts(job: Job, on_bytes: Callable[[int], None]) -> list[PackedExpert]:
@@ -223,6 +218,6 @@ def _copy_small_files(job: Job) -> dict[str, int]:
     found = {}
     for path in small_files(job):
         data = path.read_bytes()
-        write_synced(job.partial / path.name, data)
+        write_atomically(job.partial / path.name, data)
         found[path.name] = zlib.crc32(data)
     return found

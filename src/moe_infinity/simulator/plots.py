@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_infinity.durable import write_atomically
 from moe_infinity.errors import ConfigError
 from moe_infinity.simulator.locality import Domains
 from moe_infinity.simulator.verdict import COLD_CEILING, Locality
-from moe_infinity.tracing.trace_file import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -104,6 +104,7 @@ def _write(figure: Figure, path: Path) -> None:
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=_DPI, facecolor="white")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data.getvalue())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error}); choose another place") from error

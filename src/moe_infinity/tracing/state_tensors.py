@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from moe_infinity.durable import write_atomically
 from moe_infinity.errors import TraceError
-from moe_infinity.tracing.trace_file import read_tensors, write_atomically
+from moe_infinity.tracing.trace_file import read_tensors
 from moe_infinity.types import ExpertShape
 
 # Sizes of an array's axes; a name stands for one size in all arrays of a file.
@@ -34,6 +35,7 @@ def save_state(
         "fingerprint": fingerprint,
     }
     tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, save(tensors, header))
 
 

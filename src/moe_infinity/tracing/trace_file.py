@@ -6,7 +6,6 @@ Written whole or not at all.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from moe_infinity.durable import write_atomically
 from moe_infinity.errors import TraceError
 from moe_infinity.tracing.trace import Trace
 from moe_infinity.types import ExpertShape
@@ -52,21 +52,8 @@ def save_trace(trace: Trace, path: Path) -> None:
         "shape": json.dumps([shape.num_experts, shape.top_k, *shape.experts_per_layer]),
         "meta": json.dumps(trace.meta),
     }
-    write_atomically(path, save(tensors, header))
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one step: whoever is killed leaves the old file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save(tensors, header))
 
 
 def load_trace(path: Path) -> Trace:
