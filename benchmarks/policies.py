@@ -63,12 +63,13 @@ def main() -> None:
 
 
 def renewed(rows: list[dict]) -> list[dict]:
-    """The rows of the last result, those measured again in their new form."""
+    """The rows of the last result, those measured now in their new form or behind them."""
     names = ("trace", "policy", "prefetch", "capacity", "link")
     new = {tuple(row[name] for name in names): row for row in rows}
     before = json.loads((RESULTS / "policies.json").read_text())
     old = [{"commit": before["commit"], **row} for row in before["rows"]]
-    return [new.get(tuple(row[name] for name in names), row) for row in old]
+    renewed = {tuple(row[name] for name in names): row for row in old} | new
+    return list(renewed.values())
 
 
 def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path]:
