@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <exception>
+#include <string>
 #include <vector>
 
 #include "engine.hpp"
@@ -26,12 +27,33 @@ std::vector<const Kernels *> available() {
     return found;
 }
 
-void destroy(PyObject *capsule) {
-    delete static_cast<Engine *>(PyCapsule_GetPointer(capsule, kCapsule));
-}
-
 Engine *engine_of(PyObject *capsule) {
     return static_cast<Engine *>(PyCapsule_GetPointer(capsule, kCapsule));
+}
+
+void destroy(PyObject *capsule) { delete engine_of(capsule); }
+
+// The bytes of a Python buffer, which may lie unaligned; false with a Python error set.
+template <class T>
+bool copy_buffer(PyObject *from, std::vector<T> &to) {
+    Py_buffer bytes;
+    if (PyObject_GetBuffer(from, &bytes, PyBUF_SIMPLE) < 0) return false;
+    const auto size = static_cast<size_t>(bytes.len);
+    bool copied = false;
+    if (size % sizeof(T) != 0) {
+        PyErr_Format(PyExc_ValueError, "buffer: got %zu bytes, expected a multiple of %zu", size,
+                     sizeof(T));
+    } else {
+        try {
+            to.resize(size / sizeof(T));
+            if (size) std::memcpy(static_cast<void *>(to.data()), bytes.buf, size);
+            copied = true;
+        } catch (const std::exception &) {
+            PyErr_NoMemory();
+        }
+    }
+    PyBuffer_Release(&bytes);
+    return copied;
 }
 
 // Runs without the GIL; a C++ exception becomes a Python one.
@@ -94,24 +116,9 @@ PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
         return nullptr;
     }
     Engine *engine = engine_of(args[0]);
-    Py_buffer calls;
-    if (!engine || PyObject_GetBuffer(args[1], &calls, PyBUF_SIMPLE) < 0) return nullptr;
-    std::vector<Call> copied;
-    try {
-        copied.resize(static_cast<size_t>(calls.len) / sizeof(Call));
-    } catch (const std::exception &) {
-        PyBuffer_Release(&calls);
-        return PyErr_NoMemory();
-    }
-    if (!copied.empty())  // it may lie unaligned
-        std::memcpy(static_cast<void *>(copied.data()), calls.buf, copied.size() * sizeof(Call));
-    const bool whole = copied.size() * sizeof(Call) == static_cast<size_t>(calls.len);
-    PyBuffer_Release(&calls);
-    if (!whole) {
-        PyErr_SetString(PyExc_ValueError, "calls: not a whole number of them");
-        return nullptr;
-    }
-    return without_gil([&] { engine->run(copied.data(), copied.size()); });
+    std::vector<Call> calls;
+    if (!engine || !copy_buffer(args[1], calls)) return nullptr;
+    return without_gil([&] { engine->run(calls.data(), calls.size()); });
 }
 
 PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -120,14 +127,10 @@ PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
         return nullptr;
     }
     Engine *engine = engine_of(args[0]);
-    Py_buffer bytes;
-    if (!engine || PyObject_GetBuffer(args[1], &bytes, PyBUF_SIMPLE) < 0) return nullptr;
-    Matrix m;
-    const bool whole = bytes.len == sizeof m;
-    if (whole) std::memcpy(&m, bytes.buf, sizeof m);
-    PyBuffer_Release(&bytes);
-    if (!whole) {
-        PyErr_SetString(PyExc_ValueError, "matrix: of another size");
+    std::vector<Matrix> matrices;
+    if (!engine || !copy_buffer(args[1], matrices)) return nullptr;
+    if (matrices.size() != 1) {
+        PyErr_Format(PyExc_ValueError, "matrix: got %zu of them, expected one", matrices.size());
         return nullptr;
     }
     void *x = PyLong_AsVoidPtr(args[2]);
@@ -136,7 +139,7 @@ PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
     void *out = PyLong_AsVoidPtr(args[5]);
     const void *bias = PyLong_AsVoidPtr(args[6]);
     if (PyErr_Occurred()) return nullptr;
-    return without_gil([&] { engine->product(m, x, num_tokens, type, out, bias); });
+    return without_gil([&] { engine->product(matrices[0], x, num_tokens, type, out, bias); });
 }
 
 template <class Function>
