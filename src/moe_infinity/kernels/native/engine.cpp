@@ -8,18 +8,35 @@ namespace moe {
 
 namespace {
 
-constexpr uint32_t kTokensAtOnce = 64;  // bounds scratch memory; weights are read again beyond
-constexpr uint32_t kRowsAtOnce = 4;     // ranges begin at multiples of a tile
-constexpr uint32_t kTasksPerThread = 4; // so that a thread that was interrupted holds up little
+constexpr uint32_t kTokensAtOnce = 64;   // bounds scratch memory; weights are read again beyond
+constexpr uint32_t kRowsAtOnce = 4;      // ranges begin at multiples of a tile
+constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
 
 bool is_grouped(Format format) { return format == Format::q8_0 || format == Format::q4_0; }
+
+bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
 
 size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
 
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b) {
-    return a == b || (!is_grouped(a) && !is_grouped(b) &&
-                      (a == Format::f16 || a == Format::f32) == (b == Format::f16 || b == Format::f32));
+    return a == b || (!is_grouped(a) && !is_grouped(b) && is_bf16(a) == is_bf16(b));
+}
+
+// The same calls, of at most kTokensAtOnce tokens each.
+std::vector<Call> in_parts(const Call *calls, size_t count) {
+    std::vector<Call> parts;
+    for (size_t i = 0; i < count; ++i) {
+        for (uint32_t start = 0; start < calls[i].num_tokens; start += kTokensAtOnce) {
+            Call part = calls[i];
+            const size_t item = size_of(part.type);
+            part.x = static_cast<const uint8_t *>(part.x) + start * item * part.up.cols;
+            part.out = static_cast<uint8_t *>(part.out) + start * item * part.down.rows;
+            part.num_tokens = std::min(kTokensAtOnce, part.num_tokens - start);
+            parts.push_back(part);
+        }
+    }
+    return parts;
 }
 
 }  // namespace
@@ -50,33 +67,34 @@ Engine::~Engine() = default;
 
 void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                      uint32_t cols) {
-    const size_t stride = padded(cols), rest = stride - cols;
-    Tokens tokens;
-    tokens.num_tokens = static_cast<int>(num_tokens);
-    tokens.stride = stride;
+    const size_t stride = padded(cols), rest = stride - cols, token_bytes = cols * size_of(type);
     const auto *from = static_cast<const uint8_t *>(x);
-    const size_t token_bytes = cols * size_of(type);
-    if (kernels_.dots_bf16 && type == Type::bf16 &&
-        (weights == Format::bf16 || weights == Format::exact12)) {
+    room.tokens = Tokens();
+    room.tokens.num_tokens = static_cast<int>(num_tokens);
+    room.tokens.stride = stride;
+    if (is_grouped(weights)) {
+        prepare_grouped(room, weights, type, x, num_tokens, cols);
+    } else if (kernels_.dots_bf16 && type == Type::bf16 && is_bf16(weights)) {
         auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
         for (uint32_t t = 0; t < num_tokens; ++t) {
             std::memcpy(to + t * stride, from + t * token_bytes, token_bytes);
             std::memset(to + t * stride + cols, 0, rest * 2);
         }
-        tokens.bf16 = to;
-        room.tokens = tokens;
-        return;
-    }
-    if (!is_grouped(weights)) {
+        room.tokens.bf16 = to;
+    } else {
         auto *to = static_cast<float *>(room.values.reserve(num_tokens * stride * 4));
         for (uint32_t t = 0; t < num_tokens; ++t) {
             kernels_.widen(type, from + t * token_bytes, to + t * stride, cols);
             std::memset(to + t * stride + cols, 0, rest * 4);
         }
-        tokens.f32 = to;
-        room.tokens = tokens;
-        return;
+        room.tokens.f32 = to;
     }
+}
+
+void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const void *x,
+                             uint32_t num_tokens, uint32_t cols) {
+    const size_t stride = padded(cols), token_bytes = cols * size_of(type);
+    const auto *from = static_cast<const uint8_t *>(x);
     // One token's floats lie behind all the int8.
     auto *to = static_cast<int8_t *>(room.values.reserve(num_tokens * stride + stride * 4));
     auto *floats = reinterpret_cast<float *>(to + num_tokens * stride);
@@ -84,14 +102,13 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
     auto *sums = static_cast<int32_t *>(room.sums.reserve(num_tokens * stride));
     for (uint32_t t = 0; t < num_tokens; ++t) {
         kernels_.widen(type, from + t * token_bytes, floats, cols);
-        std::memset(floats + cols, 0, rest * 4);
+        std::memset(floats + cols, 0, (stride - cols) * 4);
         kernels_.quantise(weights, floats, stride, to + t * stride, scales + t * stride / kGroup,
                           sums + t * stride / 4);
     }
-    tokens.q8 = to;
-    tokens.scale = scales;
-    tokens.sum = sums;
-    room.tokens = tokens;
+    room.tokens.q8 = to;
+    room.tokens.scale = scales;
+    room.tokens.sum = sums;
 }
 
 void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
@@ -121,54 +138,48 @@ void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Body &
 
 void Engine::run(const Call *calls, size_t count) {
     std::lock_guard<std::mutex> turn(turn_);
-    std::vector<Call> split;  // many tokens: several calls
-    for (size_t i = 0; i < count; ++i) {
-        for (uint32_t start = 0; start < calls[i].num_tokens; start += kTokensAtOnce) {
-            Call call = calls[i];
-            const size_t item = size_of(call.type);
-            call.x = static_cast<const uint8_t *>(call.x) + start * item * call.up.cols;
-            call.out = static_cast<uint8_t *>(call.out) + start * item * call.down.rows;
-            call.num_tokens = std::min(kTokensAtOnce, call.num_tokens - start);
-            split.push_back(call);
-        }
-    }
+    const std::vector<Call> parts = in_parts(calls, count);
     // Parts of one call one after the other, or scratch memory would grow with the prompt.
-    const bool at_once = split.size() == count;
-    const size_t step = at_once ? std::max<size_t>(count, 1) : 1;
-    for (size_t begin = 0; begin < split.size(); begin += step) {
-        const Call *now = split.data() + begin;
-        const size_t num = std::min(step, split.size() - begin);
-        while (works_.size() < num) works_.push_back(std::make_unique<Work>());
-        rows_.assign(num, 0);
-        for (size_t i = 0; i < num; ++i) {
-            const Call &call = now[i];
-            Work &work = *works_[i];
-            prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
-            work.gate_apart = call.has_gate && !same_kind(call.gate.format, call.up.format);
-            if (work.gate_apart)
-                prepare(work.x_gate, call.gate.format, call.type, call.x, call.num_tokens,
-                        call.gate.cols);
-            work.stride = call.up.rows;
-            const size_t bytes = call.num_tokens * work.stride * 4;
-            work.up_values = static_cast<float *>(work.up.reserve(bytes));
-            work.gate_values = call.has_gate ? static_cast<float *>(work.gate.reserve(bytes)) : nullptr;
-            work.out_values = static_cast<float *>(
-                work.out.reserve(size_t(call.num_tokens) * call.down.rows * 4));
-            rows_[i] = call.up.rows;
-        }
-        share(num, rows_, [&](size_t i, uint32_t first, uint32_t last) {
-            inner(now[i], *works_[i], first, last);
-        });
-        for (size_t i = 0; i < num; ++i) {
-            // Rounded to the model's type already: narrowing them loses nothing.
-            Work &work = *works_[i];
-            prepare_inner(now[i], work);
-            rows_[i] = now[i].down.rows;
-        }
-        share(num, rows_, [&](size_t i, uint32_t first, uint32_t last) {
-            outer(now[i], *works_[i], first, last);
-        });
+    const bool is_whole = std::all_of(
+        calls, calls + count, [](const Call &call) { return call.num_tokens <= kTokensAtOnce; });
+    if (is_whole) {
+        run_group(parts.data(), parts.size());
+    } else {
+        for (const Call &part : parts) run_group(&part, 1);
     }
+}
+
+void Engine::run_group(const Call *calls, size_t count) {
+    while (works_.size() < count) works_.push_back(std::make_unique<Work>());
+    rows_.resize(count);
+    for (size_t i = 0; i < count; ++i) {
+        prepare_call(calls[i], *works_[i]);
+        rows_[i] = calls[i].up.rows;
+    }
+    share(count, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+        inner(calls[i], *works_[i], first, last);
+    });
+    for (size_t i = 0; i < count; ++i) {
+        prepare_inner(calls[i], *works_[i]);
+        rows_[i] = calls[i].down.rows;
+    }
+    share(count, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+        outer(calls[i], *works_[i], first, last);
+    });
+}
+
+// What the first product needs, and room for what comes after it.
+void Engine::prepare_call(const Call &call, Work &work) {
+    prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
+    work.gate_apart = call.has_gate && !same_kind(call.gate.format, call.up.format);
+    if (work.gate_apart)
+        prepare(work.x_gate, call.gate.format, call.type, call.x, call.num_tokens, call.gate.cols);
+    work.stride = call.up.rows;
+    const size_t bytes = call.num_tokens * work.stride * 4;
+    work.up_values = static_cast<float *>(work.up.reserve(bytes));
+    work.gate_values = call.has_gate ? static_cast<float *>(work.gate.reserve(bytes)) : nullptr;
+    work.out_values =
+        static_cast<float *>(work.out.reserve(size_t(call.num_tokens) * call.down.rows * 4));
 }
 
 void Engine::inner(const Call &call, Work &work, uint32_t first, uint32_t last) const {
@@ -202,6 +213,7 @@ void Engine::prepare_inner(const Call &call, Work &work) {
                 call.down.cols);
         return;
     }
+    // They are rounded to the model's type already: narrowing them loses nothing.
     auto *narrow = static_cast<uint16_t *>(work.narrow.reserve(count * 2));
     kernels_.narrow(call.type, work.up_values, narrow, count);
     prepare(work.inner, call.down.format, call.type, narrow, call.num_tokens, call.down.cols);
@@ -235,7 +247,8 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
             multiply(m, prepared_.tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;
-                for (uint32_t i = first; biases && i < last; ++i) row[i] += biases[i];
+                if (biases)
+                    for (uint32_t i = first; i < last; ++i) row[i] += biases[i];
                 kernels_.narrow(type, row + first, to + (size_t(t) * m.rows + first) * item,
                                 last - first);
             }

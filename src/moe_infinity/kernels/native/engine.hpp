@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <string>
 #include <vector>
 
 #include "matrix.hpp"
@@ -30,10 +29,6 @@ static_assert(sizeof(Call) == 152, "Python packs it so");
 class Scratch {
 public:
     Scratch() = default;
-    Scratch(Scratch &&other) noexcept : data_(other.data_), size_(other.size_) {
-        other.data_ = nullptr;
-        other.size_ = 0;
-    }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
     ~Scratch() { std::free(data_); }
@@ -63,14 +58,15 @@ public:
     void product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                  const void *bias);
 
-    const Kernels &kernels() const { return kernels_; }
-    int num_threads() const { return pool_.num_threads(); }
-
 private:
     struct Work;
 
+    void run_group(const Call *calls, size_t count);
+    void prepare_call(const Call &call, Work &work);
     void prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                  uint32_t cols);
+    void prepare_grouped(Prepared &room, Format weights, Type type, const void *x,
+                         uint32_t num_tokens, uint32_t cols);
     void multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                   size_t out_stride) const;
     void prepare_inner(const Call &call, Work &work);
