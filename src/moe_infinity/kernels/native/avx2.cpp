@@ -4,7 +4,7 @@
 #include "scalar.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // its pragmas differ
-#include <immintrin.h>
+#include "intrinsics.hpp"
 #pragma GCC target("avx2,fma,f16c")
 
 namespace moe {

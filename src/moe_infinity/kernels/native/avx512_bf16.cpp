@@ -5,7 +5,7 @@
 #include "scalar.hpp"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // its pragmas differ
-#include <immintrin.h>
+#include "intrinsics.hpp"
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
 
 namespace moe {

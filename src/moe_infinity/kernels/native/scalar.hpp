@@ -56,7 +56,7 @@ inline uint16_t load_u16(const uint8_t *at) {
 
 // The exceptions of one row of an exact12 matrix, in ascending columns.
 struct Exceptions {
-    const uint32_t *next, *end;
+    const uint32_t *next = nullptr, *end = nullptr;
 
     Exceptions() = default;
     Exceptions(const Matrix &m, uint32_t row) {
