@@ -12,12 +12,13 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
+from moe_infinity.model.blocks import speed_up_blocks
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.linears import FewThreads, speed_up
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.observer import Observer
 from moe_infinity.model.routers import Wishes
-from moe_infinity.model.rules import RoutingRule
+from moe_infinity.model.rules import KeepRouting, RoutingRule
 from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
@@ -60,7 +61,9 @@ class Wiring:
         compiled = not any(math.has_bias or math.is_transposed for math in maths)
         self._threads = FewThreads(speed_up(model, self.kernel) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
-        self._attach(modules, maths)
+        layers = self._attach(modules, maths)
+        if isinstance(routing, KeepRouting):
+            speed_up_blocks(model, self.kernel, layers, modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
         self._wish = predictor.foresight
@@ -110,12 +113,16 @@ class Wiring:
         if self._runtime.observer is not None:
             self._runtime.observer.close()
 
-    def _attach(self, modules: list[Any], maths: list[ExpertMath]) -> None:
+    def _attach(self, modules: list[Any], maths: list[ExpertMath]) -> list[ExpertsLayer]:
         adapter = self._anatomy.adapter
-        for layer, (module, math) in enumerate(zip(modules, maths, strict=True)):
-            count = self._anatomy.shape.experts_per_layer[layer]
-            experts = ExpertsLayer(layer, count, math, self._runtime, adapter.routes_padding)
+        counts = self._anatomy.shape.experts_per_layer
+        layers = [
+            ExpertsLayer(layer, counts[layer], math, self._runtime, adapter.routes_padding)
+            for layer, math in enumerate(maths)
+        ]
+        for module, experts in zip(modules, layers, strict=True):
             adapter.attach(module, experts.forward)
+        return layers
 
     def _observer(self) -> Observer:
         return Observer(

@@ -20,11 +20,11 @@ def test_json() -> None:
     assert median["tokens_per_s"] == pytest.approx(sum(rates) / 2)
     assert spread["tokens_per_s"] == pytest.approx(abs(rates[0] - rates[1]))
     assert median["ttft_s"] > 0 and 0 < median["hit_rate"] < 1
-    parts = ("experts_s", "linears_s", "stall_s", "rest_s")
+    parts = ("experts_s", "dense_s", "stall_s", "rest_s")
     for trial in found["trials"]:
         wall_s = sum(trial[part] for part in parts)
         assert wall_s == pytest.approx(1 / trial["tokens_per_s"], rel=0.05)
-    assert median["linears_s"] == 0  # torch's are not told apart
+    assert median["dense_s"] == 0  # torch's are not told apart
 
 
 def test_depth_makes_the_prompt_longer_and_profile_shows_more() -> None:

@@ -30,7 +30,7 @@ _MEASURES = (
 )
 _PROFILE = (
     ("experts_s", "s in experts"),
-    ("linears_s", "s in dense products"),
+    ("dense_s", "s in dense layers"),
     ("stall_s", "s waiting for reads"),
     ("rest_s", "s for all the rest"),
     ("rest_per_layer_s", "s of that per MoE layer"),
@@ -96,7 +96,7 @@ def _request(moe: Any, ids: list[int], new_tokens: int, seed: int) -> dict[str, 
     import torch
 
     torch.manual_seed(seed)
-    linears_s = moe.kernel.linear_s
+    dense_s = moe.kernel.dense_s
     moe.generate(
         [ids],
         max_new_tokens=new_tokens,
@@ -108,9 +108,9 @@ def _request(moe: Any, ids: list[int], new_tokens: int, seed: int) -> dict[str, 
     )
     stats = moe.stats()
     decode, passes = stats.decode, new_tokens - 1
-    linears_s = (moe.kernel.linear_s - linears_s) / passes
+    dense_s = (moe.kernel.dense_s - dense_s) / passes
     experts_s, stall_s = decode.compute_s / passes, decode.stall_s / passes
-    rest_s = decode.wall_s / passes - experts_s - stall_s - linears_s
+    rest_s = decode.wall_s / passes - experts_s - stall_s - dense_s
     read_bytes = decode.demand_bytes + decode.prefetch_bytes
     return {
         "tokens_per_s": stats.tokens_per_s,
@@ -123,7 +123,7 @@ def _request(moe: Any, ids: list[int], new_tokens: int, seed: int) -> dict[str, 
         "limit_fraction": decode.limit_fraction,
         "belady_fraction": decode.belady_fraction,
         "experts_s": experts_s,
-        "linears_s": linears_s,
+        "dense_s": dense_s,
         "stall_s": stall_s,
         "rest_s": rest_s,
         "rest_per_layer_s": rest_s / len(moe.residency()),

@@ -48,7 +48,7 @@ class ExpertKernel(ABC):
     """Computes experts straight from their slots' bytes."""
 
     name: str  # for reports
-    linear_s: float = 0.0  # spent in dense products so far
+    dense_s: float = 0.0  # spent beside experts so far, in dense products and attention
 
     @abstractmethod
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:

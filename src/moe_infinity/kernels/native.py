@@ -27,10 +27,10 @@ native: ModuleType | None = _native
 
 # Numbers and layouts are those of native/matrix.hpp and native/engine.hpp.
 _FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
-_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
+TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
 _MATRIX = struct.Struct("<QQQIIII")
 _CALL = struct.Struct("<QQIIII")
-_NO_MATRIX = bytes(_MATRIX.size)
+NO_MATRIX = bytes(_MATRIX.size)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
 _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -107,9 +107,49 @@ class Kernel(ExpertKernel):
         out = x.new_empty((len(x), rows))
         at, added = x.data_ptr(), 0 if bias is None else bias.data_ptr()
         start = time.perf_counter()
-        native.product(self._engine, weight, at, len(x), _TYPES[x.dtype], out.data_ptr(), added)
-        self.linear_s += time.perf_counter() - start
+        native.product(self._engine, weight, at, len(x), TYPES[x.dtype], out.data_ptr(), added)
+        self.dense_s += time.perf_counter() - start
         return out
+
+    def run_token(
+        self,
+        math: ExpertMath,
+        views: list[Views],
+        x: torch.Tensor,
+        outs: torch.Tensor,
+        places: list[int],
+    ) -> None:
+        """Several experts on one token x [1, H], each into its own row of outs [K, H]."""
+        calls = []
+        size = outs.shape[1] * outs.element_size()
+        for each, place in zip(views, places, strict=True):
+            expert = self._expert(math, each, x)
+            if expert is None or expert.activation is None or math.post:
+                outs[place] = self.forward(math, each, x)[0]
+                continue
+            head = _CALL.pack(
+                x.data_ptr(),
+                outs.data_ptr() + place * size,
+                1,
+                TYPES[x.dtype],
+                expert.activation,
+                expert.has_gate,
+            )
+            calls.append(head + expert.matrices)
+        if calls:
+            self._run(calls)
+
+    def attend(self, block: bytes, token: bytes) -> None:
+        """One token through what a packed block does before its experts (kernels/blocks.py)."""
+        assert native is not None
+        start = time.perf_counter()
+        native.attend(self._engine, block, token)
+        self.dense_s += time.perf_counter() - start
+
+    def sum(self, packed: bytes) -> None:
+        """What a packed sum says (kernels/blocks.py)."""
+        assert native is not None
+        native.sum(self._engine, packed)
 
     def close(self) -> None:
         self._engine = None  # its threads end with it
@@ -150,19 +190,23 @@ class Kernel(ExpertKernel):
     def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
         first = views["gate_up_proj" if math.has_gate else "up_proj"]
         blocks = [*first, *views["down_proj"]]
-        if math.has_bias or math.is_transposed or dtype not in _TYPES:
+        if math.has_bias or math.is_transposed or dtype not in TYPES:
             return None
         if not all(_can_multiply(block, dtype) for block in blocks):
             return None
-        gate, up = _gate_and_up(first) if math.has_gate else (_NO_MATRIX, describe(first[0]))
+        gate, up = _gate_and_up(first) if math.has_gate else (NO_MATRIX, describe(first[0]))
         whole = gate is not None and len(views["down_proj"]) == 1
         whole = whole and (math.has_gate or len(first) == 1)
         rows = sum(map(_rows, first)) // (2 if math.has_gate else 1)
-        if set(map(_cols, views["down_proj"])) != {rows} or len(set(map(_cols, first))) > 1:
+        if set(map(_cols, views["down_proj"])) != {rows} or set(map(_cols, first)) != {
+            _cols(first[0])
+        }:
             return None  # the reference says what is wrong
+        if sum(map(_rows, views["down_proj"])) != _cols(first[0]):
+            return None  # it knows how large its results are
         activation = self._activation(math) if whole else None
         is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
-        matrices = (gate or _NO_MATRIX) + up + describe(views["down_proj"][0])
+        matrices = (gate or NO_MATRIX) + up + describe(views["down_proj"][0])
         return _Prepared(math.has_gate, matrices, activation, _cols(first[0]), is_grouped)
 
     def _activation(self, math: ExpertMath) -> int | None:
@@ -174,7 +218,7 @@ class Kernel(ExpertKernel):
 def _call(expert: _Prepared, x: torch.Tensor, out: torch.Tensor) -> bytes:
     """One expert over contiguous tokens for the compiled code."""
     head = _CALL.pack(
-        x.data_ptr(), out.data_ptr(), len(x), _TYPES[x.dtype], expert.activation, expert.has_gate
+        x.data_ptr(), out.data_ptr(), len(x), TYPES[x.dtype], expert.activation, expert.has_gate
     )
     return head + expert.matrices
 
@@ -210,7 +254,7 @@ def describe(block: torch.Tensor | PackedMatrix) -> bytes:
     rows, cols = block.shape
     assert block.stride(1) == 1, "rows are contiguous"
     stride = block.stride(0) * block.element_size()
-    number = _TYPES[block.dtype]
+    number = TYPES[block.dtype]
     return _MATRIX.pack(block.data_ptr(), 0, stride, rows, cols, number, 0)
 
 
@@ -221,14 +265,14 @@ def _gate_and_up(blocks: list[torch.Tensor | PackedMatrix]) -> tuple[bytes | Non
     if len(blocks) == 1 and isinstance(blocks[0], torch.Tensor) and _rows(blocks[0]) % 2 == 0:
         gate, up = blocks[0].chunk(2)
         return describe(gate), describe(up)
-    return None, _NO_MATRIX
+    return None, NO_MATRIX
 
 
 def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> bool:
     if isinstance(block, PackedMatrix):
         return True
     is_row_major = block.ndim == 2 and block.stride(1) == 1
-    return is_row_major and block.dtype in _TYPES and dtype in (block.dtype, torch.float32)
+    return is_row_major and block.dtype in TYPES and dtype in (block.dtype, torch.float32)
 
 
 def _rows(block: torch.Tensor | PackedMatrix) -> int:

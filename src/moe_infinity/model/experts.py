@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_infinity.cache.base import Hierarchy
+from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
 from moe_infinity.model.observer import Observer, Seen
@@ -20,6 +20,7 @@ from moe_infinity.types import ExpertKey
 
 # Tokens whose weighted outputs are held at once beside the outputs themselves.
 _COMBINE_TOKENS = 256
+_ONE, _FIRST_ROW = np.ones(1, dtype=np.bool_), np.zeros(1, dtype=np.int64)  # of a lone token
 
 
 @dataclass
@@ -52,7 +53,7 @@ class ExpertsLayer:
     ) -> None:
         self.layer = layer
         self.num_experts = num_experts
-        self._math = math
+        self.math = math
         self._runtime = runtime
         self._routes_padding = routes_padding
 
@@ -77,6 +78,25 @@ class ExpertsLayer:
         ]
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
+    def run_token(
+        self,
+        x: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        logits: torch.Tensor,
+        compute: Compute,
+    ) -> None:
+        """Bring the experts of one token x [1, H] to ``compute``; its router, which said logits
+        [1, E], chose ids and weights [1, K], all different."""
+        observer = self._runtime.observer
+        seen = Seen()
+        if observer is not None:
+            observer.show(self.layer, x, logits)
+            seen = observer.see(self.layer, 0, ids, weights, _ONE)
+        event = self._event(ids, weights, _FIRST_ROW, _ONE, seen)
+        self._runtime.recorder.record(event)
+        self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
+
     def _chunk(
         self,
         start: int,
@@ -94,7 +114,7 @@ class ExpertsLayer:
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             where = [places[key.expert] for key in keys]  # positions in [T * K]
             jobs = [_job(each, x, out, place) for each, place in zip(views, where, strict=True)]
-            self._runtime.kernel.run(self._math, jobs)
+            self._runtime.kernel.run(self.math, jobs)
             for job, place in zip(jobs, where, strict=True):
                 if len(place) > 1:
                     out[torch.from_numpy(place)] = job.out

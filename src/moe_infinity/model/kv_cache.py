@@ -39,18 +39,31 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        num_tokens = key_states.shape[-2]
+        keys, values, start = self.extend(num_tokens, key_states, value_states)
+        end = start + num_tokens
+        keys[..., start:end, :] = key_states
+        values[..., start:end, :] = value_states
+        return self.keys, self.values
+
+    def extend(
+        self, num_tokens: int, like_keys: torch.Tensor, like_values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Make room for more tokens of the kind of ``like_keys`` [rows, heads, any, head_dim].
+
+        Returns the memory of all keys and all values and where the new ones begin, which the
+        caller has to write. Raises PlanExceededError.
+        """
         start = self.get_seq_length()
-        end = start + key_states.shape[-2]
+        end = start + num_tokens
         if end > self._max_context:
             raise PlanExceededError(
                 f"context: got {end} tokens, expected at most the planned {self._max_context}; "
                 f"open the model with a larger max_context"
             )
-        keys, values = self._own(key_states, value_states)
-        keys[..., start:end, :] = key_states
-        values[..., start:end, :] = value_states
+        keys, values = self._own(like_keys, like_values)
         self.keys, self.values = keys[..., :end, :], values[..., :end, :]
-        return self.keys, self.values
+        return keys, values, start
 
     def _own(
         self, key_states: torch.Tensor, value_states: torch.Tensor

@@ -107,6 +107,11 @@ class Observer:
         if self.trace is not None:
             self.trace.end_pass()
 
+    def show(self, layer: int, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """A router ran without its module: on x [T, H], it said logits [T, E]."""
+        if self._taps is not None:
+            self._taps.show(layer, x, logits)
+
     def see(
         self,
         layer: int,

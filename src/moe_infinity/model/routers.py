@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class RouterTaps:
             _router_beside(model, name, count)
             for name, count in zip(names, num_experts, strict=True)
         ]
-        self._blocks = [_block_around(model, name) for name in names]
+        self._blocks = [block_around(model, name) for name in names]
         self._widest = max(num_experts)
         self._is_linear: list[bool | None] = [None] * len(names)  # None: it has not run yet
         self._shown_to = -1  # the layer whose router ran last, what it saw [T, H] and said [T, E]
@@ -65,13 +65,18 @@ class RouterTaps:
         self._changes: dict[int, NDArray[np.float32]] = {}
         self._inputs: list[NDArray[np.float32] | None] = [None] * len(names)
         self._handles: list[RemovableHandle] = [
-            router.register_forward_hook(self._keep(layer), with_kwargs=True)
+            router.register_forward_hook(_own(self._keep(layer)), with_kwargs=True)
             for layer, router in enumerate(self._routers)
         ]
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def show(self, layer: int, x: torch.Tensor, logits: torch.Tensor) -> None:
+        """Of a router that ran without its module: what it saw [T, H] and said [T, E]."""
+        self._shown_to, self._input, self._logits = layer, x, logits
+        self._is_linear[layer] = True
 
     def last(self, layer: int, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         """What the layer's router last saw [T, H] and said before softmax [T, E], of ``count``
@@ -130,7 +135,7 @@ class RouterTaps:
                 module._moe_infinity_made = output.data_ptr()
 
         return [
-            module.register_forward_hook(note)
+            module.register_forward_hook(_own(note))
             for block in self._blocks
             for module in block.children()
             if "norm" in type(module).__name__.lower()
@@ -189,6 +194,16 @@ class RouterTaps:
         return self._blocks
 
 
+def has_foreign(hooks: Mapping[int, Callable[..., Any]]) -> bool:
+    """Whether somebody else's are among a module's hooks."""
+    return any(not getattr(hook, "_moe_infinity", False) for hook in hooks.values())
+
+
+def _own(hook: Callable[..., None]) -> Callable[..., None]:
+    hook._moe_infinity = True  # type: ignore[attr-defined]
+    return hook
+
+
 def has_routers(model: nn.Module, names: Iterable[str], num_experts: Iterable[int]) -> bool:
     """Whether ``RouterTaps`` would find a router beside each of these modules of experts."""
     try:
@@ -224,7 +239,7 @@ def _router_beside(model: nn.Module, name: str, num_experts: int) -> nn.Module:
     )
 
 
-def _block_around(model: nn.Module, name: str) -> nn.Module:
+def block_around(model: nn.Module, name: str) -> nn.Module:
     """The nearest ancestor that stands in a list of modules: a decoder block."""
     while name:
         parent, _, _ = name.rpartition(".")

@@ -17,8 +17,8 @@ namespace avx512 {
 
 const Kernels *avx512_kernels() {
     using namespace avx512;
-    static const Kernels kernels = {"avx512", false,    floating, grouped, quantise,
-                                    activate, round_to, widen,    narrow};
+    static const Kernels kernels = {"avx512", false, floating, grouped, quantise,
+                                    activate, round_to, widen, narrow, normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("avx512vnni");

@@ -52,8 +52,8 @@ static void either(const Matrix &m, const Tokens &x, uint32_t first, uint32_t la
 
 const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
-    static const Kernels kernels = {"avx512_bf16", true,     either, grouped, quantise,
-                                    activate,      round_to, widen,  narrow};
+    static const Kernels kernels = {"avx512_bf16", true, either, grouped, quantise,
+                                    activate, round_to, widen, narrow, normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

@@ -16,8 +16,6 @@ bool is_grouped(Format format) { return format == Format::q8_0 || format == Form
 
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
 
-size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
-
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b) {
     return a == b || (!is_grouped(a) && !is_grouped(b) && is_bf16(a) == is_bf16(b));
@@ -117,8 +115,7 @@ void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t
     product(m, x, first, last, out, out_stride);
 }
 
-template <class Body>
-void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Body &body) {
+void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Rows &body) {
     uint64_t total = 0;
     for (size_t i = 0; i < count; ++i) total += rows[i];
     const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;

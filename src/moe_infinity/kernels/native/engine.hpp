@@ -2,10 +2,13 @@
 #pragma once
 
 #include <cstdlib>
+#include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
 
+#include "block.hpp"
 #include "matrix.hpp"
 #include "pool.hpp"
 
@@ -46,6 +49,15 @@ struct Prepared {
     Scratch values, scales, sums;
 };
 
+// One token's way through a block in floats, rounded to the model's type.
+struct BlockWork {
+    float *x, *normed, *q, *k, *v, *context, *cos, *sin, *spare;
+    Scratch floats, narrow, partial;  // partial: what each task of attention found
+    std::deque<Prepared> queries;     // by key-value head
+
+    void make_room(const Block &block);
+};
+
 class Engine {
 public:
     Engine(int num_threads, const Kernels &kernels);
@@ -58,8 +70,19 @@ public:
     void product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                  const void *bias);
 
+    // One token through a block, up to the choice of its experts; and what comes after them.
+    void attend(const Block &block, const Token &token);
+    void sum(const Sum &sum);
+
 private:
     struct Work;
+
+    void products(const Matrix *const *matrices, const void *const *biases, float *const *outs,
+                  size_t count, Type type, const float *x, BlockWork &work);
+    void normalise(const Norm &norm, Type type, float *x, size_t count, BlockWork &work) const;
+    void rotate(const Block &block, float *x, uint32_t num_heads, BlockWork &work) const;
+    void look_back(const Block &block, const Token &token, BlockWork &work);
+    void route(const Block &block, const Token &token, BlockWork &work);
 
     void run_group(const Call *calls, size_t count);
     void prepare_call(const Call &call, Work &work);
@@ -72,13 +95,14 @@ private:
     void prepare_inner(const Call &call, Work &work);
     void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
     void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
-    template <class Body>
-    void share(size_t count, const std::vector<uint32_t> &rows, const Body &body);
+    using Rows = std::function<void(size_t matrix, uint32_t first, uint32_t last)>;
+    void share(size_t count, const std::vector<uint32_t> &rows, const Rows &body);
 
     const Kernels &kernels_;
     Pool pool_;
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
+    BlockWork block_work_;
     Prepared prepared_;
     Scratch result_, bias_;
     std::vector<uint32_t> rows_;

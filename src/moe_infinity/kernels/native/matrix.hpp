@@ -12,6 +12,8 @@ enum class Format : uint32_t { bf16 = 0, f16 = 1, f32 = 2, q8_0 = 3, q4_0 = 4, e
 // Type of activations: what comes in, what is rounded to after every step, what goes out.
 enum class Type : uint32_t { bf16 = 0, f16 = 1, f32 = 2 };
 
+inline size_t size_of(Type type) { return type == Type::f32 ? 4 : 2; }
+
 enum class Activation : uint32_t { none = 0, silu = 1, gelu_tanh = 2, relu = 3 };
 
 // One [rows, cols] matrix, rows of row_bytes each. Plain data: Python writes it with struct.
@@ -67,6 +69,12 @@ struct Kernels {
     void (*round)(Type to, float *x, size_t count);              // in place
     void (*widen)(Type from, const void *x, float *out, size_t count);
     void (*narrow)(Type to, const float *x, void *out, size_t count);
+    void (*normalise)(float *x, size_t count, float eps);        // in place, to a mean square of 1
+    // x to exp(x - largest x), in place; the largest and the sum of the results.
+    void (*exponentiate)(float *x, size_t count, float *largest_and_sum);
+    // out[t] = sum over rows r of weights[t][r] * rows[r]; rows [num_rows, cols] are contiguous.
+    void (*mix)(Type type, const void *rows, size_t num_rows, size_t cols, const float *weights,
+                size_t weight_stride, size_t num_tokens, float *out, size_t out_stride);
 };
 
 // Null where the compiler or the processor does not have them.

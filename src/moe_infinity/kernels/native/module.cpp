@@ -142,6 +142,29 @@ PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return without_gil([&] { engine->product(matrices[0], x, num_tokens, type, out, bias); });
 }
 
+PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 3) {
+        PyErr_SetString(PyExc_TypeError, "attend(engine, block, token)");
+        return nullptr;
+    }
+    Engine *engine = engine_of(args[0]);
+    std::vector<moe::Block> blocks;
+    std::vector<moe::Token> tokens;
+    if (!engine || !copy_buffer(args[1], blocks) || !copy_buffer(args[2], tokens)) return nullptr;
+    return without_gil([&] { engine->attend(blocks.at(0), tokens.at(0)); });
+}
+
+PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 2) {
+        PyErr_SetString(PyExc_TypeError, "sum(engine, sum)");
+        return nullptr;
+    }
+    Engine *engine = engine_of(args[0]);
+    std::vector<moe::Sum> sums;
+    if (!engine || !copy_buffer(args[1], sums)) return nullptr;
+    return without_gil([&] { engine->sum(sums.at(0)); });
+}
+
 template <class Function>
 PyCFunction as_function(Function f) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -154,6 +177,9 @@ PyMethodDef methods[] = {
     {"run", as_function(run), METH_FASTCALL, "run(engine, calls): see engine.hpp for their layout."},
     {"product", as_function(product), METH_FASTCALL,
      "product(engine, matrix, x, num_tokens, type, out, bias): bias is 0 or an address."},
+    {"attend", as_function(attend), METH_FASTCALL,
+     "attend(engine, block, token): see block.hpp for their layout."},
+    {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,

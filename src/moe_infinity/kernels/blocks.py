@@ -1,0 +1,137 @@
+"""Decoder blocks as the compiled code reads them (native/block.hpp): numbers and addresses.
+
+Whoever packs something keeps it alive.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import torch
+
+from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe
+
+_BIASES = struct.Struct("<4Q")
+_NORM = struct.Struct("<QfI")
+_REST = struct.Struct("<fIIIIIIIII")
+_TOKEN = struct.Struct("<12Q")
+_SUM = struct.Struct("<4Q4I")
+
+
+class Linear(NamedTuple):
+    """weight [out, in] and bias [out], of one dtype."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class Norm(NamedTuple):
+    """An RMS norm, weight [size]; what is longer is normalised piece by piece."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+class Router(NamedTuple):
+    """Softmax over weight [E, H] times the input, of which the top_k likeliest count.
+
+    normalises: their weights add up to one. rounds: they are rounded to the model's dtype.
+    """
+
+    weight: torch.Tensor
+    top_k: int
+    normalises: bool
+    rounds: bool
+
+
+class BlockSpec(NamedTuple):
+    """What a block of the usual kind does beside its experts; all weights of one dtype."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    before: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
+    after: Norm
+    head_dim: int
+    rotary_dim: int
+    scaling: float
+    router: Router | None = None
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.weight.shape[0] // self.head_dim
+
+    def pack(self) -> bytes:
+        linears, router = (self.q, self.k, self.v, self.o), self.router
+        matrices = [describe(each.weight) for each in linears]
+        matrices.append(NO_MATRIX if router is None else describe(router.weight))
+        biases = _BIASES.pack(*(0 if x.bias is None else x.bias.data_ptr() for x in linears))
+        norms = map(_pack_norm, (self.before, self.q_norm, self.k_norm, self.after))
+        choice = (0, 0, 0) if router is None else (router.top_k, router.normalises, router.rounds)
+        rest = _REST.pack(
+            self.scaling,
+            self.q.weight.shape[0] // self.head_dim,
+            self.num_kv_heads,
+            self.head_dim,
+            self.rotary_dim,
+            TYPES[self.q.weight.dtype],
+            *choice,
+            0,
+        )
+        return b"".join((*matrices, biases, *norms, rest))
+
+
+class Choice:
+    """Where a router's word on one token goes: logits float32 [E], the top_k ids and weights."""
+
+    def __init__(self, num_experts: int, top_k: int) -> None:
+        self.logits = torch.empty(1, num_experts)
+        self.ids = torch.empty(1, top_k, dtype=torch.int64)
+        self.weights = torch.empty(1, top_k)
+        self.addresses = tuple(x.data_ptr() for x in (self.logits, self.ids, self.weights))
+
+
+def pack_token(
+    x: torch.Tensor,
+    positions: tuple[torch.Tensor, torch.Tensor],
+    cache: tuple[torch.Tensor, torch.Tensor],
+    position: int,
+    h: torch.Tensor,
+    normed: torch.Tensor,
+    choice: Choice,
+) -> bytes:
+    """One token x [H]; positions: cosines and sines [rotary_dim]; cache: keys and values
+    [num_kv_heads, room, head_dim] of which ``position`` are there. All contiguous."""
+    cos, sin = positions
+    keys, values = cache
+    return _TOKEN.pack(
+        x.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.shape[-2],
+        position,
+        h.data_ptr(),
+        normed.data_ptr(),
+        *choice.addresses,
+    )
+
+
+def pack_sum(
+    outs: torch.Tensor, weights: torch.Tensor, rounds: bool, h: torch.Tensor, out: torch.Tensor
+) -> bytes:
+    """out [H] = h + weights [K] float32 times outs [K, H]. rounds: each product is rounded."""
+    size, top_k = outs.shape[-1], weights.numel()
+    at = (outs.data_ptr(), weights.data_ptr(), h.data_ptr(), out.data_ptr())
+    return _SUM.pack(*at, size, top_k, TYPES[outs.dtype], rounds)
+
+
+def _pack_norm(norm: Norm | None) -> bytes:
+    if norm is None:
+        return _NORM.pack(0, 0.0, 0)
+    return _NORM.pack(norm.weight.data_ptr(), norm.eps, norm.weight.numel())

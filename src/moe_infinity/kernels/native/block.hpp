@@ -1,0 +1,57 @@
+// What a decoder block of the usual kind does beside its experts, for one token.
+#pragma once
+
+#include "matrix.hpp"
+
+namespace moe {
+
+// x / sqrt(mean(x^2) + eps), rounded, times weight.
+struct Norm {
+    const void *weight;  // of the model's type; null: there is no such norm
+    float eps;
+    uint32_t size;       // numbers that are normalised together
+};
+static_assert(sizeof(Norm) == 16, "Python packs it so");
+
+// h = x + o(attention(q, k, v of norm(x))); normed = norm(h); the router's choice of experts for it.
+// Values are rounded to `type` wherever the model's own code holds them. Plain data, written by
+// Python with struct. q, k and v are stored in the same format.
+struct Block {
+    Matrix q, k, v, o, router;
+    const void *q_bias, *k_bias, *v_bias, *o_bias;  // of the model's type, or null
+    Norm before, q_norm, k_norm, after;
+    float scaling;
+    uint32_t num_heads, num_kv_heads, head_dim;
+    uint32_t rotary_dim;   // the first numbers of a head, turned in two halves
+    Type type;
+    uint32_t top_k;        // 0: there is no router, or not one of the usual kind
+    uint32_t normalises;   // weights of the chosen experts add up to one
+    uint32_t rounds;       // weights are rounded to `type`
+    uint32_t unused;
+};
+static_assert(sizeof(Block) == 336, "Python packs it so");
+
+// Of one token: where things come from and go to, all contiguous.
+struct Token {
+    const void *x;             // [H]
+    const void *cos, *sin;     // [rotary_dim]
+    void *keys, *values;       // [num_kv_heads, room, head_dim]; its own are written
+    uint64_t room, position;   // position: tokens before this one
+    void *h, *normed;          // [H]
+    float *logits;             // [E]
+    int64_t *ids;              // [top_k], the likeliest first
+    float *weights;            // [top_k]
+};
+
+// sum over k of weights[k] * outs[k], rounded, plus h: a block's output.
+struct Sum {
+    const void *outs;      // [top_k, H]
+    const float *weights;
+    const void *h;
+    void *out;             // [H]
+    uint32_t size, top_k;
+    Type type;
+    uint32_t rounds;       // each product is rounded to `type`: the model holds weights of it
+};
+
+}  // namespace moe

@@ -1,0 +1,282 @@
+"""Is a decoder block of the usual kind: norm, attention with rotary positions, norm, experts?
+
+Llama's, and that of most models since. Its parts have to look so, and it has to compute what the
+compiled code computes, shown a few tokens: what scales, bounds or orders things otherwise is found
+out and left alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moe_infinity.kernels import native
+from moe_infinity.kernels.blocks import BlockSpec, Choice, Linear, Norm, Router, pack_token
+from moe_infinity.model.kv_cache import PreallocatedLayer, new_cache
+from moe_infinity.model.routers import has_foreign
+
+_log = logging.getLogger(__name__)
+
+_TYPES = (torch.bfloat16, torch.float16)  # in float32 stock's own order of sums is kept
+_BLOCK = ("input_layernorm", "self_attn", "post_attention_layernorm")  # and what has the experts
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_HEAD_NORMS = ("q_norm", "k_norm")
+# They bound large numbers, which a few random tokens may not reach.
+_BOUNDS = ("clip_qkv", "attn_logit_softcapping", "attn_logit_softcap")
+_CONTEXT = 4  # tokens before the one that is compared
+_SCALES = (1e-3, 1.0)  # of the tokens: small beside what attention adds, and not
+_TOLERANCE = 0.03  # relative: what rounding explains; another norm or scale is far beyond
+_ULP = 2**-7  # of bf16, the coarser type
+_ROUTED = 8  # tokens whose routing is compared
+
+
+class Found:
+    """A block of the usual kind. layer_index: of its keys and values in the cache."""
+
+    def __init__(self, block: Any, mlp: Any, layer_index: int, spec: BlockSpec) -> None:
+        self.block = block
+        self.mlp = mlp
+        self.layer_index = layer_index
+        self.spec = spec
+        kept = set() if spec.router else set(mlp.modules())  # the compiled code calls it
+        bypassed = [m for m in block.modules() if m is not block and m not in kept]
+        # Where parts, weights and functions are kept: what is exchanged is seen at the next call.
+        registries = [r for m in (block, *bypassed) for r in (m._modules, m._parameters)]
+        self._kept = [(r, name, part) for r in registries for name, part in r.items()]
+        self._kept += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in bypassed]
+        weights = (part for _, _, part in self._kept if isinstance(part, torch.Tensor))
+        self._addresses = [(weight, weight.data_ptr()) for weight in weights]
+        self._hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def is_unchanged(self) -> bool:
+        """Whether its parts and weights are those it was found with, and nobody else watches."""
+        for registry, name, part in self._kept:
+            if registry.get(name) is not part:
+                return False
+        for weight, address in self._addresses:
+            if weight.data_ptr() != address:
+                return False
+        return not any(hooks and has_foreign(hooks) for hooks in self._hooks)
+
+
+class _Parts(NamedTuple):
+    before: Any
+    attention: Any
+    after: Any
+    mlp: Any
+
+
+def recognise(
+    model: Any, kernel: native.Kernel, block: nn.Module, experts: nn.Module
+) -> Found | None:
+    """What the compiled code needs to know of ``block``, which holds ``experts``; None: leave it
+    to torch."""
+    parts = _parts_of(block, experts)
+    if parts is None or any(getattr(model.config, name, None) for name in _BOUNDS):
+        return None
+    try:
+        positions = torch.zeros(1, 1, dtype=torch.int64)
+        turns = _rotary(model, parts.before.weight[None, None], positions)
+        spec = _spec_of(parts, turns[0].shape[-1])
+        if spec is None or not _computes_the_same(model, kernel, block, parts, spec):
+            return None
+        router = _router_of(model, kernel, parts.mlp, experts, spec)
+    except Exception:  # a block of another kind may want anything
+        _log.debug("%s: not of the usual kind", type(block).__name__, exc_info=True)
+        return None
+    return Found(block, parts.mlp, parts.attention.layer_idx, spec._replace(router=router))
+
+
+def _parts_of(block: nn.Module, experts: nn.Module) -> _Parts | None:
+    children = dict(block.named_children())
+    if len(children) != 4 or not children.keys() >= set(_BLOCK):
+        return None
+    before, attention, after = (children.pop(name) for name in _BLOCK)
+    (mlp,) = children.values()
+    found = _Parts(before, attention, after, mlp)
+    return found if any(module is experts for module in mlp.modules()) else None
+
+
+def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
+    """Read off the modules; the comparison says whether it is all there is to them."""
+    attention = parts.attention
+    children = dict(attention.named_children())
+    known = {*_PROJECTIONS, *_HEAD_NORMS}
+    if not children.keys() <= known or not children.keys() >= set(_PROJECTIONS):
+        return None
+    if any(True for _ in attention.parameters(recurse=False)):  # such as sinks
+        return None
+    q, k, v, o = (_linear(children[name]) for name in _PROJECTIONS)
+    q_norm, k_norm = (_norm(children[name]) if name in children else None for name in _HEAD_NORMS)
+    before, after = _norm(parts.before), _norm(parts.after)
+    sizes = (attention.head_dim, rotary_dim, attention.scaling)
+    spec = BlockSpec(q, k, v, o, before, q_norm, k_norm, after, *sizes)
+    linears = (q, k, v, o)
+    weights = [x.weight for x in linears]
+    weights += [x.weight for x in (before, q_norm, k_norm, after) if x is not None]
+    weights += [x.bias for x in linears if x.bias is not None]
+    dtype = weights[0].dtype
+    if dtype not in _TYPES or any(w.dtype is not dtype or not w.is_contiguous() for w in weights):
+        return None
+    return spec
+
+
+def _linear(module: Any) -> Linear:
+    if type(module) is not nn.Linear:
+        raise TypeError(f"{type(module).__name__}: not a plain linear layer")
+    bias = module.bias
+    return Linear(module.weight.detach(), None if bias is None else bias.detach())
+
+
+def _norm(module: Any) -> Norm:
+    eps = getattr(module, "variance_epsilon", None)
+    return Norm(module.weight.detach(), module.eps if eps is None else eps)
+
+
+@torch.no_grad()
+def _computes_the_same(
+    model: Any, kernel: native.Kernel, block: Any, parts: _Parts, spec: BlockSpec
+) -> bool:
+    hidden, dtype = spec.q.weight.shape[1], spec.q.weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    for scale in _SCALES:
+        x = torch.randn(1, _CONTEXT + 1, hidden, generator=generator).mul(scale).to(dtype)
+        answer = torch.randn(1, 1, hidden, generator=generator).mul(scale).to(dtype)
+        cache: Any = new_cache(model.config, _CONTEXT + 1)
+        with _answering(parts.mlp, answer) as shown:
+            _call(model, block, x[:, :-1], 0, cache)
+            said = _call(model, block, x[:, -1:], _CONTEXT, cache)
+        layer = cache.layers[parts.attention.layer_idx]
+        if type(layer) is not PreallocatedLayer or not isinstance(said, torch.Tensor):
+            return False
+        before, expected_keys = x[0, -1:], layer.keys.clone()
+        expected_h = said[0] - answer[0]
+        h, normed, _ = _attend(model, kernel, spec, before, layer)
+        room = _ULP * float(said.float().norm())  # added and subtracted, small numbers lose digits
+        if not (
+            _is_close(layer.keys, expected_keys)
+            and _is_close(normed, shown[-1][0].view(1, -1))
+            and _is_close(h - before, expected_h - before, room)
+        ):
+            return False
+    return True
+
+
+def _call(model: Any, block: Any, x: torch.Tensor, start: int, cache: Any) -> Any:
+    """The block as its model calls it, on tokens from position ``start`` on."""
+    positions = torch.arange(start, start + x.shape[1])[None]
+    return block(
+        x,
+        attention_mask=None,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        position_embeddings=_rotary(model, x, positions),
+    )
+
+
+def _rotary(model: Any, x: torch.Tensor, positions: torch.Tensor) -> Any:
+    """Cosines and sines [1, T, rotary_dim] as the model makes them for all of its blocks."""
+    return model.get_decoder().rotary_emb(x, positions)
+
+
+def _attend(
+    model: Any, kernel: native.Kernel, spec: BlockSpec, x: torch.Tensor, layer: PreallocatedLayer
+) -> tuple[torch.Tensor, torch.Tensor, Choice]:
+    """The compiled code on the last token x [1, H] that ``layer`` holds: h, normed, routing."""
+    position = layer.keys.shape[-2] - 1
+    turns = _rotary(model, x[None], torch.tensor([[position]]))
+    h, normed = torch.empty_like(x), torch.empty_like(x)
+    router = spec.router
+    choice = Choice(router.weight.shape[0], router.top_k) if router else Choice(1, 1)
+    kv = (layer.keys.contiguous(), layer.values.contiguous())
+    kernel.attend(spec.pack(), pack_token(x.contiguous(), turns, kv, position, h, normed, choice))
+    return h, normed, choice
+
+
+def _is_close(found: torch.Tensor, expected: torch.Tensor, room: float = 0.0) -> bool:
+    found, expected = found.float(), expected.float()
+    return bool((found - expected).norm() <= _TOLERANCE * expected.norm() + room)
+
+
+@contextmanager
+def _answering(module: Any, answer: torch.Tensor) -> Iterator[list[list[torch.Tensor]]]:
+    """A module that says ``answer`` to everything; yields what it is shown, call by call."""
+    shown: list[list[torch.Tensor]] = []
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        shown.append([x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)])
+        return answer
+
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield shown
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _router_of(
+    model: Any, kernel: native.Kernel, mlp: Any, experts: Any, spec: BlockSpec
+) -> Router | None:
+    """The router, if all that ``mlp`` does is to choose experts and to add up what they say."""
+    others = [child for child in mlp.children() if child is not experts]
+    weight = getattr(others[0], "weight", None) if len(others) == 1 else None
+    if weight is None or sum(1 for _ in mlp.parameters()) != 1:
+        return None
+    if weight.dtype is not spec.q.weight.dtype or not weight.is_contiguous():
+        return None
+    kinds = itertools.product((True, False), repeat=2)
+    routers = [Router(weight.detach(), others[0].top_k, *kind) for kind in kinds]
+    errors = [
+        _routing_error(model, kernel, mlp, experts, spec._replace(router=router))
+        for router in routers
+    ]
+    best = min(errors)
+    return routers[errors.index(best)] if best <= _TOLERANCE else None
+
+
+@torch.no_grad()
+def _routing_error(
+    model: Any, kernel: native.Kernel, mlp: Any, experts: Any, spec: BlockSpec
+) -> float:
+    """Mean relative error of the weights over some tokens; infinite if something else is wrong."""
+    assert spec.router is not None
+    hidden, dtype = spec.q.weight.shape[1], spec.q.weight.dtype
+    generator = torch.Generator().manual_seed(1)
+    layer = PreallocatedLayer(1)
+    layer.lazy_initialization(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype))
+    errors = []
+    for _ in range(_ROUTED):
+        layer.keys, layer.values = torch.zeros(
+            2, 1, spec.num_kv_heads, 1, spec.head_dim, dtype=dtype
+        )
+        x = torch.randn(1, hidden, generator=generator).to(dtype)
+        answer = torch.randn(1, hidden, generator=generator).to(dtype)
+        _, normed, choice = _attend(model, kernel, spec, x, layer)
+        with _answering(experts, answer) as shown:
+            said = mlp(normed[None])
+        given, ids, weights = shown[0]
+        is_all = torch.equal(said.view(1, -1), answer) and torch.equal(given, normed)
+        is_rounded = weights.dtype is dtype
+        if not is_all or is_rounded != spec.router.rounds or not _is_same_choice(choice, ids):
+            return math.inf
+        errors.append(((choice.weights - weights).abs() / weights).mean())
+    return float(torch.stack(errors).mean())
+
+
+def _is_same_choice(choice: Choice, ids: torch.Tensor) -> bool:
+    """Up to rounding: of experts that are next to equally likely either may be chosen."""
+    if ids.shape != choice.ids.shape:
+        return False
+    difference = choice.logits[0, choice.ids[0]] - choice.logits[0, ids[0]]
+    return bool((difference.abs() <= _TOLERANCE * (1 + choice.logits.abs().max())).all())
