@@ -8,12 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_infinity.policies import policy_names
+from moe_infinity.policies import find_policy, policy_names
+from moe_infinity.predictors import find_predictor
 from moe_infinity.residency.directory import State
-from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.residency import Load, Lookup, Residency
+from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
+from moe_infinity.simulator.replay import replay
 from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey
+from moe_infinity.types import ExpertKey, Priority
 from support.routing import Driver, event, grid, new_residency, random_decode
+from support.traces import random_trace
 
 
 def key(layer: int, expert: int) -> ExpertKey:
@@ -384,3 +388,47 @@ def test_a_prompt_streams_the_layer_that_follows_in_truth() -> None:
             driver.run(event(layer, range(4), 4, "prefill"))
     streamed = {load.key.layer for load in driver.log[-8:] if load.proactive}
     assert 1 not in streamed
+
+
+class LoggedCarrier(SimulatedCarrier):
+    """Remembers every load it is asked for, and what is computed."""
+
+    def __init__(self, cost: Cost, top_k: int) -> None:
+        super().__init__(cost, top_k)
+        self.log: list[object] = []
+
+    def start(self, loads: list[Load], priority: Priority) -> None:
+        self.log += [(load, priority) for load in loads]
+        super().start(loads, priority)
+
+    def compute(self, keys: list[ExpertKey]) -> None:
+        self.log.append(sorted(keys))
+        super().compute(keys)
+
+
+@pytest.mark.parametrize("prefetch", ["none", "transition", "popularity"])
+@pytest.mark.parametrize("policy", policy_names())
+def test_events_that_only_hit_are_served_the_same_at_once(
+    policy: str, prefetch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = random_trace(3, 16, 2, 60, seed=4)
+    num_at_once = 0
+    serve_hits = Residency.serve_hits
+
+    def counted(self: Residency, event: Event) -> Lookup | None:
+        nonlocal num_at_once
+        found = serve_hits(self, event)
+        num_at_once += found is not None
+        return found
+
+    def replayed() -> tuple[object, list[object]]:
+        carrier = LoggedCarrier(Cost(load_s=1.0, layer_s=1.0), 2)
+        found = find_policy(policy)(trace.shape, 30), find_predictor(prefetch)(trace.shape)
+        result = replay(trace, *found, [30], carrier=carrier)
+        return result.counters, carrier.log
+
+    monkeypatch.setattr(Residency, "serve_hits", counted)
+    at_once = replayed()
+    monkeypatch.setattr(Residency, "serve_hits", lambda self, event: None)
+    assert replayed() == at_once
+    assert (num_at_once > 0) == (prefetch == "none" and not find_policy(policy).wants_forecast)

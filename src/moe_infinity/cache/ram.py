@@ -162,7 +162,8 @@ class RamHierarchy(Hierarchy, Carrier):
         self._computing(keys, [self._views_of(key) for key in keys])
         now = self.counters.now
         now.compute_s += time.perf_counter() - start
-        now.computed_bytes += sum(self._store.specs[key].weight_bytes for key in keys)
+        for key in keys:
+            now.computed_bytes += self._store.specs[key].weight_bytes
 
     def _views_of(self, key: ExpertKey) -> Views:
         views = self._views.get(key)

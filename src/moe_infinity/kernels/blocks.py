@@ -86,12 +86,14 @@ class BlockSpec(NamedTuple):
 
 
 class Choice:
-    """Where a router's word on one token goes: logits float32 [E], the top_k ids and weights."""
+    """Where a router's word on one token goes: logits float32 [1, E], the top_k ids and weights
+    [1, K]. seen: the same ids and weights as arrays."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         self.logits = torch.empty(1, num_experts)
         self.ids = torch.empty(1, top_k, dtype=torch.int64)
         self.weights = torch.empty(1, top_k)
+        self.seen = (self.ids.numpy(), self.weights.numpy())
         self.addresses = tuple(x.data_ptr() for x in (self.logits, self.ids, self.weights))
 
 

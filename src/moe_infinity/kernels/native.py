@@ -29,7 +29,8 @@ native: ModuleType | None = _native
 _FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
 _MATRIX = struct.Struct("<QQQIIII")
-_CALL = struct.Struct("<QQIIII")
+_HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
+_KIND = struct.Struct("<III")  # type, activation, has_gate; then the matrices
 NO_MATRIX = bytes(_MATRIX.size)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
@@ -39,14 +40,16 @@ _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
     3: torch.relu,
 }
 _PROBES = 1024
+Blocks = list[torch.Tensor | PackedMatrix]
 
 
 class _Prepared(NamedTuple):
-    """One expert as the compiled code reads it. activation: None where torch has to do it."""
+    """One expert as the compiled code reads it.
 
-    has_gate: bool
-    matrices: bytes  # gate, up, down
-    activation: int | None
+    call: what follows a call's addresses and number of tokens; None where torch does the gate.
+    """
+
+    call: bytes | None
     cols: int  # of the tokens
     is_grouped: bool  # Q8_0 or Q4_0
 
@@ -79,11 +82,12 @@ class Kernel(ExpertKernel):
         if expert is None:
             return self._reference.forward(math, views, x)
         x = x.contiguous()
-        if expert.activation is None:
+        if expert.call is None:
             out = self._apart(math, views, x)
         else:
             out = torch.empty_like(x)
-            self._run([_call(expert, x, out)])
+            head = _HEAD.pack(x.data_ptr(), out.data_ptr(), x.shape[0])
+            self._run([head + expert.call])
         return math.post(out) if math.post else out
 
     def run(self, math: ExpertMath, jobs: list[Job]) -> None:
@@ -91,10 +95,11 @@ class Kernel(ExpertKernel):
         calls = []
         for job in jobs:
             expert = self._expert(math, job.views, job.x)
-            if expert is None or expert.activation is None or math.post:
+            if expert is None or expert.call is None or math.post:
                 job.out.copy_(self.forward(math, job.views, job.x))
             else:
-                calls.append(_call(expert, job.x, job.out))
+                head = _HEAD.pack(job.x.data_ptr(), job.out.data_ptr(), job.x.shape[0])
+                calls.append(head + expert.call)
         if calls:
             self._run(calls)
 
@@ -121,21 +126,13 @@ class Kernel(ExpertKernel):
     ) -> None:
         """Several experts on one token x [1, H], each into its own row of outs [K, H]."""
         calls = []
-        size = outs.shape[1] * outs.element_size()
+        x_at, outs_at, size = x.data_ptr(), outs.data_ptr(), outs.shape[1] * outs.element_size()
         for each, place in zip(views, places, strict=True):
             expert = self._expert(math, each, x)
-            if expert is None or expert.activation is None or math.post:
+            if expert is None or expert.call is None or math.post:
                 outs[place] = self.forward(math, each, x)[0]
-                continue
-            head = _CALL.pack(
-                x.data_ptr(),
-                outs.data_ptr() + place * size,
-                1,
-                TYPES[x.dtype],
-                expert.activation,
-                expert.has_gate,
-            )
-            calls.append(head + expert.matrices)
+            else:
+                calls.append(_HEAD.pack(x_at, outs_at + place * size, 1) + expert.call)
         if calls:
             self._run(calls)
 
@@ -166,12 +163,13 @@ class Kernel(ExpertKernel):
         """Whether these tokens are computed here. Not by how the weights are stored, unless torch
         has no such products: exact12 and bf16 must go the same way. In float32 the order of a sum
         shows, and stock's own is kept."""
-        if expert.cols != x.shape[1] or not len(x):
+        num_tokens, cols = x.shape
+        if expert.cols != cols or not num_tokens:
             return False
         if expert.is_grouped:
             return True
         is_quick = x.dtype == torch.bfloat16 and self.instruction_set == "avx512_bf16"
-        return x.dtype != torch.float32 and (is_quick or len(x) <= MOST_TOKENS)
+        return x.dtype != torch.float32 and (is_quick or num_tokens <= MOST_TOKENS)
 
     def _run(self, calls: list[bytes]) -> None:
         assert native is not None
@@ -183,44 +181,41 @@ class Kernel(ExpertKernel):
         inner = math.gate(self._products(views[first], x))
         return self._products(views["down_proj"], inner.contiguous())
 
-    def _products(self, blocks: list[torch.Tensor | PackedMatrix], x: torch.Tensor) -> torch.Tensor:
+    def _products(self, blocks: Blocks, x: torch.Tensor) -> torch.Tensor:
         found = [self.linear(describe(block), _rows(block), x) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
-        first = views["gate_up_proj" if math.has_gate else "up_proj"]
-        blocks = [*first, *views["down_proj"]]
+        first, last = views["gate_up_proj" if math.has_gate else "up_proj"], views["down_proj"]
+        blocks = [*first, *last]
         if math.has_bias or math.is_transposed or dtype not in TYPES:
             return None
         if not all(_can_multiply(block, dtype) for block in blocks):
             return None
-        gate, up = _gate_and_up(first) if math.has_gate else (NO_MATRIX, describe(first[0]))
-        whole = gate is not None and len(views["down_proj"]) == 1
-        whole = whole and (math.has_gate or len(first) == 1)
-        rows = sum(map(_rows, first)) // (2 if math.has_gate else 1)
-        if set(map(_cols, views["down_proj"])) != {rows} or set(map(_cols, first)) != {
-            _cols(first[0])
-        }:
+        rows, cols = sum(map(_rows, first)) // (2 if math.has_gate else 1), _cols(first[0])
+        if set(map(_cols, first)) != {cols} or set(map(_cols, last)) != {rows}:
             return None  # the reference says what is wrong
-        if sum(map(_rows, views["down_proj"])) != _cols(first[0]):
-            return None  # it knows how large its results are
-        activation = self._activation(math) if whole else None
+        if sum(map(_rows, last)) != cols:
+            return None  # its results are not of the tokens' size
         is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
-        matrices = (gate or NO_MATRIX) + up + describe(views["down_proj"][0])
-        return _Prepared(math.has_gate, matrices, activation, _cols(first[0]), is_grouped)
+        return _Prepared(self._whole(math, first, last, dtype), cols, is_grouped)
+
+    def _whole(
+        self, math: ExpertMath, first: Blocks, last: Blocks, dtype: torch.dtype
+    ) -> bytes | None:
+        """An expert that the compiled code can do in one call."""
+        gate, up = _gate_and_up(first) if math.has_gate else (NO_MATRIX, describe(first[0]))
+        activation = self._activation(math)
+        is_one = len(last) == 1 and (math.has_gate or len(first) == 1)
+        if gate is None or activation is None or not is_one:
+            return None
+        kind = _KIND.pack(TYPES[dtype], activation, math.has_gate)
+        return kind + gate + up + describe(last[0])
 
     def _activation(self, math: ExpertMath) -> int | None:
         if math not in self._activations:
             self._activations[math] = recognise(math)
         return self._activations[math]
-
-
-def _call(expert: _Prepared, x: torch.Tensor, out: torch.Tensor) -> bytes:
-    """One expert over contiguous tokens for the compiled code."""
-    head = _CALL.pack(
-        x.data_ptr(), out.data_ptr(), len(x), TYPES[x.dtype], expert.activation, expert.has_gate
-    )
-    return head + expert.matrices
 
 
 def recognise(math: ExpertMath) -> int | None:
@@ -258,7 +253,7 @@ def describe(block: torch.Tensor | PackedMatrix) -> bytes:
     return _MATRIX.pack(block.data_ptr(), 0, stride, rows, cols, number, 0)
 
 
-def _gate_and_up(blocks: list[torch.Tensor | PackedMatrix]) -> tuple[bytes | None, bytes]:
+def _gate_and_up(blocks: Blocks) -> tuple[bytes | None, bytes]:
     """The two halves of gate_up: two blocks, or the two halves of one; None if neither."""
     if len(blocks) == 2 and _rows(blocks[0]) == _rows(blocks[1]):
         return describe(blocks[0]), describe(blocks[1])

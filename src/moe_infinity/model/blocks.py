@@ -53,7 +53,9 @@ class CompiledBlock:
         self._h = torch.empty(1, self._hidden_size, dtype=self._dtype)
         self._normed = torch.empty_like(self._h)
         router = found.spec.router
-        self._choice = Choice(experts.num_experts, router.top_k if router else 0)
+        top_k = router.top_k if router else 0
+        self._choice = Choice(experts.num_experts, top_k)
+        self._outs = torch.empty(top_k, self._hidden_size, dtype=self._dtype)
         self.has_router = router is not None
         self.num_calls = 0  # that the compiled code took
 
@@ -86,15 +88,14 @@ class CompiledBlock:
 
     def _ask_experts(self, x: torch.Tensor) -> torch.Tensor:
         """What each chosen expert says to x [1, H]: [K, H]."""
-        choice, experts, kernel = self._choice, self._experts, self._kernel
-        ids = choice.ids.numpy().copy()
+        experts, kernel, outs = self._experts, self._kernel, self._outs
+        ids, weights = (each.copy() for each in self._choice.seen)  # events outlive the call
         places = {expert: place for place, expert in enumerate(ids[0].tolist())}
-        outs = x.new_empty(len(places), self._hidden_size)
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             kernel.run_token(experts.math, views, x, outs, [places[key.expert] for key in keys])
 
-        experts.run_token(x, ids, choice.weights.numpy().copy(), choice.logits, compute)
+        experts.run_token(x, ids, weights, self._choice.logits, compute)
         return outs
 
     def _cache_of(self, kwargs: dict[str, Any]) -> PreallocatedLayer | None:

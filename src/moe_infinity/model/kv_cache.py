@@ -62,7 +62,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
                 f"open the model with a larger max_context"
             )
         keys, values = self._own(like_keys, like_values)
-        self.keys, self.values = keys[..., :end, :], values[..., :end, :]
+        self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return keys, values, start
 
     def _own(

@@ -13,6 +13,7 @@ from moe_infinity.types import ExpertShape
 # tuned on replays of public routing traces; b = 3 to 8 hardly differ.
 _FAST, _SLOW, _BASE_WEIGHT, _BASE_FLOOR = 0.9, 0.998, 8.0, 0.3
 _MIN_P = 1e-4
+_MOST_UNSEEN = 64
 
 
 class Policy(CachePolicy):
@@ -30,19 +31,30 @@ class Policy(CachePolicy):
         self._cycles = np.full(self.grid, 1.0 / _MIN_P)
         self._decay = np.array([_FAST, _SLOW])
         self._floor = _BASE_FLOOR * shape.top_k / shape.num_experts
+        # By layer: events that no score was asked for yet; to learn from several costs less.
+        self._unseen: list[list[NDArray[np.int64]]] = [[] for _ in range(shape.num_layers)]
         self._ids = np.arange(shape.num_layers, dtype=np.float64)
 
     def on_event(self, event: Event) -> None:
-        row = event.layer
-        self._uses[:, row] *= self._decay[:, None]
-        self._passes[:, row] *= self._decay[:, None]
-        self._uses[:, row, event.experts] += 1
-        self._passes[:, row] += 1
+        self._unseen[event.layer].append(event.experts)
+        if len(self._unseen[event.layer]) == _MOST_UNSEEN:
+            self._learn(event.layer)
+
+    def _learn(self, row: int) -> None:
+        for experts in self._unseen[row]:
+            self._uses[:, row] *= self._decay[:, None]
+            self._passes[:, row] *= self._decay[:, None]
+            self._uses[:, row, experts] += 1
+            self._passes[:, row] += 1
+        self._unseen[row].clear()
         base = np.minimum(np.maximum(self._uses[1, row] / self._passes[1, row], self._floor), 1.0)
         p = (self._uses[0, row] + _BASE_WEIGHT * base) / (self._passes[0, row] + _BASE_WEIGHT)
         self._cycles[row] = 1.0 / np.minimum(np.maximum(p, _MIN_P), 1.0) - 1.0
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
+        for row, unseen in enumerate(self._unseen):
+            if unseen:
+                self._learn(row)
         num_layers = self.shape.num_layers
         way = (self._ids - layer - 1) % num_layers + 1  # events until the layer comes round
         return -(self._cycles * num_layers + way[:, None])

@@ -29,6 +29,7 @@ class GuardedPredictor(ExpertPredictor):
         self.needs_router_input = inner.needs_router_input  # type: ignore[misc]
         self.needs_embeddings = inner.needs_embeddings  # type: ignore[misc]
         self.foresight = inner.foresight  # type: ignore[misc]
+        self.is_silent = inner.is_silent  # type: ignore[misc]
 
     def begin_request(self) -> None:
         self._tell(lambda predictor: predictor.begin_request())

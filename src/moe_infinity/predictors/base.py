@@ -58,6 +58,7 @@ class ExpertPredictor(ABC):
     needs_embeddings: ClassVar[bool] = False  # begin_pass reads embeddings
     needs_future: ClassVar[bool] = False  # an oracle: set_future is called; simulator only
     foresight: ClassVar[Foresight | None] = None  # foresee is called
+    is_silent: ClassVar[bool] = False  # never predicts anything
     memory: ClassVar[Memory] = Memory()  # planned for: budgets are hard
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:

@@ -12,6 +12,8 @@ from moe_infinity.tracing.event import Event
 class Predictor(ExpertPredictor):
     """No prediction."""
 
+    is_silent = True
+
     def observe(self, event: Event) -> None:
         pass
 

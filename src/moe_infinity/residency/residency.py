@@ -92,13 +92,24 @@ class Residency:
             self.counters.waste(key.layer)
         self.policy.begin_pass(phase)
 
+    def serve_hits(self, event: Event) -> Lookup | None:
+        """A whole decode event at once, if all of its members are here and nothing loaded ahead
+        awaits its verdict: the same as begin_event to end_event. None: nothing was done."""
+        if event.phase != "decode" or self.room.ahead:
+            return None
+        states = self.directory.states[
+            event.layer * self.directory.shape.num_experts + event.experts
+        ]
+        if (states != State.RESIDENT).any():
+            return None
+        self._notice(event)
+        self.counters.look_up(len(event.keys), 0, 0)
+        self.room.leave_ring(event.keys)
+        return Lookup(event.keys, [], [], [])
+
     def begin_event(self, event: Event) -> Lookup:
         """Look all members up, pin those that are here, tell the policy. Evicts nothing."""
-        assert self._running is None, "the previous event was not ended"
-        self.policy.on_event(event)
-        if event.layer > self._layer:
-            self._following[self._layer] = event.layer
-        self._layer = event.layer
+        self._notice(event)
         found: dict[State, list[ExpertKey]] = {state: [] for state in State}
         for key in event.keys:
             found[self.directory.state(key)].append(key)
@@ -221,6 +232,13 @@ class Residency:
             self.room.ahead[key] = self._pass + (key.layer <= self._layer)
             loads.append(self._begin(key, room.victim, proactive=True))
         return loads
+
+    def _notice(self, event: Event) -> None:
+        assert self._running is None, "the previous event was not ended"
+        self.policy.on_event(event)
+        if event.layer > self._layer:
+            self._following[self._layer] = event.layer
+        self._layer = event.layer
 
     def _settle_ahead(self, layer: int, members: set[ExpertKey]) -> list[ExpertKey]:
         """The router has spoken on ``layer``: what was loaded ahead for it is used or wasted."""

@@ -105,7 +105,7 @@ class RoomFinder:
         """These are residents like others from now on."""
         for key in keys:
             ring = self._rings[self._directory.class_of(key)]
-            if key in ring:
+            if ring and key in ring:
                 ring.remove(key)
 
     def forget(self, key: ExpertKey) -> None:

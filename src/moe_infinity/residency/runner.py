@@ -21,6 +21,7 @@ from moe_infinity.residency.residency import Load, Residency
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority
 
+_NO_KEYS = np.empty(0, dtype=np.int64)
 # A miss rule: of the missing members of an event, those to load.
 ChooseMisses = Callable[[Event, list[ExpertKey]], list[ExpertKey]]
 
@@ -97,7 +98,7 @@ class EventRunner:
         """A forward pass starts: load ahead what its tokens alone say of its first layers."""
         self.residency.begin_pass(phase)
         if phase == "prefill":
-            self.residency.room.protect(np.empty(0, dtype=np.int64))
+            self.residency.room.protect(_NO_KEYS)
         self.planner.predictor.begin_pass(phase, embeddings, token_ids)
         if phase == "decode" and carrier.looks_ahead():
             self._collect(carrier)
@@ -111,6 +112,10 @@ class EventRunner:
         foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         """
         self._collect(carrier)
+        if self._is_quiet(carrier) and (served := self.residency.serve_hits(event)):
+            self.planner.observe(event, served)
+            carrier.compute(served.hits)
+            return
         found = self.residency.begin_event(event)
         self.planner.observe(event, found)
         if foreseen is not None and carrier.looks_ahead():
@@ -155,11 +160,23 @@ class EventRunner:
         self.residency.abort_event()
         self._pending.clear()
 
+    def _is_quiet(self, carrier: Carrier) -> bool:
+        """Whether nobody looks ahead now: an event that only hits changes no slot then."""
+        predictor = self.planner.predictor
+        if self.residency.policy.wants_forecast:
+            return False
+        if predictor.is_silent:
+            return True
+        if predictor.foresight is None or carrier.looks_ahead():
+            return False
+        self.residency.room.protect(_NO_KEYS)
+        return True
+
     def _load_ahead(self, layer: int, phase: Phase, carrier: Carrier) -> None:
         if phase == "prefill":
             return  # it streams the next layer whole
         if self.planner.predictor.foresight is not None and not carrier.looks_ahead():
-            self.residency.room.protect(np.empty(0, dtype=np.int64))
+            self.residency.room.protect(_NO_KEYS)
             return
         coming = self.planner.plan(layer)
         self.residency.room.protect(coming.keep)

@@ -19,17 +19,13 @@ from moe_infinity.tracing.trace import Trace
 _NEVER = 2**62
 
 
-def accesses_of(trace: Trace) -> list[tuple[int, NDArray[np.int16]]]:
+def accesses_of(trace: Trace) -> list[tuple[int, NDArray[np.int64]]]:
     """(layer, distinct experts) of every event of a trace, in order."""
-    return [
-        (event.layer, event.experts.astype(np.int16))
-        for each in trace.passes()
-        for event in each.events
-    ]
+    return [(event.layer, event.experts) for each in trace.passes() for event in each.events]
 
 
 def optimal_misses(
-    events: Sequence[tuple[int, NDArray[np.int16]]],
+    events: Sequence[tuple[int, NDArray[np.int64]]],
     num_slots: int,
     num_experts: int,
     initial: Iterable[int] = (),
@@ -39,7 +35,7 @@ def optimal_misses(
 
     initial: flat keys (layer * num_experts + expert) resident at the start.
     """
-    keys = [layer * num_experts + experts.astype(np.int64) for layer, experts in events]
+    keys = [layer * num_experts + experts for layer, experts in events]
     next_use, first_use = _next_uses(keys)
     # key -> index of the event that needs it next
     resident = {key: first_use.get(key, _NEVER) for key in initial}

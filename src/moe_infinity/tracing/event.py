@@ -39,6 +39,9 @@ class Event:
     @cached_property
     def experts(self) -> NDArray[np.int64]:
         """Distinct experts, ascending."""
+        if len(self.top_k_index) == 1:  # decode: a few numbers need no counting
+            ids = set(self.top_k_index[0].tolist())
+            return np.array(sorted(i for i in ids if 0 <= i < self.num_experts), dtype=np.int64)
         return np.flatnonzero(self.counts)
 
     @cached_property
@@ -50,6 +53,6 @@ class Event:
         counts = np.bincount(flat[used], weights=weights, minlength=self.num_experts)
         return counts.astype(np.float64)
 
-    @property
+    @cached_property
     def keys(self) -> list[ExpertKey]:
-        return [ExpertKey(self.layer, int(expert)) for expert in self.experts]
+        return [ExpertKey(self.layer, expert) for expert in self.experts.tolist()]

@@ -21,7 +21,7 @@ class Access:
 
     phase: Phase
     layer: int
-    experts: NDArray[np.int16]  # distinct, ascending
+    experts: NDArray[np.int64]  # distinct, ascending
 
 
 @dataclass(slots=True)
@@ -36,7 +36,7 @@ class Recorder:
         if len(self.accesses) >= self.max_events:
             self.is_complete = False
             return
-        access = Access(event.phase, event.layer, event.experts.astype(np.int16))
+        access = Access(event.phase, event.layer, event.experts)
         self.accesses.append(access)
 
     def clear(self) -> None:

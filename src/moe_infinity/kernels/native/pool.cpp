@@ -8,7 +8,7 @@ namespace {
 
 // The time between two products of a token: a worker that slept would be woken too late for most.
 // Longer pauses mean that the caller waits for the disk, and its readers need the processor.
-constexpr auto kSpin = std::chrono::microseconds(60);
+constexpr auto kSpin = std::chrono::microseconds(120);
 
 inline void pause() {
 #if defined(__x86_64__) || defined(__i386__)
