@@ -10,8 +10,8 @@ import torch
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import find_predictor, predictor_names
-from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Settled
+from moe_infinity.residency.running import Load
 from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
 from moe_infinity.simulator.replay import Result, replay
 from moe_infinity.stats import PhaseCounters

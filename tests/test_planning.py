@@ -210,14 +210,14 @@ class TestForecast:
 
     @pytest.mark.parametrize("num_slots", [4, 20, 64, 256])
     def test_the_band_is_in_order(self, bundled: Anatomy, num_slots: int) -> None:
-        band = forecast(plan(bundled, ram_slots=num_slots), 8, SPEEDS)
+        band = forecast(plan(bundled, ram_slots=num_slots), 0.01, SPEEDS)
         assert 0 < band.tokens_per_s_low <= band.tokens_per_s <= band.tokens_per_s_high
         assert band.hit_rate_low == num_slots / 256 <= band.hit_rate
 
     def test_a_known_hit_rate_is_believed(self, bundled: Anatomy) -> None:
         made = plan(bundled, ram_slots=64)
-        assert forecast(made, 8, SPEEDS, hit_rate=0.3).hit_rate == 0.3
-        band = forecast(made, 8, SPEEDS, hit_rate=0.1)
+        assert forecast(made, 0.01, SPEEDS, hit_rate=0.3).hit_rate == 0.3
+        band = forecast(made, 0.01, SPEEDS, hit_rate=0.1)
         assert band.tokens_per_s_low <= band.tokens_per_s
 
     @pytest.mark.parametrize(
@@ -231,4 +231,4 @@ class TestForecast:
     )
     def test_the_verdict_is_plain(self, bundled: Anatomy, num_slots: int, words: str) -> None:
         made = plan(bundled, ram_slots=num_slots)
-        assert words in verdict(made, forecast(made, 8, SPEEDS))
+        assert words in verdict(made, forecast(made, 0.01, SPEEDS))

@@ -11,8 +11,10 @@ from moe_infinity.planning import Plan
 # Decode hit rate of the default policy against the share of resident experts, on real routing:
 # replays of Qwen3-30B-A3B, gpt-oss-120b and the bundled model. Random routing has the share itself.
 _HIT_CURVE = ((0.0, 0.0), (0.05, 0.33), (0.12, 0.58), (0.25, 0.79), (0.5, 0.94), (1.0, 1.0))
-# The stock model without experts, and our own directing of them, at batch one on a CPU.
-_LAYER_OVERHEAD_S = 1.4e-3
+# The stock model without its large products, and our own directing of experts, at batch one on a
+# CPU: once per token, and per layer by compiled code (model/blocks.py) or by torch.
+_TOKEN_OVERHEAD_S = 1e-3
+_LAYER_OVERHEAD_S = {True: 0.5e-3, False: 1.4e-3}
 # A layer's residents are multiplied while its misses are read: this much of the shorter is hidden.
 _OVERLAP = 0.5
 
@@ -37,8 +39,14 @@ def expected_hit_rate(share_resident: float) -> float:
     return 1.0
 
 
-def decode_s(plan: Plan, num_layers: int, hit_rate: float, bandwidths: Bandwidths) -> float:
-    """Seconds per token: misses are read, experts and dense weights multiplied.
+def overhead_s(num_layers: int, is_compiled: bool) -> float:
+    """Seconds per token that are not bytes. is_compiled: the model's blocks are run by the compiled
+    kernels."""
+    return _TOKEN_OVERHEAD_S + num_layers * _LAYER_OVERHEAD_S[is_compiled]
+
+
+def decode_s(plan: Plan, other_s: float, hit_rate: float, bandwidths: Bandwidths) -> float:
+    """Seconds per token: misses are read, experts and dense weights multiplied; other_s: the rest.
 
     Reads overlap the computation of their own layer's experts only, and that in part.
     """
@@ -46,18 +54,21 @@ def decode_s(plan: Plan, num_layers: int, hit_rate: float, bandwidths: Bandwidth
     experts_s = plan.bytes_per_token / (bandwidths.matvec_gbps * 1e9)
     dense_s = plan.dense_read_bytes / (bandwidths.matvec_gbps * 1e9)
     hidden_s = _OVERLAP * min(read_s, experts_s)
-    return read_s + experts_s - hidden_s + dense_s + num_layers * _LAYER_OVERHEAD_S
+    return read_s + experts_s - hidden_s + dense_s + other_s
 
 
 def forecast(
-    plan: Plan, num_layers: int, bandwidths: Bandwidths, hit_rate: float | None = None
+    plan: Plan, other_s: float, bandwidths: Bandwidths, hit_rate: float | None = None
 ) -> Forecast:
-    """The band of decode speeds; ``hit_rate`` replaces the typical one where it is known."""
+    """The band of decode speeds; ``hit_rate`` replaces the typical one where it is known.
+
+    other_s: what a token takes beside bytes, see ``overhead_s``.
+    """
     low = min(1.0, plan.share_resident)
     typical = expected_hit_rate(low) if hit_rate is None else hit_rate
 
     def rate(hits: float) -> float:
-        return 1 / decode_s(plan, num_layers, hits, bandwidths)
+        return 1 / decode_s(plan, other_s, hits, bandwidths)
 
     return Forecast(low, typical, rate(min(low, typical)), rate(typical), rate(1.0), bandwidths)
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_infinity.residency.residency import Load
+from moe_infinity.residency.running import Load
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, ExpertShape
 from support.routing import Driver, grid, new_residency, random_decode

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from moe_infinity.policies import find_policy, policy_names
 from moe_infinity.predictors import find_predictor
 from moe_infinity.residency.directory import State
-from moe_infinity.residency.residency import Load, Lookup, Residency
+from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.running import Load, Lookup
 from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
 from moe_infinity.simulator.replay import replay
 from moe_infinity.tracing.event import Event

@@ -5,7 +5,7 @@ import numpy as np
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.meters import Horizon, StallMeter, Threshold, WasteMeter
 from moe_infinity.residency.planner import PrefetchPlanner
-from moe_infinity.residency.residency import Lookup
+from moe_infinity.residency.running import Lookup
 from support.guesses import Guessing
 from support.routing import event, grid
 

@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moe_infinity.policies import policy_names
 from moe_infinity.residency.directory import State
-from moe_infinity.residency.residency import Load
+from moe_infinity.residency.running import Load
 from moe_infinity.types import ExpertKey
 from support.routing import event, grid, new_residency
 

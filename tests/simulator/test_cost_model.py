@@ -2,8 +2,8 @@
 
 import pytest
 
-from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Settled
+from moe_infinity.residency.running import Load
 from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
 from moe_infinity.types import ExpertKey, Priority
 

@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_infinity.policies import find_policy
 from moe_infinity.residency.directory import Directory, State
-from moe_infinity.residency.residency import Load, Lookup, Residency
+from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.running import Load, Lookup
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, ExpertShape, Phase

@@ -20,8 +20,8 @@ from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import PaysMeter, StallMeter
-from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, EventRunner, Settled
+from moe_infinity.residency.running import Load
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority, TierName

@@ -58,13 +58,15 @@ def _report(
     measure_here: bool,
 ) -> dict[str, Any]:
     from moe_infinity.assembly import open_checkpoint
-    from moe_infinity.forecast import forecast, verdict
+    from moe_infinity.forecast import forecast, overhead_s, verdict
+    from moe_infinity.kernels import native
     from moe_infinity.machine import (
         Bandwidths,
         measure_disk_gbps,
         measure_matvec_gbps,
         measure_memory_gbps,
     )
+    from moe_infinity.model.block_kind import look_usual
     from moe_infinity.model.loading import examine
     from moe_infinity.planning import make_plan
 
@@ -78,7 +80,9 @@ def _report(
         memory_gbps=measure_memory_gbps(),
         matvec_gbps=measure_matvec_gbps(read_bytes),
     )
-    expected = forecast(made, anatomy.shape.num_layers, speeds, hit_rate)
+    is_compiled = native.native is not None and look_usual(anatomy)
+    other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
+    expected = forecast(made, other_s, speeds, hit_rate)
     return {
         **dataclasses.asdict(made),
         "slots": made.num_slots,

@@ -20,7 +20,8 @@ from torch import nn
 from moe_infinity.kernels import native
 from moe_infinity.kernels.blocks import BlockSpec, Choice, Linear, Norm, Router, pack_token
 from moe_infinity.model.kv_cache import PreallocatedLayer, new_cache
-from moe_infinity.model.routers import has_foreign
+from moe_infinity.model.loading import Anatomy
+from moe_infinity.model.routers import block_around, has_foreign
 
 _log = logging.getLogger(__name__)
 
@@ -94,6 +95,16 @@ def recognise(
     return Found(block, parts.mlp, parts.attention.layer_idx, spec._replace(router=router))
 
 
+def look_usual(anatomy: Anatomy) -> bool:
+    """Whether a model's blocks look of the usual kind, before any weight is read."""
+    if anatomy.dtype not in _TYPES or any(getattr(anatomy.config, n, None) for n in _BOUNDS):
+        return False
+    found = [
+        _parts_of(block_around(anatomy.meta, each.name), each.module) for each in anatomy.experts
+    ]
+    return all(parts is not None and _has_usual_attention(parts) for parts in found)
+
+
 def _parts_of(block: nn.Module, experts: nn.Module) -> _Parts | None:
     children = dict(block.named_children())
     if len(children) != 4 or not children.keys() >= set(_BLOCK):
@@ -106,13 +117,9 @@ def _parts_of(block: nn.Module, experts: nn.Module) -> _Parts | None:
 
 def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     """Read off the modules; the comparison says whether it is all there is to them."""
-    attention = parts.attention
-    children = dict(attention.named_children())
-    known = {*_PROJECTIONS, *_HEAD_NORMS}
-    if not children.keys() <= known or not children.keys() >= set(_PROJECTIONS):
+    if not _has_usual_attention(parts):
         return None
-    if any(True for _ in attention.parameters(recurse=False)):  # such as sinks
-        return None
+    attention, children = parts.attention, dict(parts.attention.named_children())
     q, k, v, o = (_linear(children[name]) for name in _PROJECTIONS)
     q_norm, k_norm = (_norm(children[name]) if name in children else None for name in _HEAD_NORMS)
     before, after = _norm(parts.before), _norm(parts.after)
@@ -126,6 +133,13 @@ def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     if dtype not in _TYPES or any(w.dtype is not dtype or not w.is_contiguous() for w in weights):
         return None
     return spec
+
+
+def _has_usual_attention(parts: _Parts) -> bool:
+    children = {name for name, _ in parts.attention.named_children()}
+    known = {*_PROJECTIONS, *_HEAD_NORMS}
+    has_own = any(True for _ in parts.attention.parameters(recurse=False))  # such as sinks
+    return known >= children >= set(_PROJECTIONS) and not has_own
 
 
 def _linear(module: Any) -> Linear:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import Horizon, Threshold, WasteMeter
-from moe_infinity.residency.residency import Lookup
+from moe_infinity.residency.running import Lookup
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,45 +15,13 @@ from numpy.typing import NDArray
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.room import Room, RoomFinder
+from moe_infinity.residency.running import Load, Lookup, Running
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase
 
 # The next layer's experts are streamed ahead when this share of the current layer was needed.
 _STREAM_AHEAD_COVERAGE = 0.75
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """A load that has begun: its slot is taken, the bytes have yet to arrive."""
-
-    key: ExpertKey
-    slot: int
-    victim: ExpertKey | None
-    proactive: bool = False
-
-
-@dataclass(slots=True)
-class Lookup:
-    """How an event's members were found, before anything was evicted for it."""
-
-    hits: list[ExpertKey]
-    late: list[ExpertKey]  # joined: their loads were in flight already
-    misses: list[ExpertKey]
-    disproved: list[ExpertKey]  # in flight ahead of this layer, but not routed to: cancel them
-
-
-@dataclass(slots=True)
-class _Running:
-    """The event being served."""
-
-    event: Event
-    streaming: bool
-    waiting: deque[ExpertKey]  # misses that have no slot yet, ascending
-    keepers: set[ExpertKey] = field(default_factory=set)
-    wave: list[ExpertKey] = field(default_factory=list)  # pinned
-    uncomputed: int = 0  # members of the wave still to compute
-    wave_begun: bool = False
 
 
 class Residency:
@@ -72,7 +39,7 @@ class Residency:
         self.policy = policy
         self.counters = counters
         self.room = RoomFinder(directory, policy)
-        self._running: _Running | None = None
+        self._running: Running | None = None
         self._pass = 0
         self._layer = -1  # of the last event in this pass
         self._following: dict[int, int] = {}  # layer: the one that ran after it last time
@@ -118,7 +85,7 @@ class Residency:
             self.directory.pin(key)
         self.counters.look_up(len(hits), len(late), len(misses))
         disproved = self._settle_ahead(event.layer, set(hits + late))
-        run = _Running(event, event.phase == "prefill", deque(misses))
+        run = Running(event, event.phase == "prefill", deque(misses))
         run.wave = hits + late
         run.uncomputed = len(run.wave)
         self._running = run
@@ -255,7 +222,7 @@ class Residency:
         total = self.directory.shape.experts_per_layer[event.layer]
         return len(event.experts) >= _STREAM_AHEAD_COVERAGE * total
 
-    def _admit_wave(self, run: _Running) -> list[Load]:
+    def _admit_wave(self, run: Running) -> list[Load]:
         """One wave at a time: victims must not depend on which member was computed first."""
         if run.wave_begun and run.uncomputed:
             return []
@@ -270,7 +237,7 @@ class Residency:
             loads.append(self._begin(run.waiting.popleft(), victim))
         return loads
 
-    def _admit_stream(self, run: _Running) -> list[Load]:
+    def _admit_stream(self, run: Running) -> list[Load]:
         loads: list[Load] = []
         size_class = self.directory.class_of_layer[run.event.layer]
         while run.waiting:
@@ -301,7 +268,7 @@ class Residency:
         self.room.forget(key)
         self.policy.on_evict(key)
 
-    def _keep_hottest(self, run: _Running) -> None:
+    def _keep_hottest(self, run: Running) -> None:
         """While slots are free, the layer's most routed-to experts keep theirs (fair share)."""
         layer = run.event.layer
         size_class = self.directory.class_of_layer[layer]
@@ -310,7 +277,7 @@ class Residency:
         run.keepers = {ExpertKey(layer, int(e)) for e in hottest if run.event.counts[e]}
         self.room.leave_ring(run.keepers)
 
-    def _release(self, run: _Running) -> None:
+    def _release(self, run: Running) -> None:
         for key in run.wave:
             self.directory.unpin(key)
         run.wave.clear()

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.planner import PrefetchPlanner
-from moe_infinity.residency.residency import Load, Residency
+from moe_infinity.residency.residency import Residency
+from moe_infinity.residency.running import Load
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority
 

@@ -10,8 +10,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from moe_infinity.residency.meters import StallMeter
-from moe_infinity.residency.residency import Load
 from moe_infinity.residency.runner import Carrier, Settled
+from moe_infinity.residency.running import Load
 from moe_infinity.types import ExpertKey, Phase, Priority
 
 
