@@ -221,10 +221,15 @@ def _auto_budget() -> int:
 
 
 def _dense_bytes(anatomy: Anatomy) -> int:
-    """Dense weights in the computation's dtype, tied ones once."""
+    """Dense weights in the computation's dtype or as they were packed, tied ones once."""
     owned = {id(p) for module in anatomy.experts for p in module.module.parameters(recurse=False)}
-    dense = (p for p in anatomy.meta.parameters() if id(p) not in owned)
-    return sum(p.numel() * anatomy.dtype.itemsize for p in dense)
+    plain = (
+        p.numel() * anatomy.dtype.itemsize
+        for name, p in anatomy.meta.named_parameters()
+        if id(p) not in owned and name not in anatomy.coded
+    )
+    total: int = sum(plain) + sum(anatomy.coded.values())
+    return total
 
 
 def _prediction_bytes(anatomy: Anatomy, config: EngineConfig) -> int:
@@ -235,11 +240,12 @@ def _prediction_bytes(anatomy: Anatomy, config: EngineConfig) -> int:
 
 
 def _looked_up_bytes(anatomy: Anatomy) -> int:
-    """The input embedding, unless it is the output's matrix as well."""
+    """The input embedding, unless it is the output's matrix as well. A packed copy may be that."""
     meta: Any = anatomy.meta
     table, head = meta.get_input_embeddings(), meta.get_output_embeddings()
     weight = getattr(table, "weight", None)
-    if weight is None or (head is not None and getattr(head, "weight", None) is weight):
+    has_copy = bool(anatomy.coded.keys() - dict(meta.named_parameters()).keys())
+    if weight is None or (getattr(head, "weight", None) is weight and not has_copy):
         return 0
     return int(weight.numel() * anatomy.dtype.itemsize)
 

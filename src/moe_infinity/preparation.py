@@ -1,36 +1,48 @@
-"""From a checkpoint to a packing job: which experts it has, and what form they can take."""
+"""From a checkpoint to a packing job: what it holds, and what form that can take."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.base import Checkpoint
-from moe_infinity.checkpoint.pack_format import FORMATS
-from moe_infinity.checkpoint.pack_job import Job
+from moe_infinity.checkpoint.pack_format import DENSE_FORMATS, FORMATS
+from moe_infinity.checkpoint.pack_job import DenseTensor, Job
 from moe_infinity.errors import ConfigError, UnsupportedModelError
-from moe_infinity.model.loading import examine
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import can_pack
+from moe_infinity.model.loading import Anatomy, examine, naming
+from moe_infinity.model.routers import is_router
+
+_FEWEST_ROWS = 32  # of a layer that is worth coding; gates of shared experts have one
 
 
-def packing_job(path: Path, target: Path, experts_format: str) -> Job:
+def packing_job(path: Path, target: Path, experts_format: str, dense_format: str = "bf16") -> Job:
     """What packing the checkpoint at ``path`` takes; nothing but headers is read. The job's source
     is open: close it.
 
     Raises ConfigError for an unknown form, CheckpointError if the model cannot be packed so.
     """
-    if experts_format not in FORMATS:
-        raise ConfigError(
-            f"--experts: got {experts_format!r}, expected one of {', '.join(FORMATS)}"
-        )
+    _choice("--experts", experts_format, FORMATS)
+    _choice("--dense", dense_format, DENSE_FORMATS)
     source = open_checkpoint(path)
     try:
-        return _job(source, target, experts_format)
+        return _job(source, target, experts_format, dense_format)
     except BaseException:
         source.close()
         raise
 
 
-def _job(source: Checkpoint, target: Path, experts_format: str) -> Job:
+def _choice(option: str, got: str, known: Collection[str]) -> None:
+    if got not in known:
+        raise ConfigError(f"{option}: got {got!r}, expected one of {', '.join(known)}")
+
+
+def _job(source: Checkpoint, target: Path, experts_format: str, dense_format: str) -> Job:
     if source.packed_specs is not None:
         raise UnsupportedModelError(
             f"{source.path}: is packed already, expected a checkpoint in 16 or 32 bit; pack its "
@@ -46,8 +58,53 @@ def _job(source: Checkpoint, target: Path, experts_format: str) -> Job:
     return Job(
         source=source,
         specs=anatomy.specs,
-        dense=anatomy.dense,
+        dense=list(_dense(anatomy, dense_format)),
         experts_format=experts_format,
+        dense_format=dense_format,
         splits_gate_up=all(math.has_gate and not math.is_transposed for math in maths),
         target=target,
     )
+
+
+def _dense(anatomy: Anatomy, dense_format: str) -> Iterator[DenseTensor]:
+    """Every tensor beside the experts; linear layers coded, where that was asked for. Of weights
+    that serve as embeddings too, a coded copy gives the logits."""
+    formats = DENSE_FORMATS[dense_format]
+    if formats is None:
+        yield from (DenseTensor(entry.name, entry) for entry in anatomy.dense)
+        return
+    layer_format, head_format = formats
+    head = _head_of(anatomy.meta)
+    linears = dict(_linears(anatomy))
+    own = dict(anatomy.meta.named_parameters())
+    rule = naming(anatomy.meta, anatomy.adapter)
+    for entry in anatomy.dense:
+        named = rule(entry.name)
+        module = linears.get(named.parameter)
+        shape = entry.shape if entry.format in DTYPES and named.converter is None else ()
+        if module is not None and module.weight.shape == shape:
+            form = head_format if named.parameter == head else layer_format
+            yield DenseTensor(named.parameter, entry, form)
+            continue
+        yield DenseTensor(entry.name, entry)
+        is_shared = head in linears and own.get(named.parameter) is linears[head].weight
+        if is_shared and linears[head].weight.shape == shape:
+            yield DenseTensor(head, entry, head_format)
+
+
+def _linears(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
+    """Linear layers that can be coded and are worth it, by the name of their weight."""
+    counts = {each.num_experts for each in anatomy.experts}
+    for name, module in anatomy.meta.named_modules():
+        if type(module) is not nn.Linear or is_router(name, module, counts):
+            continue
+        rows, cols = module.weight.shape
+        if rows >= _FEWEST_ROWS and can_pack("Q8_0", (rows, cols)):
+            yield f"{name}.weight", module
+
+
+def _head_of(meta: Any) -> str:
+    """The name of the weight that gives the logits; of a model without one, none."""
+    head = meta.get_output_embeddings()
+    names = (name for name, module in meta.named_modules() if module is head)
+    return next((f"{name}.weight" for name in names), "")

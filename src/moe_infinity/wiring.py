@@ -17,6 +17,7 @@ from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.linears import FewThreads, speed_up
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.observer import Observer
+from moe_infinity.model.packed_linears import run_packed
 from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, RoutingRule
 from moe_infinity.model.taps import Step, StepTap
@@ -59,7 +60,8 @@ class Wiring:
         self.kernel = choose(kernel)
         maths = [anatomy.adapter.math(module) for module in modules]
         compiled = not any(math.has_bias or math.is_transposed for math in maths)
-        self._threads = FewThreads(speed_up(model, self.kernel) and compiled)
+        has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)
+        self._threads = FewThreads((has_packed or is_fast) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         layers = self._attach(modules, maths)
         if isinstance(routing, KeepRouting):

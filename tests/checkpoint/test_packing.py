@@ -83,7 +83,7 @@ def test_lossy_forms_stay_close_and_say_so(
         assert (found == exact).float().mean() >= agreement
     with MoE(folders[experts], ram="8GiB") as moe:
         moe.generate(IDS, max_new_tokens=2)
-        assert moe.stats().lossy == (experts,)
+        assert moe.stats().lossy == (f"experts {experts}",)
 
 
 def matrices(path: Path) -> dict[tuple[ExpertKey, str], torch.Tensor]:
@@ -414,6 +414,6 @@ def test_command_line(tmp_path: Path) -> None:
     assert facts["experts"] == "int8" and facts["bytes"] > 10**7
     answer = run("run", tmp_path / "out", "Hi", "--max-new-tokens", 3, "--verify", "--json")
     assert answer.code == 0, answer.both
-    assert json.loads(answer.out)["lossy"] == ["int8"]
+    assert json.loads(answer.out)["lossy"] == ["experts int8"]
     assert "one of bf16, int8" in refused("pack", tmp_path / "new", "--experts", "int3")
     assert "packed folder" in refused("run", "Hi", "--max-new-tokens", 1, "--verify")

@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
@@ -22,6 +24,14 @@ class TensorEntry:
     num_bytes: int
 
 
+class PackedShape(NamedTuple):
+    """A coded matrix [rows, cols]."""
+
+    format: str
+    rows: int
+    cols: int
+
+
 class Checkpoint(ABC):
     """A model as it lies on disk. Nothing is read but headers until someone asks."""
 
@@ -30,6 +40,8 @@ class Checkpoint(ABC):
     files: tuple[Path, ...]
     # Where experts were packed beforehand: all of them, without looking for their tensors.
     packed_specs: Mapping[ExpertKey, ExpertSpec] | None = None
+    # Linear layers that were coded beforehand, by the model's name of their weight.
+    packed_dense: Mapping[str, PackedShape] = MappingProxyType({})
     lossy: tuple[str, ...] = ()  # what was given up when it was made
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from moe_infinity.checkpoint.direct_io import align_up
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part, ReadRange
 
-VERSION = 1
+VERSION = 2
 HEADER, EXPERTS, DENSE = "pack.json", "experts.bin", "dense.safetensors"
 ALIGNMENT_BYTES = 64 * 1024  # of experts in their file
 # Every so many bytes of an expert have a checksum of their own: a load is checked piece by piece.
@@ -29,6 +29,13 @@ FORMATS: dict[str, str | None] = {
     "exact12": "EXACT12",
 }
 LOSSY = ("int8", "int4")
+# Linear layers beside the experts -> their form, and that of the layer that gives the logits: no
+# later layer averages its errors out.
+DENSE_FORMATS: dict[str, tuple[str, str] | None] = {
+    "bf16": None,
+    "int8": ("Q8_0", "Q8_0"),
+    "int4": ("Q4_0", "Q8_0"),
+}
 _START, _MIDDLE, _END = b'{"checksum":"', b'","pack":', b"}\n"
 
 
@@ -69,6 +76,8 @@ class Pack:
     experts: list[PackedExpert]
     dense: dict[str, int]  # crc32 by tensor
     files: dict[str, int]  # crc32 of everything small beside them; of DENSE its header
+    dense_format: str = "bf16"  # a name of DENSE_FORMATS; version 1 had no other
+    packed_dense: dict[str, list[Any]] = field(default_factory=dict)  # name: format, rows, cols
 
     def to_bytes(self) -> bytes:
         return _framed(json.dumps(asdict(self), separators=(",", ":")).encode())

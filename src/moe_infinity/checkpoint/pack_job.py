@@ -32,13 +32,30 @@ _LARGEST_COPY_BYTES = 256 * 1024**2  # tokenizers reach 30 MB
 
 
 @dataclass(frozen=True)
+class DenseTensor:
+    """One tensor beside the experts, as it is packed. format: None as the source has it."""
+
+    name: str
+    source: TensorEntry
+    format: str | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        if self.format is None:
+            return self.source.num_bytes
+        rows, cols = self.source.shape
+        return rows * row_bytes(self.format, cols)
+
+
+@dataclass(frozen=True)
 class Job:
-    """What to pack. specs: of all experts; dense: of all other tensors the model uses."""
+    """What to pack. specs: of all experts; dense: all other tensors the model uses."""
 
     source: Checkpoint
     specs: Mapping[ExpertKey, ExpertSpec]
-    dense: Sequence[TensorEntry]
+    dense: Sequence[DenseTensor]
     experts_format: str  # a name of FORMATS
+    dense_format: str  # a name of DENSE_FORMATS
     splits_gate_up: bool  # gate and up are halves of one part
     target: Path
 
@@ -54,6 +71,7 @@ class Job:
             "version": VERSION,
             "source": self.source.identity,
             "experts_format": self.experts_format,
+            "dense_format": self.dense_format,
             "files": [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
         }
 

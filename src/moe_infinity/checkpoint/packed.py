@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import DirectFile, align_down, align_up, allocate
 from moe_infinity.checkpoint.pack_format import (
     CHECKED_BYTES,
@@ -54,7 +54,9 @@ class PackedCheckpoint(Checkpoint):
         self.packed_specs = {each.key: each.spec() for each in self.pack.experts}
         for each in self.pack.experts:
             each.parts.clear()  # the specs have them, and there may be tens of thousands
-        self.lossy = (self.pack.experts_format,) if self.pack.experts_format in LOSSY else ()
+        self.packed_dense = {n: PackedShape(*each) for n, each in self.pack.packed_dense.items()}
+        formats = {"experts": self.pack.experts_format, "dense": self.pack.dense_format}
+        self.lossy = tuple(f"{what} {name}" for what, name in formats.items() if name in LOSSY)
         self._scratch = threading.local()
 
     @cached_property

@@ -12,14 +12,14 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from moe_infinity.checkpoint.base import ExpertStore
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.checkpoint.journal import Journal, only_one_in
 from moe_infinity.checkpoint.pack_format import (
@@ -36,6 +36,7 @@ from moe_infinity.checkpoint.pack_format import (
 from moe_infinity.checkpoint.pack_job import (
     BLOCK_ALIGNMENT,
     JOURNAL,
+    DenseTensor,
     Job,
     estimate_bytes,
     refuse,
@@ -43,7 +44,7 @@ from moe_infinity.checkpoint.pack_job import (
 )
 from moe_infinity.durable import sync, sync_folder, write_atomically
 from moe_infinity.errors import CheckpointError, DiskSpaceError, PackError, UnsupportedModelError
-from moe_infinity.kernels.formats import part_views
+from moe_infinity.kernels.formats import DTYPES, part_views
 from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.types import Block, ExpertKey, Part
 
@@ -84,7 +85,8 @@ def _is_finished(job: Job) -> bool:
         header = Pack.read(job.partial)
     except CheckpointError:
         return False
-    return (header.source, header.experts_format) == (job.source.identity, job.experts_format)
+    found = (header.source, header.experts_format, header.dense_format)
+    return found == (job.source.identity, job.experts_format, job.dense_format)
 
 
 def _write(job: Job, on_bytes: Callable[[int], None]) -> None:
@@ -95,7 +97,20 @@ def _write(job: Job, on_bytes: Callable[[int], None]) -> None:
     for stray in job.partial.iterdir():  # of an earlier attempt: cut off, or its source had it
         if stray.name not in (*files, EXPERTS, JOURNAL):
             stray.unlink()
-    header = Pack(VERSION, job.experts_format, job.source.identity, experts, dense, files)
+    header = Pack(
+        version=VERSION,
+        experts_format=job.experts_format,
+        source=job.source.identity,
+        experts=experts,
+        dense=dense,
+        files=files,
+        dense_format=job.dense_format,
+        packed_dense={
+            each.name: [each.format, *each.source.shape]
+            for each in job.dense
+            if each.format is not None
+        },
+    )
     write_atomically(job.partial / HEADER, header.to_bytes())
 
 
@@ -188,29 +203,45 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
     """All other tensors as one safetensors file: (crc32 by tensor, crc32 of the header)."""
     table: dict[str, Any] = {}
     end = 0
-    entries = sorted(job.dense, key=lambda entry: entry.name)
-    for entry in entries:
-        offsets = [end, end + entry.num_bytes]
-        table[entry.name] = {"dtype": entry.format, "shape": entry.shape, "data_offsets": offsets}
-        end += entry.num_bytes
+    tensors = sorted(job.dense, key=lambda each: each.name)
+    for each in tensors:
+        is_plain = each.format is None
+        table[each.name] = {
+            "dtype": each.source.format if is_plain else "U8",
+            "shape": each.source.shape if is_plain else [each.num_bytes],
+            "data_offsets": [end, end + each.num_bytes],
+        }
+        end += each.num_bytes
     body = json.dumps(table, separators=(",", ":")).encode()
     body += b" " * (-(8 + len(body)) % BLOCK_ALIGNMENT)
     header = struct.pack("<Q", len(body)) + body
     found = {}
     with open(job.partial / DENSE, "wb") as file:
         file.write(header)
-        for entry in entries:
-            found[entry.name] = 0
-            for start in range(0, entry.num_bytes, _PIECE_BYTES):
-                size = min(_PIECE_BYTES, entry.num_bytes - start)
-                piece = replace(entry, offset=entry.offset + start, num_bytes=size)
-                data = memoryview(bytearray(size))
-                job.source.read_tensor(piece, data)
+        for each in tensors:
+            found[each.name] = 0
+            for data in _pieces(job.source, each):
                 file.write(data)
-                found[entry.name] = zlib.crc32(data, found[entry.name])
-            on_bytes(entry.num_bytes)
+                found[each.name] = zlib.crc32(data, found[each.name])
+            on_bytes(each.source.num_bytes)
         sync(file)
     return found, zlib.crc32(header)
+
+
+def _pieces(source: Checkpoint, tensor: DenseTensor) -> Iterator[memoryview]:
+    """A tensor's bytes as they are packed: whole rows at a time where they are coded."""
+    entry = tensor.source
+    stored_bytes = entry.num_bytes // entry.shape[0] if tensor.format else 1
+    step = max(1, _PIECE_BYTES // stored_bytes) * stored_bytes
+    for start in range(0, entry.num_bytes, step):
+        size = min(step, entry.num_bytes - start)
+        piece = replace(entry, offset=entry.offset + start, num_bytes=size)
+        data = memoryview(bytearray(size))
+        source.read_tensor(piece, data)
+        if tensor.format is not None:
+            rows = torch.frombuffer(data, dtype=DTYPES[entry.format]).view(-1, entry.shape[1])
+            data = memoryview(encode(rows, tensor.format))  # type: ignore[arg-type]
+        yield data
 
 
 def _copy_small_files(job: Job) -> dict[str, int]:

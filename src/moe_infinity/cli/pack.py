@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moe_infinity.checkpoint.pack_format import FORMATS, LOSSY
+from moe_infinity.checkpoint.pack_format import DENSE_FORMATS, FORMATS, LOSSY
 from moe_infinity.cli import common
 
 
@@ -20,12 +20,15 @@ def pack(
     experts: Annotated[
         str, typer.Option(help=f"Form of the experts: {', '.join(FORMATS)}.")
     ] = "exact12",
+    dense: Annotated[
+        str, typer.Option(help=f"Form of linear layers beside them: {', '.join(DENSE_FORMATS)}.")
+    ] = "bf16",
     json: common.Json = False,
 ) -> None:
     """Pack MODEL into OUT: experts contiguous, aligned and checksummed.
 
     exact12 keeps every bit of bf16 weights in three quarters of the room; int8 and int4 change
-    them. Interrupted, the same command goes on where it was.
+    them. --dense bf16 leaves the rest as it is. Interrupted, the same command goes on where it was.
     """
     from moe_infinity.checkpoint.hub import bundled_model_path, resolve
     from moe_infinity.checkpoint.packing import pack as write
@@ -35,29 +38,29 @@ def pack(
     if len(paths) > 2:
         raise ConfigError(f"got {len(paths)} paths, expected [MODEL] OUT")
     model = str(paths[0]) if len(paths) == 2 else bundled_model_path()
-    job = packing_job(resolve(model), paths[-1], experts)
+    job = packing_job(resolve(model), paths[-1], experts, dense)
     try:
         total = sum(spec.weight_bytes for spec in job.specs.values())
-        total += sum(entry.num_bytes for entry in job.dense)
+        total += sum(each.source.num_bytes for each in job.dense)
         with progress("packing", total, quiet=json) as on_bytes:
             write(job, on_bytes)
     finally:
         job.source.close()
-    _say(paths[-1], total, experts, json)
+    _say(paths[-1], total, (experts, dense), json)
 
 
-def _say(target: Path, source_bytes: int, experts: str, json: bool) -> None:
+def _say(target: Path, source_bytes: int, formats: tuple[str, str], json: bool) -> None:
     from moe_infinity.config import format_bytes
 
     num_bytes = sum(file.stat().st_size for file in target.iterdir())
     if json:
-        facts = {"path": str(target), "experts": experts, "bytes": num_bytes}
-        common.print_json(facts | {"source_bytes": source_bytes})
+        names = {"path": str(target), "experts": formats[0], "dense": formats[1]}
+        common.print_json({**names, "bytes": num_bytes, "source_bytes": source_bytes})
         return
     print(
         f"{target}: {format_bytes(num_bytes)} of {format_bytes(source_bytes)} "
         f"({num_bytes / source_bytes:.0%}), "
-        + ("weights changed" if experts in LOSSY else "not one bit of a weight changed")
+        + ("weights changed" if set(formats) & set(LOSSY) else "not one bit of a weight changed")
     )
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe
+from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe, num_rows
+from moe_infinity.kernels.packed import PackedMatrix
 
 _BIASES = struct.Struct("<4Q")
 _NORM = struct.Struct("<QfI")
@@ -20,9 +21,9 @@ _SUM = struct.Struct("<4Q4I")
 
 
 class Linear(NamedTuple):
-    """weight [out, in] and bias [out], of one dtype."""
+    """weight [out, in], as it is or packed, and bias [out]."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | PackedMatrix
     bias: torch.Tensor | None = None
 
 
@@ -46,7 +47,8 @@ class Router(NamedTuple):
 
 
 class BlockSpec(NamedTuple):
-    """What a block of the usual kind does beside its experts; all weights of one dtype."""
+    """What a block of the usual kind does beside its experts. All of one dtype, but for linear
+    layers that are packed; q, k and v then in the same form."""
 
     q: Linear
     k: Linear
@@ -63,7 +65,7 @@ class BlockSpec(NamedTuple):
 
     @property
     def num_kv_heads(self) -> int:
-        return self.k.weight.shape[0] // self.head_dim
+        return num_rows(self.k.weight) // self.head_dim
 
     def pack(self) -> bytes:
         linears, router = (self.q, self.k, self.v, self.o), self.router
@@ -74,11 +76,11 @@ class BlockSpec(NamedTuple):
         choice = (0, 0, 0) if router is None else (router.top_k, router.normalises, router.rounds)
         rest = _REST.pack(
             self.scaling,
-            self.q.weight.shape[0] // self.head_dim,
+            num_rows(self.q.weight) // self.head_dim,
             self.num_kv_heads,
             self.head_dim,
             self.rotary_dim,
-            TYPES[self.q.weight.dtype],
+            TYPES[self.before.weight.dtype],
             *choice,
             0,
         )

@@ -182,7 +182,7 @@ class Kernel(ExpertKernel):
         return self._products(views["down_proj"], inner.contiguous())
 
     def _products(self, blocks: Blocks, x: torch.Tensor) -> torch.Tensor:
-        found = [self.linear(describe(block), _rows(block), x) for block in blocks]
+        found = [self.linear(describe(block), num_rows(block), x) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
@@ -192,10 +192,10 @@ class Kernel(ExpertKernel):
             return None
         if not all(_can_multiply(block, dtype) for block in blocks):
             return None
-        rows, cols = sum(map(_rows, first)) // (2 if math.has_gate else 1), _cols(first[0])
+        rows, cols = sum(map(num_rows, first)) // (2 if math.has_gate else 1), _cols(first[0])
         if set(map(_cols, first)) != {cols} or set(map(_cols, last)) != {rows}:
             return None  # the reference says what is wrong
-        if sum(map(_rows, last)) != cols:
+        if sum(map(num_rows, last)) != cols:
             return None  # its results are not of the tokens' size
         is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
         return _Prepared(self._whole(math, first, last, dtype), cols, is_grouped)
@@ -255,9 +255,9 @@ def describe(block: torch.Tensor | PackedMatrix) -> bytes:
 
 def _gate_and_up(blocks: Blocks) -> tuple[bytes | None, bytes]:
     """The two halves of gate_up: two blocks, or the two halves of one; None if neither."""
-    if len(blocks) == 2 and _rows(blocks[0]) == _rows(blocks[1]):
+    if len(blocks) == 2 and num_rows(blocks[0]) == num_rows(blocks[1]):
         return describe(blocks[0]), describe(blocks[1])
-    if len(blocks) == 1 and isinstance(blocks[0], torch.Tensor) and _rows(blocks[0]) % 2 == 0:
+    if len(blocks) == 1 and isinstance(blocks[0], torch.Tensor) and num_rows(blocks[0]) % 2 == 0:
         gate, up = blocks[0].chunk(2)
         return describe(gate), describe(up)
     return None, NO_MATRIX
@@ -270,7 +270,7 @@ def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> boo
     return is_row_major and block.dtype in TYPES and dtype in (block.dtype, torch.float32)
 
 
-def _rows(block: torch.Tensor | PackedMatrix) -> int:
+def num_rows(block: torch.Tensor | PackedMatrix) -> int:
     return block.rows if isinstance(block, PackedMatrix) else block.shape[0]
 
 

@@ -21,6 +21,7 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.blocks import BlockSpec, Choice, Linear, Norm, Router, pack_token
 from moe_infinity.model.kv_cache import PreallocatedLayer, new_cache
 from moe_infinity.model.loading import Anatomy
+from moe_infinity.model.packed_linears import packed_of
 from moe_infinity.model.routers import block_around, has_foreign
 
 _log = logging.getLogger(__name__)
@@ -126,10 +127,12 @@ def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     sizes = (attention.head_dim, rotary_dim, attention.scaling)
     spec = BlockSpec(q, k, v, o, before, q_norm, k_norm, after, *sizes)
     linears = (q, k, v, o)
-    weights = [x.weight for x in linears]
+    if len({getattr(x.weight, "format", "") for x in (q, k, v)}) > 1:
+        return None  # tokens are made ready once for the three
+    weights = [x.weight for x in linears if isinstance(x.weight, torch.Tensor)]
     weights += [x.weight for x in (before, q_norm, k_norm, after) if x is not None]
     weights += [x.bias for x in linears if x.bias is not None]
-    dtype = weights[0].dtype
+    dtype = before.weight.dtype
     if dtype not in _TYPES or any(w.dtype is not dtype or not w.is_contiguous() for w in weights):
         return None
     return spec
@@ -146,7 +149,8 @@ def _linear(module: Any) -> Linear:
     if type(module) is not nn.Linear:
         raise TypeError(f"{type(module).__name__}: not a plain linear layer")
     bias = module.bias
-    return Linear(module.weight.detach(), None if bias is None else bias.detach())
+    weight = packed_of(module) or module.weight.detach()
+    return Linear(weight, None if bias is None else bias.detach())
 
 
 def _norm(module: Any) -> Norm:
@@ -158,7 +162,7 @@ def _norm(module: Any) -> Norm:
 def _computes_the_same(
     model: Any, kernel: native.Kernel, block: Any, parts: _Parts, spec: BlockSpec
 ) -> bool:
-    hidden, dtype = spec.q.weight.shape[1], spec.q.weight.dtype
+    (hidden,), dtype = spec.before.weight.shape, spec.before.weight.dtype
     generator = torch.Generator().manual_seed(0)
     for scale in _SCALES:
         x = torch.randn(1, _CONTEXT + 1, hidden, generator=generator).mul(scale).to(dtype)
@@ -247,7 +251,7 @@ def _router_of(
     weight = getattr(others[0], "weight", None) if len(others) == 1 else None
     if weight is None or sum(1 for _ in mlp.parameters()) != 1:
         return None
-    if weight.dtype is not spec.q.weight.dtype or not weight.is_contiguous():
+    if weight.dtype is not spec.before.weight.dtype or not weight.is_contiguous():
         return None
     kinds = itertools.product((True, False), repeat=2)
     routers = [Router(weight.detach(), others[0].top_k, *kind) for kind in kinds]
@@ -265,7 +269,7 @@ def _routing_error(
 ) -> float:
     """Mean relative error of the weights over some tokens; infinite if something else is wrong."""
     assert spec.router is not None
-    hidden, dtype = spec.q.weight.shape[1], spec.q.weight.dtype
+    (hidden,), dtype = spec.before.weight.shape, spec.before.weight.dtype
     generator = torch.Generator().manual_seed(1)
     layer = PreallocatedLayer(1)
     layer.lazy_initialization(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype))

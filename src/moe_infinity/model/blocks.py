@@ -48,8 +48,8 @@ class CompiledBlock:
         self._experts = experts
         self._stock: Callable[..., torch.Tensor] = found.block.forward
         self._packed = found.spec.pack()
-        weight = found.spec.q.weight
-        self._dtype, self._hidden_size = weight.dtype, weight.shape[1]
+        norm = found.spec.before.weight
+        self._dtype, self._hidden_size = norm.dtype, norm.numel()
         self._h = torch.empty(1, self._hidden_size, dtype=self._dtype)
         self._normed = torch.empty_like(self._h)
         router = found.spec.router

@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.model.packed_linears import packed_of
 from moe_infinity.model.taps import Step
 
 # In float32 the order of a sum shows: stock's own results are kept, to its own spread.
@@ -23,7 +24,9 @@ def speed_up(model: nn.Module, kernel: ExpertKernel) -> bool:
     if not isinstance(kernel, native.Kernel):
         return found
     for module in model.modules():
-        if type(module) is nn.Linear and _can(module.weight, module.bias):
+        if type(module) is not nn.Linear or packed_of(module) is not None:
+            continue
+        if _can(module.weight, module.bias):
             compiled = _Linear(kernel, module)
             module.forward = compiled.forward  # type: ignore[method-assign,assignment]
             found = True

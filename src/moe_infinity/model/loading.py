@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ from transformers.core_model_loading import (
 )
 
 from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
-from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.checkpoint.expert_layout import (
     ExpertTensors,
     NameRule,
@@ -35,23 +34,15 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
+from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.config_values import first_number
+from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, read_tensor
+from moe_infinity.model.packed_linears import attach_packed
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
 
-_STORED_DTYPES = {
-    **DTYPES,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_LARGE_BYTES = 2 * 1024**2
 # Where a config does not say in a known word: more than most models use.
 _TOP_K_UNKNOWN = 8
 
@@ -68,6 +59,7 @@ class Anatomy:
     dense: list[TensorEntry]
     specs: dict[ExpertKey, ExpertSpec]
     dtype: torch.dtype  # of the computation
+    coded: Mapping[str, int]  # bytes of linear layers' packed weights, by name
 
 
 def read_config(path: Path) -> Any:
@@ -106,7 +98,8 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     shape = ExpertShape(len(experts), max(counts), top_k, counts)
     dense = [checkpoint.tensors[name] for name in found.dense]
     computed = _compute_dtype(config, dense, dtype)
-    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed)
+    coded = {name: checkpoint.tensors[name].num_bytes for name in checkpoint.packed_dense}
+    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded)
 
 
 def _specs(experts: list[ExpertsModule], found: ExpertTensors) -> dict[ExpertKey, ExpertSpec]:
@@ -128,7 +121,12 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     """
     _interface.register()
     failures: list[CheckpointError] = []
-    lazy = {e.name: _LazyTensor(checkpoint, e, failures) for e in anatomy.dense}
+    coded = checkpoint.packed_dense
+    lazy: dict[str, LazyTensor | Placeholder] = {
+        e.name: LazyTensor(checkpoint, e, failures) for e in anatomy.dense if e.name not in coded
+    }
+    own = dict(anatomy.meta.named_parameters())  # without those that are another one's
+    lazy |= {n: Placeholder(shape, anatomy.dtype) for n, shape in coded.items() if n in own}
     with without_expert_weights(anatomy.adapter, anatomy.experts), _quiet():
         try:
             model, info = type(anatomy.meta).from_pretrained(
@@ -146,6 +144,13 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
             raise
     if failures:
         raise failures[0]
+    _require_complete(checkpoint, info)
+    _attach_coded(model, checkpoint, anatomy, own)
+    _set_generation_config(model, checkpoint.path)
+    return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+def _require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
     if info["mismatched_keys"]:
         name, got, expected = min(info["mismatched_keys"], key=str)
         raise CorruptCheckpointError(
@@ -157,8 +162,18 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
             f"{checkpoint.path}: lacks {len(info['missing_keys'])} tensors of its model (first: "
             f"{min(info['missing_keys'])!r}); download the checkpoint again"
         )
-    _set_generation_config(model, checkpoint.path)
-    return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+def _attach_coded(
+    model: nn.Module, checkpoint: Checkpoint, anatomy: Anatomy, own: Container[str]
+) -> None:
+    for name, shape in checkpoint.packed_dense.items():
+        data = read_tensor(checkpoint, checkpoint.tensors[name], torch.uint8)
+        module: Any = model.get_submodule(name.removesuffix(".weight"))
+        if name in own:  # the library may have made room for it
+            placeholder = Placeholder(shape, anatomy.dtype)[...]
+            module.weight = nn.Parameter(placeholder, requires_grad=False)
+        attach_packed(module, PackedMatrix(*shape, data))
 
 
 def _build(path: Path, config: Any) -> Any:
@@ -177,48 +192,6 @@ def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-class _LazyTensor:
-    """Reads its tensor when the library's loader, on one of its threads, indexes it."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, entry: TensorEntry, failures: list[CheckpointError]
-    ) -> None:
-        self._checkpoint = checkpoint
-        self._entry = entry
-        self._failures = failures
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        dtype = _STORED_DTYPES.get(self._entry.format)
-        try:
-            if dtype is None:
-                raise UnsupportedModelError(
-                    f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, "
-                    f"expected one of {', '.join(_STORED_DTYPES)}"
-                )
-            tensor = _empty(self._entry, dtype)
-            if tensor.numel():
-                raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-                self._checkpoint.read_tensor(self._entry, raw)
-        except CheckpointError as error:
-            self._failures.append(error)
-            raise
-        return tensor[index]
-
-    def get_shape(self) -> list[int]:
-        return list(self._entry.shape)
-
-    def get_dtype(self) -> str:
-        return self._entry.format
-
-
-def _empty(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
-    """Large tensors lie in large pages: those of 4 KiB cost up to half of reading speed."""
-    if entry.num_bytes < _LARGE_BYTES:
-        return torch.empty(entry.shape, dtype=dtype)
-    whole = torch.frombuffer(allocate(entry.num_bytes), dtype=torch.uint8)[: entry.num_bytes]
-    return whole.view(dtype).view(entry.shape)
-
-
 def _sort(
     checkpoint: Checkpoint, meta: nn.Module, adapter: Adapter, experts: list[ExpertsModule]
 ) -> ExpertTensors:
@@ -227,7 +200,7 @@ def _sort(
     if checkpoint.packed_specs is not None:
         expected = {}
     known = meta.state_dict().keys()
-    return sort_tensors(entries, _naming(meta, adapter), expected, known)
+    return sort_tensors(entries, naming(meta, adapter), expected, known)
 
 
 def _natural_key(name: str) -> list[int | str]:
@@ -236,7 +209,7 @@ def _natural_key(name: str) -> list[int | str]:
     return [int(part) if number % 2 else part for number, part in enumerate(parts)]
 
 
-def _naming(meta: Any, adapter: Adapter) -> Callable[[str], NameRule]:
+def naming(meta: Any, adapter: Adapter) -> Callable[[str], NameRule]:
     """The library's own renaming of checkpoint tensors, as its loader applies it."""
     mapping = [*get_model_conversion_mapping(meta), *adapter.converters]
     renamings = [m for m in mapping if isinstance(m, WeightRenaming)]

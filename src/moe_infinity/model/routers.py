@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,6 +237,12 @@ def _router_beside(model: nn.Module, name: str, num_experts: int) -> nn.Module:
         f"{name}: found no router beside these experts, expected a module with weights "
         f"[{num_experts}, hidden]; choose what needs neither router logits nor look-ahead"
     )
+
+
+def is_router(name: str, module: Any, num_experts: Collection[int]) -> bool:
+    """Whether a module chooses experts, by its name and the rows of its weight."""
+    is_named = name.rpartition(".")[2] in ("gate", "router", "classifier")
+    return is_named or module.weight.shape[0] in num_experts
 
 
 def block_around(model: nn.Module, name: str) -> nn.Module:

@@ -1,0 +1,88 @@
+"""What the library's loader is given in place of tensors: each is read when it asks for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
+from moe_infinity.checkpoint.direct_io import allocate
+from moe_infinity.errors import CheckpointError, UnsupportedModelError
+from moe_infinity.kernels.formats import DTYPES
+
+_STORED_DTYPES = {
+    **DTYPES,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_LARGE_BYTES = 2 * 1024**2
+
+
+class LazyTensor:
+    """Reads its tensor when the library's loader, on one of its threads, indexes it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, entry: TensorEntry, failures: list[CheckpointError]
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._entry = entry
+        self._failures = failures
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        dtype = _STORED_DTYPES.get(self._entry.format)
+        try:
+            if dtype is None:
+                raise UnsupportedModelError(
+                    f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, "
+                    f"expected one of {', '.join(_STORED_DTYPES)}"
+                )
+            tensor = read_tensor(self._checkpoint, self._entry, dtype)
+        except CheckpointError as error:
+            self._failures.append(error)
+            raise
+        return tensor[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._entry.shape)
+
+    def get_dtype(self) -> str:
+        return self._entry.format
+
+
+class Placeholder:
+    """Stands for a weight that is not in memory as numbers: of its shape, one number large."""
+
+    def __init__(self, shape: PackedShape, dtype: torch.dtype) -> None:
+        self._shape = (shape.rows, shape.cols)
+        self._dtype = dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return torch.zeros(1, dtype=self._dtype).expand(self._shape)[index]
+
+    def get_shape(self) -> list[int]:
+        return list(self._shape)
+
+    def get_dtype(self) -> str:
+        return next(name for name, dtype in DTYPES.items() if dtype is self._dtype)
+
+
+def read_tensor(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+    tensor = _empty(entry, dtype)
+    if tensor.numel():
+        raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        checkpoint.read_tensor(entry, raw)
+    return tensor
+
+
+def _empty(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
+    """Large tensors lie in large pages: those of 4 KiB cost up to half of reading speed."""
+    if entry.num_bytes < _LARGE_BYTES:
+        return torch.empty(entry.shape, dtype=dtype)
+    whole = torch.frombuffer(allocate(entry.num_bytes), dtype=torch.uint8)[: entry.num_bytes]
+    return whole.view(dtype).view(entry.shape)
