@@ -167,3 +167,10 @@ def test_router_logits_can_be_asked_for(moe: MoE) -> None:
         moe(ids[:, :4], past_key_values=cache)
         said = moe(ids[:, 4:], past_key_values=cache, output_router_logits=True)
     assert len(said.router_logits) == 3
+
+
+def test_a_config_left_from_training_does_not_slow_generation(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, torch.bfloat16, output_router_logits=True)
+    with opened(path) as moe:
+        words(moe)
+        assert all(block.num_calls == NUM_NEW - 1 for block in blocks_of(moe))

@@ -146,6 +146,8 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
         raise failures[0]
     _require_complete(checkpoint, info)
     _attach_coded(model, checkpoint, anatomy, own)
+    # Of training, and some configs keep it: every pass would collect them and compute a loss.
+    model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
 
