@@ -132,6 +132,7 @@ class Wiring:
             [module.name for module in self._anatomy.experts],
             list(self._anatomy.shape.experts_per_layer),
             self._hierarchy,
+            self.kernel,
             self._wishes,
             self._wish,
         )

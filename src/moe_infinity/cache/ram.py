@@ -24,7 +24,7 @@ from moe_infinity.residency.runner import Carrier, EventRunner, Settled
 from moe_infinity.residency.running import Load
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey, Phase, Priority, TierName
+from moe_infinity.types import ExpertKey, Part, Phase, Priority, TierName
 
 
 class RamHierarchy(Hierarchy, Carrier):
@@ -52,7 +52,8 @@ class RamHierarchy(Hierarchy, Carrier):
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._computing: Compute | None = None  # of the running event
         self._is_clean = True  # False while an event runs, or was given up halfway
-        self._views: dict[ExpertKey, Views] = {}
+        self._layouts = _layouts_of(store)
+        self._views: dict[int, tuple[int, Views]] = {}  # by slot: layout and views of what is there
         self._stalls = StallMeter()
         self._pays = pays
         self._stalled_s = 0.0  # in the running event
@@ -126,8 +127,6 @@ class RamHierarchy(Hierarchy, Carrier):
 
     def start(self, loads: list[Load], priority: Priority) -> None:
         for load in loads:
-            if load.victim is not None:
-                self._views.pop(load.victim, None)
             buffer = self._arena.buffer(load.slot)
             self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
 
@@ -166,12 +165,16 @@ class RamHierarchy(Hierarchy, Carrier):
             now.computed_bytes += self._store.specs[key].weight_bytes
 
     def _views_of(self, key: ExpertKey) -> Views:
-        views = self._views.get(key)
-        if views is None:
-            spec = self._store.specs[key]
-            views = part_views(spec, self._arena.tensor(self.residency.directory.slot(key)))
-            if is_viewable(spec):  # copies must not outlive the call: they are in no budget
-                self._views[key] = views
+        """Of most models all experts lie in their slots in the same way: a slot's views serve
+        whichever is there."""
+        slot, layout = self.residency.directory.slot(key), self._layouts[key]
+        kept = self._views.get(slot)
+        if kept is not None and kept[0] == layout:
+            return kept[1]
+        spec = self._store.specs[key]
+        views = part_views(spec, self._arena.tensor(slot))
+        if is_viewable(spec):  # copies must not outlive the call: they are in no budget
+            self._views[slot] = (layout, views)
         return views
 
     def _count_activity(self) -> None:
@@ -207,5 +210,10 @@ class RamHierarchy(Hierarchy, Carrier):
         self._engine.drain()
         self.runner.abort()
         self._in_flight.clear()
-        self._views.clear()  # an interrupted eviction may have left one of a lost slot
         self._is_clean = True
+
+
+def _layouts_of(store: ExpertStore) -> dict[ExpertKey, int]:
+    """Numbers that are equal for experts whose parts lie in the same places of their slots."""
+    numbers: dict[tuple[Part, ...], int] = {}
+    return {key: numbers.setdefault(spec.parts, len(numbers)) for key, spec in store.specs.items()}

@@ -43,6 +43,17 @@ _PROBES = 1024
 Blocks = list[torch.Tensor | PackedMatrix]
 
 
+class _Kind(NamedTuple):
+    """What of an ExpertMath shows in how its experts are prepared: layers have it in common.
+
+    is_plain: no biases, weights [out, in]. activation: None where torch does the gate.
+    """
+
+    has_gate: bool
+    is_plain: bool
+    activation: int | None
+
+
 class _Prepared(NamedTuple):
     """One expert as the compiled code reads it.
 
@@ -75,7 +86,7 @@ class Kernel(ExpertKernel):
         self.name = f"native ({self.instruction_set})"
         self._engine: Any = native.open(num_threads, self.instruction_set)
         self._reference = Reference()
-        self._activations: dict[ExpertMath, int | None] = {}
+        self._kinds: dict[int, tuple[ExpertMath, _Kind]] = {}  # by id of the first
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         expert = self._expert(math, views, x)
@@ -153,9 +164,9 @@ class Kernel(ExpertKernel):
 
     def _expert(self, math: ExpertMath, views: Views, x: torch.Tensor) -> _Prepared | None:
         """The expert for the compiled code; None where the reference computes these tokens."""
-        kept = views.prepared
-        if kept is None or kept[0] is not math or kept[1] is not x.dtype:
-            kept = views.prepared = (math, x.dtype, self._prepare(math, views, x.dtype))
+        kept, kind = views.prepared, self._kind_of(math)
+        if kept is None or kept[0] != kind or kept[1] is not x.dtype:
+            kept = views.prepared = (kind, x.dtype, self._prepare(kind, views, x.dtype))
         expert: _Prepared | None = kept[2]
         return expert if expert is not None and self._takes(expert, x) else None
 
@@ -185,37 +196,38 @@ class Kernel(ExpertKernel):
         found = [self.linear(describe(block), num_rows(block), x) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
-    def _prepare(self, math: ExpertMath, views: Views, dtype: torch.dtype) -> _Prepared | None:
-        first, last = views["gate_up_proj" if math.has_gate else "up_proj"], views["down_proj"]
+    def _prepare(self, kind: _Kind, views: Views, dtype: torch.dtype) -> _Prepared | None:
+        first, last = views["gate_up_proj" if kind.has_gate else "up_proj"], views["down_proj"]
         blocks = [*first, *last]
-        if math.has_bias or math.is_transposed or dtype not in TYPES:
+        if not kind.is_plain or dtype not in TYPES:
             return None
         if not all(_can_multiply(block, dtype) for block in blocks):
             return None
-        rows, cols = sum(map(num_rows, first)) // (2 if math.has_gate else 1), _cols(first[0])
+        rows, cols = sum(map(num_rows, first)) // (2 if kind.has_gate else 1), _cols(first[0])
         if set(map(_cols, first)) != {cols} or set(map(_cols, last)) != {rows}:
             return None  # the reference says what is wrong
         if sum(map(num_rows, last)) != cols:
             return None  # its results are not of the tokens' size
         is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
-        return _Prepared(self._whole(math, first, last, dtype), cols, is_grouped)
+        return _Prepared(_whole(kind, first, last, dtype), cols, is_grouped)
 
-    def _whole(
-        self, math: ExpertMath, first: Blocks, last: Blocks, dtype: torch.dtype
-    ) -> bytes | None:
-        """An expert that the compiled code can do in one call."""
-        gate, up = _gate_and_up(first) if math.has_gate else (NO_MATRIX, describe(first[0]))
-        activation = self._activation(math)
-        is_one = len(last) == 1 and (math.has_gate or len(first) == 1)
-        if gate is None or activation is None or not is_one:
-            return None
-        kind = _KIND.pack(TYPES[dtype], activation, math.has_gate)
-        return kind + gate + up + describe(last[0])
+    def _kind_of(self, math: ExpertMath) -> _Kind:
+        found = self._kinds.get(id(math))
+        if found is None:
+            is_plain = not math.has_bias and not math.is_transposed
+            activation = recognise(math) if is_plain else None
+            found = self._kinds[id(math)] = (math, _Kind(math.has_gate, is_plain, activation))
+        return found[1]
 
-    def _activation(self, math: ExpertMath) -> int | None:
-        if math not in self._activations:
-            self._activations[math] = recognise(math)
-        return self._activations[math]
+
+def _whole(kind: _Kind, first: Blocks, last: Blocks, dtype: torch.dtype) -> bytes | None:
+    """An expert that the compiled code can do in one call."""
+    gate, up = _gate_and_up(first) if kind.has_gate else (NO_MATRIX, describe(first[0]))
+    is_one = len(last) == 1 and (kind.has_gate or len(first) == 1)
+    if gate is None or kind.activation is None or not is_one:
+        return None
+    head = _KIND.pack(TYPES[dtype], kind.activation, kind.has_gate)
+    return head + gate + up + describe(last[0])
 
 
 def recognise(math: ExpertMath) -> int | None:

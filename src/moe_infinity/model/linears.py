@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,7 +29,7 @@ def speed_up(model: nn.Module, kernel: ExpertKernel) -> bool:
         if type(module) is not nn.Linear or packed_of(module) is not None:
             continue
         if _can(module.weight, module.bias):
-            compiled = _Linear(kernel, module)
+            compiled = _Linear(kernel, module, module.bias)
             module.forward = compiled.forward  # type: ignore[method-assign,assignment]
             found = True
     return found
@@ -80,31 +82,42 @@ def _can(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     return fits and weight.stride(1) == 1
 
 
+def product_of(kernel: ExpertKernel, module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """x [T, in] -> [T, out] by a module's weight, and its bias if it is one of outputs."""
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not isinstance(bias, torch.Tensor) or bias.shape != weight.shape[:1]:
+        bias = None
+    if isinstance(kernel, native.Kernel) and _can(weight, bias):
+        return _Linear(kernel, module, bias).forward
+    return lambda x: nn.functional.linear(x.to(weight.dtype), weight, bias)
+
+
 class _Linear:
     """One layer, for as long as its weights are those it had."""
 
-    def __init__(self, kernel: native.Kernel, module: nn.Linear) -> None:
+    def __init__(self, kernel: native.Kernel, module: Any, bias: torch.Tensor | None) -> None:
         self._kernel = kernel
         self._module = module
-        self._weight, self._bias = module.weight, module.bias
+        self._weight, self._bias = module.weight, bias
         self._rows, self._cols = module.weight.shape
         self._matrix = native.describe(module.weight.detach())
         self._address = module.weight.data_ptr()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self._fits(x):
-            return nn.functional.linear(x, self._module.weight, self._module.bias)
+            bias = self._module.bias if self._bias is not None else None
+            return nn.functional.linear(x.to(self._module.weight.dtype), self._module.weight, bias)
         tokens = x.reshape(-1, self._cols).contiguous()
         out = self._kernel.linear(self._matrix, self._rows, tokens, self._bias)
         return out.view(*x.shape[:-1], self._rows)
 
     def _fits(self, x: torch.Tensor) -> bool:
         module, weight = self._module, self._weight
-        if module.weight is not weight or module.bias is not self._bias:
+        if module.weight is not weight or getattr(module, "bias", None) is not self._bias:
             return False
         if x.dtype != weight.dtype or not x.is_cpu or x.shape[-1] != self._cols:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False
         few = 0 < x.numel() <= native.MOST_TOKENS * self._cols
-        return few and weight.data_ptr() == self._address
+        return bool(few and weight.data_ptr() == self._address)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
+from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.model.routers import RouterTaps, Wishes, as_recorded
 from moe_infinity.model.taps import Step
 from moe_infinity.predictors.base import Foresight, ForesightMode
@@ -43,6 +44,7 @@ class Observer:
     names: list[str]
     num_experts: list[int]
     hierarchy: Hierarchy
+    kernel: ExpertKernel
     wishes: Wishes
     wish: Foresight | None
     trace: TraceRecorder | None = None
@@ -60,7 +62,7 @@ class Observer:
         """Watch for this too from now on. Raises ConfigError if the model cannot tell."""
         self.wishes = self.wishes | wishes
         if self.wishes.needs_routers and self._taps is None:
-            self._taps = RouterTaps(self.model, self.names, self.num_experts)
+            self._taps = RouterTaps(self.model, self.names, self.num_experts, self.kernel)
         self._set_up()
 
     def drop(self, wishes: Wishes) -> None:

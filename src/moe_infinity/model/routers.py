@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from moe_infinity.errors import ConfigError
+from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.model.linears import product_of
 from moe_infinity.predictors.base import Foresight, ForesightMode
 
 _FURTHEST = 8  # layers that a residual look-ahead may reach
@@ -49,11 +51,14 @@ class RouterTaps:
     D: depth, E: experts.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], num_experts: list[int]) -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], num_experts: list[int], kernel: ExpertKernel
+    ) -> None:
         self._routers = [
             _router_beside(model, name, count)
             for name, count in zip(names, num_experts, strict=True)
         ]
+        self._products = [product_of(kernel, router) for router in self._routers]
         self._blocks = [block_around(model, name) for name in names]
         self._widest = max(num_experts)
         self._is_linear: list[bool | None] = [None] * len(names)  # None: it has not run yet
@@ -96,7 +101,8 @@ class RouterTaps:
 
     def see_input(self, layer: int, x: torch.Tensor) -> None:
         """The router's input [T, H] of a decode step: learn the mean change between layers."""
-        mean = x.float().mean(dim=0).numpy(force=True)
+        rows: NDArray[np.float32] = x.float().numpy(force=True)
+        mean = rows[0] if len(rows) == 1 else rows.mean(axis=0)
         self._inputs[layer] = mean
         for before in range(max(0, layer - _FURTHEST), layer):
             changes, source = self._changes.get(before), self._inputs[before]
@@ -146,7 +152,7 @@ class RouterTaps:
         router: Any = self._routers[layer]
         if self._is_linear[layer] is False:
             return _logits_of(router.forward(x), router)
-        return _product(router, x)
+        return self._products[layer](x)
 
     def _shown(
         self, mode: ForesightMode, layer: int, x: torch.Tensor, reach: int, depth: int
@@ -181,7 +187,7 @@ class RouterTaps:
             self._input = shown.reshape(-1, shown.shape[-1])
             self._logits = _logits_of(output, router)
             if self._is_linear[layer] is None:  # is one product all there is to its logits?
-                difference = _product(router, self._input).float() - self._logits.float()
+                difference = self._products[layer](self._input).float() - self._logits.float()
                 sane = torch.nan_to_num(difference, 0.0, 0.0, 0.0).abs().max()
                 size = torch.nan_to_num(self._logits.float(), 0.0, 0.0, 0.0).abs().max()
                 self._is_linear[layer] = bool(sane <= 0.02 * (1 + size))
@@ -253,14 +259,6 @@ def block_around(model: nn.Module, name: str) -> nn.Module:
             return model.get_submodule(name)
         name = parent
     return model
-
-
-def _product(router: Any, x: torch.Tensor) -> torch.Tensor:
-    bias = getattr(router, "bias", None)
-    fits = isinstance(bias, torch.Tensor) and bias.shape == router.weight.shape[:1]
-    weight: torch.Tensor = router.weight
-    logits = torch.nn.functional.linear(x.to(weight.dtype), weight, bias if fits else None)
-    return logits
 
 
 def _logits_of(output: Any, router: Any) -> torch.Tensor:

@@ -179,9 +179,19 @@ class Residency:
 
     def prefetch(self, keys: Iterable[ExpertKey], layer: int) -> list[Load]:
         """Begin loads of keys a predictor asked for, as far as a ring's worth of slots goes."""
-        return self._begin_ahead(
-            keys, lambda key: self.room.by_policy(key, layer, spare_ahead=True)
-        )
+        chosen: dict[int, deque[ExpertKey]] = {}  # by size class: all at once, for it costs
+
+        def find_room(key: ExpertKey) -> Room | None:
+            size_class = self.directory.class_of(key)
+            if self.directory.num_free(size_class):
+                return Room(None)
+            if size_class not in chosen:
+                most = self.room.ring_slots[size_class]
+                chosen[size_class] = self.room.victims(size_class, most, layer, spare_ahead=True)
+            victims = chosen[size_class]
+            return Room(victims.popleft()) if victims else None
+
+        return self._begin_ahead(keys, find_room)
 
     def _begin_ahead(
         self, keys: Iterable[ExpertKey], find_room: Callable[[ExpertKey], Room | None]
