@@ -190,7 +190,7 @@ def _without_room(moe: MoE) -> Any:
     """The plan with room for 30 tokens' activations, one position's logits, and no more."""
     from dataclasses import replace
 
-    room = workspace_bytes(moe.model.config, 30, 1, moe.model.dtype, pass_tokens=30) + 96 * 4
+    room = workspace_bytes(moe.model, 30, 1, moe.model.dtype, pass_tokens=30) + 96 * 4
     used = moe.plan.used_bytes - moe.plan.workspace_bytes
     return replace(moe.plan, workspace_bytes=room, budget_bytes=used + room)
 

@@ -10,12 +10,22 @@ import pytest
 
 from moe_infinity import MoE, bundled_model_path, planning
 from moe_infinity.assembly import open_checkpoint
+from moe_infinity.checkpoint.packing import pack
 from moe_infinity.config import EngineConfig, format_bytes
 from moe_infinity.errors import BudgetError
-from moe_infinity.forecast import decode_s, expected_hit_rate, forecast, verdict
+from moe_infinity.forecast import (
+    decode_s,
+    expected_hit_rate,
+    forecast,
+    forms,
+    recommended,
+    shrunk,
+    verdict,
+)
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, examine
 from moe_infinity.planning import Plan, make_plan
+from moe_infinity.preparation import packing_job
 from support.checkpoints import tiny_checkpoint
 
 SPEEDS = Bandwidths(disk_gbps=2.0, memory_gbps=20.0, matvec_gbps=10.0)
@@ -232,3 +242,39 @@ class TestForecast:
     def test_the_verdict_is_plain(self, bundled: Anatomy, num_slots: int, words: str) -> None:
         made = plan(bundled, ram_slots=num_slots)
         assert words in verdict(made, forecast(made, 0.01, SPEEDS))
+
+
+class TestForms:
+    def made(self, bundled: Anatomy) -> Plan:
+        """A tenth of the experts fit."""
+        made = plan(bundled, ram_slots=26, max_context=256)
+        return dataclasses.replace(made, budget_bytes=made.used_bytes)
+
+    def test_smaller_forms_keep_more(self, bundled: Anatomy) -> None:
+        made = self.made(bundled)
+        found = forms(made, 16, 0.01, SPEEDS)
+        assert [form.experts for form in found] == ["exact12", "int8", "int4"]
+        shares = [made.share_resident, *(form.share_resident for form in found)]
+        rates = [forecast(made, 0.01, SPEEDS).tokens_per_s, *(form.tokens_per_s for form in found)]
+        assert shares == sorted(shares) and rates == sorted(rates)
+        assert shares[1] == pytest.approx(shares[0] * 16 / 12, rel=0.05)
+        assert [form.experts for form in forms(made, 32, 0.01, SPEEDS)] == ["int8", "int4"]
+
+    def test_they_are_what_packing_brings(self, bundled: Anatomy, tmp_path: Path) -> None:
+        made = self.made(bundled)
+        job = packing_job(bundled_model_path(), tmp_path / "packed", "int4", "int4")
+        pack(job)
+        job.source.close()
+        real, guess = plan(anatomy_of(tmp_path / "packed")), shrunk(made, 4.5 / 16, 4.5 / 16)
+        assert guess.bytes_per_token == pytest.approx(real.bytes_per_token, rel=0.02)
+        assert guess.slot_bytes[0] == pytest.approx(real.slot_bytes[0], rel=0.1)  # whole pages
+        assert guess.dense_bytes < real.dense_bytes < made.dense_bytes  # 8 bits at the end
+
+    def test_the_most_exact_that_fits_well_is_recommended(self, bundled: Anatomy) -> None:
+        def choice(num_slots: int) -> str | None:
+            made = plan(bundled, ram_slots=num_slots)
+            made = dataclasses.replace(made, budget_bytes=made.used_bytes)
+            found = recommended(forecast(made, 0.01, SPEEDS), forms(made, 16, 0.01, SPEEDS))
+            return found.experts if found else None
+
+        assert [choice(n) for n in (256, 55, 40, 5)] == [None, "exact12", "int8", "int4"]

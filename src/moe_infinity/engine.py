@@ -257,8 +257,7 @@ class MoE:
 
     def _require_room(self, ids: torch.Tensor, num_logits: int) -> None:
         rows, length = ids.shape
-        config = self.model.config
-        needed = workspace_bytes(config, length, rows, self.model.dtype, pass_tokens=length)
+        needed = workspace_bytes(self.model, length, rows, self.model.dtype, pass_tokens=length)
         needed += num_logits * self._vocab_size * 4
         self.plan.require_room(needed, f"{rows} x {length} tokens in one pass")
 

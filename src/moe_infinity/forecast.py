@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from moe_infinity.machine import Bandwidths
 from moe_infinity.planning import Plan
@@ -17,6 +19,8 @@ _TOKEN_OVERHEAD_S = 1e-3
 _LAYER_OVERHEAD_S = {True: 0.5e-3, False: 1.4e-3}
 # A layer's residents are multiplied while its misses are read: this much of the shorter is hidden.
 _OVERLAP = 0.5
+_FITS_WELL = 0.8  # hit rate from which the disk is not what decides
+_BITS = {"exact12": 12.0, "int8": 8.5, "int4": 4.5}  # per weight
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,53 @@ def forecast(
     return Forecast(low, typical, rate(min(low, typical)), rate(typical), rate(1.0), bandwidths)
 
 
+class Form(NamedTuple):
+    """What a packed form of the same model would do within the same budget."""
+
+    experts: str  # as pack's options name it; for int8 and int4 of the dense layers too
+    share_resident: float
+    hit_rate: float
+    tokens_per_s: float
+    is_lossless: bool
+
+
+def forms(plan: Plan, bits: int, other_s: float, bandwidths: Bandwidths) -> list[Form]:
+    """Packed forms of a model whose weights have so many bits now, the most exact first."""
+    found = []
+    for name, fewer in _BITS.items():
+        is_lossless = name == "exact12"
+        if fewer < bits and (not is_lossless or bits == 16):
+            smaller = shrunk(plan, fewer / bits, 1.0 if is_lossless else fewer / bits)
+            at = forecast(smaller, other_s, bandwidths)
+            found.append(
+                Form(name, smaller.share_resident, at.hit_rate, at.tokens_per_s, is_lossless)
+            )
+    return found
+
+
+def recommended(expected: Forecast, choices: Sequence[Form]) -> Form | None:
+    """The most exact form that fits well, else the smallest; None: the model as it is."""
+    if expected.hit_rate >= _FITS_WELL or not choices:
+        return None
+    return next((form for form in choices if form.hit_rate >= _FITS_WELL), choices[-1])
+
+
+def shrunk(plan: Plan, experts: float, dense: float) -> Plan:
+    """The plan with experts and dense products of a share of their size."""
+    saved = round(plan.dense_read_bytes * (1 - dense))
+    slot_bytes = round(max(plan.slot_bytes) * experts)
+    room = max(0, plan.budget_bytes - plan.fixed_bytes + saved)
+    return replace(
+        plan,
+        dense_bytes=plan.dense_bytes - saved,
+        dense_read_bytes=plan.dense_read_bytes - saved,
+        slots_per_class=(min(plan.experts_total, room // slot_bytes),),
+        slot_bytes=(slot_bytes,),
+        bytes_per_token=round(plan.bytes_per_token * experts),
+        read_bytes_per_token=round(plan.read_bytes_per_token * experts),
+    )
+
+
 def verdict(plan: Plan, expected: Forecast) -> str:
     """One or two plain sentences: does it fit, will it be slow, what would help."""
     if plan.num_slots >= plan.experts_total:
@@ -84,7 +135,7 @@ def verdict(plan: Plan, expected: Forecast) -> str:
             f"{plan.num_slots} fit: nearly every layer waits for the disk; a budget of "
             f"{needed / 1024**3:.2f} GiB would hold one token's working set"
         )
-    if expected.hit_rate < 0.8:
+    if expected.hit_rate < _FITS_WELL:
         return (
             f"will be limited by the disk: about {1 - expected.hit_rate:.0%} of the experts have "
             f"to be read for each token; more memory helps most"

@@ -146,7 +146,7 @@ class _Needs:
         return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
 
     def workspace_bytes(self, context: int) -> int:
-        return workspace_bytes(self._anatomy.config, context, self._rows, self._anatomy.dtype)
+        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
 
     def total(self, context: int) -> int:
         growing = self.kv_bytes(context) + self.workspace_bytes(context)

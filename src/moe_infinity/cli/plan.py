@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,7 +59,7 @@ def _report(
     measure_here: bool,
 ) -> dict[str, Any]:
     from moe_infinity.assembly import open_checkpoint
-    from moe_infinity.forecast import forecast, overhead_s, verdict
+    from moe_infinity.forecast import forecast, forms, overhead_s, recommended, verdict
     from moe_infinity.kernels import native
     from moe_infinity.machine import (
         Bandwidths,
@@ -72,6 +73,7 @@ def _report(
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         anatomy = examine(checkpoint, config.dtype)
+        is_packed = checkpoint.packed_specs is not None
         files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
     made = make_plan(anatomy, config)
     read_bytes = next(iter(anatomy.specs.values())).read_bytes
@@ -83,6 +85,10 @@ def _report(
     is_compiled = native.native is not None and look_usual(anatomy)
     other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
     expected = forecast(made, other_s, speeds, hit_rate)
+    spec = next(iter(anatomy.specs.values()))
+    bits = 8 * spec.weight_bytes // sum(math.prod(part.shape) for part in spec.parts)
+    choices = [] if is_packed else forms(made, bits, other_s, speeds)
+    better = recommended(expected, choices)
     return {
         **dataclasses.asdict(made),
         "slots": made.num_slots,
@@ -95,6 +101,8 @@ def _report(
         "arithmetic": made.arithmetic(),
         "verdict": verdict(made, expected),
         "forecast": dataclasses.asdict(expected),
+        "packed": [form._asdict() for form in choices],
+        "recommended": better.experts if better else None,
     }
 
 
@@ -121,8 +129,24 @@ def _print(name: str, report: dict[str, Any]) -> None:
         f"routing is random ({speed['hit_rate_low']:.0%}), {speed['tokens_per_s_high']:.1f} "
         f"once all hit"
     )
+    _print_forms(report)
     bandwidths = speed["bandwidths"]
     print(
         f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, expert products "
         f"{bandwidths['matvec_gbps']:.1f} GB/s"
     )
+
+
+def _print_forms(report: dict[str, Any]) -> None:
+    if not report["packed"]:
+        return
+    print("packed (moe-infinity pack), within the same budget:")
+    for form in report["packed"]:
+        options = f"--experts {form['experts']}"
+        options += "" if form["is_lossless"] else f" --dense {form['experts']}"
+        note = "no bit changed" if form["is_lossless"] else "weights changed"
+        mark = "  <- recommended" if form["experts"] == report["recommended"] else ""
+        print(
+            f"  {options:<30} {form['share_resident']:>5.0%} of the experts fit, about "
+            f"{form['tokens_per_s']:.1f} tokens/s, {note}{mark}"
+        )

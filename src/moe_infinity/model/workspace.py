@@ -1,10 +1,11 @@
-"""Memory a forward pass needs beside weights and KV cache, from the config alone."""
+"""Memory a forward pass needs beside weights and KV cache, from the model's shapes alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import nn
 
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.model.config_values import first_number
@@ -15,7 +16,7 @@ _EAGER_ATTENTION_COPIES = 7
 
 
 def workspace_bytes(
-    config: Any,
+    model: Any,
     context: int,
     rows: int,
     dtype: torch.dtype,
@@ -23,25 +24,17 @@ def workspace_bytes(
 ) -> int:
     """Activations of one pass of up to ``pass_tokens`` a row, masks and one row of logits.
 
-    An encoder takes its whole context in one pass. Attention that is not the fused one holds
-    scores of every token with every other.
+    model: may be on the meta device. An encoder takes its whole context in one pass. Attention
+    that is not the fused one holds scores of every token with every other.
     """
+    config = model.config
     text = config.get_text_config()
     item = dtype.itemsize
     tokens = min(pass_tokens, context) * rows
     hidden = first_number(text, "hidden_size", "d_model") or 1
     heads = first_number(text, "num_attention_heads", "num_heads") or 1
     head_dim = first_number(text, "head_dim", "v_head_dim", "d_kv") or hidden // heads
-    inner = max(
-        first_number(text, name) or 0
-        for name in (
-            "intermediate_size",
-            "moe_intermediate_size",
-            "shared_expert_intermediate_size",
-            "d_ff",
-            "encoder_ffn_dim",
-        )
-    )
+    inner = _inner_size(model, text)
     top_k = first_number(text, "num_experts_per_tok") or 8
     per_token = item * (8 * hidden + 4 * heads * head_dim + 3 * inner + (top_k + 3) * hidden)
     mask = tokens * context * (1 + item) if context > PREFILL_CHUNK_TOKENS or rows > 1 else 0
@@ -51,3 +44,14 @@ def workspace_bytes(
         mask = _EAGER_ATTENTION_COPIES * tokens * heads * context * item
     logits = rows * (first_number(text, "vocab_size") or 1) * 4 * 4
     return tokens * per_token + mask + logits
+
+
+def _inner_size(model: Any, text: Any) -> int:
+    """The widest layer inside an expert or another feed-forward part. Configs name the size of
+    dense ones even where there are none."""
+    names = ["moe_intermediate_size", "shared_expert_intermediate_size", "d_ff", "encoder_ffn_dim"]
+    dense = first_number(text, "intermediate_size")
+    widths = {m.out_features for m in model.modules() if isinstance(m, nn.Linear)}
+    if dense in widths or first_number(text, "moe_intermediate_size") is None:
+        names.append("intermediate_size")
+    return max(first_number(text, name) or 0 for name in names)
