@@ -15,6 +15,7 @@ from moe_infinity.checkpoint.pack_job import DenseTensor, Job
 from moe_infinity.errors import ConfigError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import can_pack
+from moe_infinity.model.direct_use import weights_read_directly
 from moe_infinity.model.loading import Anatomy, examine, naming
 from moe_infinity.model.routers import is_router
 
@@ -67,38 +68,53 @@ def _job(source: Checkpoint, target: Path, experts_format: str, dense_format: st
 
 
 def _dense(anatomy: Anatomy, dense_format: str) -> Iterator[DenseTensor]:
-    """Every tensor beside the experts; linear layers coded, where that was asked for. Of weights
-    that serve as embeddings too, a coded copy gives the logits."""
+    """Every tensor beside the experts; linear layers coded, where that was asked for. Of a weight
+    that serves as embeddings too, a coded copy gives the logits."""
     formats = DENSE_FORMATS[dense_format]
     if formats is None:
         yield from (DenseTensor(entry.name, entry) for entry in anatomy.dense)
         return
     layer_format, head_format = formats
-    head = _head_of(anatomy.meta)
-    linears = dict(_linears(anatomy))
-    own = dict(anatomy.meta.named_parameters())
+    head, linears = _head_of(anatomy.meta), dict(_linears(anatomy))
+    own = {id(p): name for name, p in anatomy.meta.named_parameters()}
+    every = dict(anatomy.meta.named_parameters(remove_duplicate=False))
     rule = naming(anatomy.meta, anatomy.adapter)
+    shared: set[str] = set()
     for entry in anatomy.dense:
         named = rule(entry.name)
-        module = linears.get(named.parameter)
+        name = own.get(id(every.get(named.parameter)), "")  # a shared weight's first one
         shape = entry.shape if entry.format in DTYPES and named.converter is None else ()
-        if module is not None and module.weight.shape == shape:
-            form = head_format if named.parameter == head else layer_format
-            yield DenseTensor(named.parameter, entry, form)
-            continue
-        yield DenseTensor(entry.name, entry)
-        is_shared = head in linears and own.get(named.parameter) is linears[head].weight
-        if is_shared and linears[head].weight.shape == shape:
-            yield DenseTensor(head, entry, head_format)
+        if head in linears and name and name != head and every[head] is every[name]:
+            if name not in shared and linears[head].weight.shape == shape:
+                yield DenseTensor(name, entry)
+                yield DenseTensor(head, entry, head_format)
+                shared.add(name)
+            elif name not in shared:
+                yield DenseTensor(entry.name, entry)
+        elif name in linears and linears[name].weight.shape == shape:
+            yield DenseTensor(name, entry, head_format if name == head else layer_format)
+        else:
+            yield DenseTensor(entry.name, entry)
 
 
 def _linears(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
-    """Linear layers that can be coded and are worth it, by the name of their weight."""
+    """Linear layers that can be coded and are worth it, by the name of their weight.
+
+    Raises UnsupportedModelError for a model of which it cannot be told.
+    """
     counts = {each.num_experts for each in anatomy.experts}
+    touched = weights_read_directly(anatomy.meta)
+    if touched is None:
+        raise UnsupportedModelError(
+            f"model type {anatomy.config.model_type!r}: cannot tell which linear layers it reads "
+            f"by itself, expected one that runs on shapes alone; pack it with --dense bf16"
+        )
     for name, module in anatomy.meta.named_modules():
         if type(module) is not nn.Linear or is_router(name, module, counts):
             continue
         rows, cols = module.weight.shape
+        if f"{name}.weight" in touched:
+            continue
         if rows >= _FEWEST_ROWS and can_pack("Q8_0", (rows, cols)):
             yield f"{name}.weight", module
 

@@ -64,7 +64,7 @@ class Wiring:
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         layers = self._attach(modules, maths)
-        if isinstance(routing, KeepRouting):
+        if type(routing) is KeepRouting:
             speed_up_blocks(model, self.kernel, layers, modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)

@@ -2,22 +2,25 @@
 that they are never in memory unpacked."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.checkpoint.pack_format import DENSE, HEADER, Pack, _framed
 from moe_infinity.checkpoint.packing import pack
+from moe_infinity.errors import UnsupportedModelError
 from moe_infinity.kernels import native
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.blocks import CompiledBlock
+from moe_infinity.model.direct_use import _watched
 from moe_infinity.preparation import packing_job
-from support.checkpoints import tiny_checkpoint
+from support.checkpoints import tiny_checkpoint, weights
 from support.command_line import refused, run
 from support.families import family, save_tiny, tiny_input_ids
 
@@ -146,6 +149,82 @@ def test_folders_of_the_first_version_are_read(tmp_path: Path) -> None:
     (folder / HEADER).write_bytes(_framed(json.dumps(raw).encode()))
     with opened(folder) as moe, opened(source) as plain:
         assert torch.equal(logits(moe), logits(plain))
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    raw = json.loads((folder / HEADER).read_bytes())["pack"]
+    change(raw["packed_dense"])
+    (folder / HEADER).write_bytes(_framed(json.dumps(raw).encode()))
+
+
+HEAD = "lm_head.weight"
+LIES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "an unknown form": lambda dense: dense.update({HEAD: ["Q9", 96, 32]}),
+    "a form for experts": lambda dense: dense.update({HEAD: ["EXACT12", 96, 32]}),
+    "another form": lambda dense: dense.update({HEAD: ["Q4_0", 96, 32]}),
+    "a number less": lambda dense: dense.update({HEAD: ["Q8_0", 96]}),
+    "more rows": lambda dense: dense.update({HEAD: ["Q8_0", 192, 32]}),
+    "another shape": lambda dense: dense.update({HEAD: ["Q8_0", 48, 64]}),
+    "a tensor that is not there": lambda dense: dense.update({"x.weight": ["Q8_0", 96, 32]}),
+    "a plain tensor": lambda dense: dense.update({"model.norm.weight": ["Q8_0", 1, 32]}),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_headers_that_lie_are_refused(tmp_path: Path, lie: str) -> None:
+    source = tiny_checkpoint(tmp_path / "source", torch.bfloat16)
+    folder = packed(source, tmp_path / "packed", "int8")
+    rewritten(folder, LIES[lie])
+    assert "pack" in refused("run", folder, "--ids", "1,2", "--ram", "8GiB")
+
+
+@pytest.mark.parametrize("stored", ["both", "head only", "embeddings only"])
+def test_shared_weights_however_they_are_stored(tmp_path: Path, stored: str) -> None:
+    changes = {"tie_word_embeddings": True, "initializer_range": 0.2}
+    source = tiny_checkpoint(tmp_path / "source", torch.bfloat16, **changes)
+    tensors = load_file(weights(source))
+    shared = tensors.pop("model.embed_tokens.weight")
+    if stored != "head only":
+        tensors["model.embed_tokens.weight"] = shared
+    if stored != "embeddings only":
+        tensors["lm_head.weight"] = shared.clone()
+    save_file(tensors, weights(source), metadata={"format": "pt"})
+    folder = packed(source, tmp_path / "packed", "int8")
+    with opened(source) as plain, opened(folder) as moe:
+        errors = (logits(moe) - logits(plain)).abs().amax(dim=1)
+        assert errors.median() <= 0.05 * logits(plain).abs().max()
+
+
+def test_a_weight_that_is_read_past_its_layer_is_left_alone(tmp_path: Path) -> None:
+    """Jamba multiplies by dt_proj's weight itself."""
+    save_tiny(family("jamba"), tmp_path / "source", torch.bfloat16)
+    try:
+        folder = packed(tmp_path / "source", tmp_path / "packed", "int8")
+    except UnsupportedModelError as error:
+        assert "--dense bf16" in str(error)
+        return
+    assert not any("dt_proj" in name for name in Pack.read(folder).packed_dense)
+    with opened(folder) as moe:
+        assert logits(moe).isfinite().all()
+
+
+def test_directly_read_weights_are_found() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.called, self.read = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, **_: Any) -> None:
+            x = self.called(torch.empty(1, 4, device="meta"))
+            assert self.called.weight.dtype == torch.float32  # asking is not reading
+            self.read.weight @ x.T
+
+    model = Model().to("meta")
+    touched: set[str] = set()
+    with _watched(model, touched.add):
+        model()
+    assert touched == {"read.weight"}
+    assert isinstance(model.read.weight, nn.Parameter) and "forward" not in model.read.__dict__
 
 
 def test_command_line(tmp_path: Path) -> None:

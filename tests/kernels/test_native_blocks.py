@@ -183,6 +183,33 @@ def test_of_equally_likely_experts_the_first_are_chosen(kernel: native.Kernel) -
     assert choice.weights.tolist() == [[0.25] * 4]
 
 
+def wide(spec: BlockSpec, name: str) -> BlockSpec:
+    weight = getattr(spec, name).weight
+    return spec._replace(**{name: Linear(torch.cat([weight, weight]))})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(lambda spec, name=name: wide(spec, name) for name in "qkvo"),
+        lambda spec: spec._replace(head_dim=0),
+        lambda spec: spec._replace(head_dim=48),
+        lambda spec: spec._replace(rotary_dim=32),
+        lambda spec: spec._replace(rotary_dim=7),
+        lambda spec: spec._replace(after=Norm(spec.after.weight[:5], 1e-5)),
+        lambda spec: spec._replace(q_norm=Norm(spec.after.weight[:5], 1e-5)),
+        lambda spec: spec._replace(router=Router(spec.q.weight, 65, True, True)),
+        lambda spec: spec._replace(router=Router(spec.q.weight[:, :5], 2, True, True)),
+        lambda spec: spec._replace(q=Linear(spec.q.weight, spec.q.weight[0, :5])),
+    ],
+)
+def test_sizes_that_do_not_fit_together_never_reach_the_compiled_code(change) -> None:
+    spec = make_spec(SHAPES[0], torch.bfloat16)
+    spec.require_sizes()
+    with pytest.raises(ValueError, match="sizes do not fit together"):
+        change(spec).pack()
+
+
 def test_a_broken_token_shows(kernel: native.Kernel) -> None:
     spec = make_spec(SHAPES[0], torch.bfloat16, Router(random(9, 64).bfloat16(), 4, True, True))
     x, *rest = make_token(spec, 3)
@@ -191,6 +218,7 @@ def test_a_broken_token_shows(kernel: native.Kernel) -> None:
     h, _ = attend(kernel, spec, (x, *rest), 3, choice)
     assert h.isnan().any() and choice.weights.isnan().all()
     assert ((choice.ids >= 0) & (choice.ids < 9)).all()
+    assert len(set(choice.ids[0].tolist())) == 4
 
 
 @pytest.mark.parametrize("rounds", [True, False])

@@ -1,12 +1,15 @@
 """Decoder blocks by compiled code: which ones, that they say the same, and when it lets go."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from moe_infinity import MoE
 from moe_infinity.kernels import native
@@ -47,10 +50,10 @@ def words(moe: MoE, ids: torch.Tensor | None = None) -> torch.Tensor:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Up to bf16's rounding, of most tokens: of two next to equally likely experts now and then the
-    other one is chosen."""
-    errors = (found - expected).abs().amax(dim=1)
-    assert errors.median() <= 0.02 * expected.abs().max(), errors
+    """Up to bf16's rounding. Of two next to equally likely experts now and then the other one is
+    chosen: two tokens of decode may be off."""
+    errors = (found - expected)[1:].abs().amax(dim=1).sort().values
+    assert errors[-3] <= 0.02 * expected.abs().max(), errors
 
 
 @pytest.mark.parametrize("name", [*WHOLE, *WITHOUT_ROUTER, *OTHERS])
@@ -123,10 +126,69 @@ def test_a_replaced_part_counts(moe: MoE) -> None:
 
 
 def test_a_changed_weight_counts(moe: MoE) -> None:
+    words(moe)
     norm = moe.model.model.layers[0].post_attention_layernorm
-    before = words(moe)
     norm.weight.data = torch.zeros_like(norm.weight)
-    assert not torch.equal(words(moe), before)
+    words(moe)
+    assert [block.num_calls for block in blocks_of(moe)] == [5, 10, 10]
+    norm.weight.data = torch.ones_like(norm.weight)  # in other memory
+
+
+def flip_sums(layer: Any) -> None:
+    layer.mlp.gate.norm_topk_prob = not layer.mlp.gate.norm_topk_prob
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "scaling": lambda layer: setattr(layer.self_attn, "scaling", 3.0),
+    "eps": lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.5),
+    "top_k": lambda layer: setattr(layer.mlp.gate, "top_k", 1),
+    "sums": lambda layer: setattr(
+        layer.mlp.gate, "norm_topk_prob", not layer.mlp.gate.norm_topk_prob
+    ),
+    "training": lambda layer: layer.self_attn.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_setting_counts(small: Path, change: str) -> None:
+    with opened(small) as fast, opened(small, kernel="torch") as plain:
+        for moe in (fast, plain):
+            CHANGES[change](moe.model.model.layers[1])
+        assert_close(words(fast), words(plain))
+        assert [block.num_calls for block in blocks_of(fast)] == [5, 0, 5]
+
+
+def test_another_attention_function_is_called(moe: MoE) -> None:
+    called: list[int] = []
+
+    def attend(module: Any, *args: Any, **kwargs: Any) -> Any:
+        called.append(module.layer_idx)
+        return sdpa_attention_forward(module, *args, **kwargs)
+
+    AttentionInterface.register("counted", attend)
+    moe.model.set_attn_implementation("counted")
+    words(moe)
+    assert called == [0, 1, 2] * NUM_NEW
+
+
+def test_hooks_on_all_modules_are_called(moe: MoE) -> None:
+    seen: list[str] = []
+    handle = register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    words(moe)
+    handle.remove()
+    assert seen.count("Qwen3MoeAttention") == 3 * NUM_NEW
+
+
+def test_what_a_module_was_shown_can_be_kept(tmp_path: Path) -> None:
+    save_tiny(family("qwen2_moe"), tmp_path, torch.bfloat16)
+    with opened(tmp_path) as moe:
+        shown: list[torch.Tensor] = []
+        moe.model.model.layers[0].mlp.register_forward_hook(
+            lambda module, args, output: shown.append(args[0])
+        )
+        words(moe)
+        decode = torch.cat([x.reshape(1, -1) for x in shown[1:]])
+        assert len(decode.unique(dim=0)) == NUM_NEW - 1
 
 
 def test_hooks_are_called(moe: MoE) -> None:
@@ -167,6 +229,8 @@ def test_router_logits_can_be_asked_for(moe: MoE) -> None:
         moe(ids[:, :4], past_key_values=cache)
         said = moe(ids[:, 4:], past_key_values=cache, output_router_logits=True)
     assert len(said.router_logits) == 3
+    words(moe)  # the library's hooks stay, but nobody collects any more
+    assert all(block.num_calls == NUM_NEW - 1 for block in blocks_of(moe))
 
 
 def test_a_config_left_from_training_does_not_slow_generation(tmp_path: Path) -> None:

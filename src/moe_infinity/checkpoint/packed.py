@@ -24,6 +24,7 @@ from moe_infinity.checkpoint.pack_format import (
 )
 from moe_infinity.checkpoint.safetensors import read_header, read_through
 from moe_infinity.errors import CorruptCheckpointError
+from moe_infinity.kernels.packed import can_pack, row_bytes
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
 
@@ -50,11 +51,11 @@ class PackedCheckpoint(Checkpoint):
             ]
             self._require_size()
             self.tensors = {entry.name: entry for entry in self._dense_entries()}
+            self.packed_dense = self._packed_dense()
             undo.pop_all()
         self.packed_specs = {each.key: each.spec() for each in self.pack.experts}
         for each in self.pack.experts:
             each.parts.clear()  # the specs have them, and there may be tens of thousands
-        self.packed_dense = {n: PackedShape(*each) for n, each in self.pack.packed_dense.items()}
         formats = {"experts": self.pack.experts_format, "dense": self.pack.dense_format}
         self.lossy = tuple(f"{what} {name}" for what, name in formats.items() if name in LOSSY)
         self._scratch = threading.local()
@@ -118,6 +119,23 @@ class PackedCheckpoint(Checkpoint):
                 f"{self.files[0]}: got {got} bytes, expected {end}; it is incomplete: pack the "
                 f"model again"
             )
+
+    def _packed_dense(self) -> dict[str, PackedShape]:
+        """What is said of coded tensors is true of them: they are computed as they lie."""
+        found = {}
+        for name, each in self.pack.packed_dense.items():
+            entry = self.tensors.get(name)
+            is_known = len(each) == 3 and each[0] in ("Q8_0", "Q4_0")
+            form, rows, cols = each if is_known else ("", 0, 0)
+            sound = is_known and entry is not None and entry.format == "U8"
+            sound = sound and rows > 0 and cols > 0 and can_pack(form, (rows, cols))
+            if not sound or self.tensors[name].num_bytes != rows * row_bytes(form, cols):
+                raise CorruptCheckpointError(
+                    f"{self.path / HEADER}: got {each} for tensor {name!r}, expected form, rows, "
+                    f"columns as they are stored; pack again"
+                )
+            found[name] = PackedShape(form, rows, cols)
+        return found
 
     def _dense_entries(self) -> list[TensorEntry]:
         entries = read_header(self.files[1], 1)

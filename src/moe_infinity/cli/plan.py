@@ -85,10 +85,17 @@ def _report(
     is_compiled = native.native is not None and look_usual(anatomy)
     other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
     expected = forecast(made, other_s, speeds, hit_rate)
-    spec = next(iter(anatomy.specs.values()))
-    bits = 8 * spec.weight_bytes // sum(math.prod(part.shape) for part in spec.parts)
-    choices = [] if is_packed else forms(made, bits, other_s, speeds)
+    choices = [] if is_packed else forms(made, _bits_of(anatomy), other_s, speeds)
     better = recommended(expected, choices)
+    return _facts(made, anatomy) | {
+        "verdict": verdict(made, expected),
+        "forecast": dataclasses.asdict(expected),
+        "packed": [form._asdict() for form in choices],
+        "recommended": better.experts if better else None,
+    }
+
+
+def _facts(made: Any, anatomy: Any) -> dict[str, Any]:
     return {
         **dataclasses.asdict(made),
         "slots": made.num_slots,
@@ -99,11 +106,13 @@ def _report(
         "num_layers": anatomy.shape.num_layers,
         "top_k": anatomy.shape.top_k,
         "arithmetic": made.arithmetic(),
-        "verdict": verdict(made, expected),
-        "forecast": dataclasses.asdict(expected),
-        "packed": [form._asdict() for form in choices],
-        "recommended": better.experts if better else None,
     }
+
+
+def _bits_of(anatomy: Any) -> int:
+    """Of one expert weight as it is stored."""
+    spec = next(iter(anatomy.specs.values()))
+    return int(8 * spec.weight_bytes // sum(math.prod(part.shape) for part in spec.parts))
 
 
 def _print(name: str, report: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe, num_rows
+from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe, num_cols, num_rows
 from moe_infinity.kernels.packed import PackedMatrix
 
 _BIASES = struct.Struct("<4Q")
@@ -67,7 +67,33 @@ class BlockSpec(NamedTuple):
     def num_kv_heads(self) -> int:
         return num_rows(self.k.weight) // self.head_dim
 
+    def require_sizes(self) -> None:
+        """Raise ValueError for sizes that do not fit together: the compiled code trusts them."""
+        (q, k, v, o), hidden = _sizes_of(self), self.before.weight.numel()
+        dim, router = self.head_dim, self.router
+        sound = (
+            dim > 0
+            and k[0] > 0
+            and q[0] % dim == k[0] % dim == 0
+            and (q[0] // dim) % (k[0] // dim) == 0
+            and v == k
+            and q[1] == k[1] == hidden
+            and o == (hidden, q[0])
+            and 0 < self.rotary_dim <= dim
+            and self.rotary_dim % 2 == 0
+            and self.after.weight.numel() == hidden
+            and (self.q_norm is None or self.q_norm.weight.numel() in (dim, q[0]))
+            and (self.k_norm is None or self.k_norm.weight.numel() in (dim, k[0]))
+            and (router is None or 0 < router.top_k <= router.weight.shape[0])
+            and (router is None or router.weight.shape[1] == hidden)
+        )
+        for linear, size in zip((self.q, self.k, self.v, self.o), (q, k, v, o), strict=True):
+            sound = sound and (linear.bias is None or linear.bias.numel() == size[0])
+        if not sound:
+            raise ValueError(f"got a block whose sizes do not fit together: {q}, {k}, {v}, {o}")
+
     def pack(self) -> bytes:
+        self.require_sizes()
         linears, router = (self.q, self.k, self.v, self.o), self.router
         matrices = [describe(each.weight) for each in linears]
         matrices.append(NO_MATRIX if router is None else describe(router.weight))
@@ -85,6 +111,12 @@ class BlockSpec(NamedTuple):
             0,
         )
         return b"".join((*matrices, biases, *norms, rest))
+
+
+def _sizes_of(block: BlockSpec) -> list[tuple[int, int]]:
+    """[out, in] of q, k, v and o."""
+    weights = (block.q.weight, block.k.weight, block.v.weight, block.o.weight)
+    return [(num_rows(weight), num_cols(weight)) for weight in weights]
 
 
 class Choice:

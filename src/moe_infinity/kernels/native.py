@@ -203,8 +203,8 @@ class Kernel(ExpertKernel):
             return None
         if not all(_can_multiply(block, dtype) for block in blocks):
             return None
-        rows, cols = sum(map(num_rows, first)) // (2 if kind.has_gate else 1), _cols(first[0])
-        if set(map(_cols, first)) != {cols} or set(map(_cols, last)) != {rows}:
+        rows, cols = sum(map(num_rows, first)) // (2 if kind.has_gate else 1), num_cols(first[0])
+        if set(map(num_cols, first)) != {cols} or set(map(num_cols, last)) != {rows}:
             return None  # the reference says what is wrong
         if sum(map(num_rows, last)) != cols:
             return None  # its results are not of the tokens' size
@@ -286,5 +286,5 @@ def num_rows(block: torch.Tensor | PackedMatrix) -> int:
     return block.rows if isinstance(block, PackedMatrix) else block.shape[0]
 
 
-def _cols(block: torch.Tensor | PackedMatrix) -> int:
+def num_cols(block: torch.Tensor | PackedMatrix) -> int:
     return block.cols if isinstance(block, PackedMatrix) else block.shape[-1]

@@ -35,6 +35,12 @@ class PackedMatrix:
     cols: int
     data: torch.Tensor
 
+    def some_rows(self, first: int, count: int) -> PackedMatrix:
+        """Rows of a Q8_0 or Q4_0 matrix: nothing lies beside those."""
+        size = row_bytes(self.format, self.cols)
+        data = self.data[first * size : (first + count) * size]
+        return PackedMatrix(self.format, count, self.cols, data)
+
     def decode(self) -> torch.Tensor:
         """[rows, cols]: bfloat16 of EXACT12, else float32."""
         if self.format == "EXACT12":

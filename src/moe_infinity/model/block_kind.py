@@ -19,10 +19,11 @@ from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.blocks import BlockSpec, Choice, Linear, Norm, Router, pack_token
+from moe_infinity.model.found_block import Found
 from moe_infinity.model.kv_cache import PreallocatedLayer, new_cache
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.packed_linears import packed_of
-from moe_infinity.model.routers import block_around, has_foreign
+from moe_infinity.model.routers import block_around
 
 _log = logging.getLogger(__name__)
 
@@ -39,35 +40,6 @@ _ULP = 2**-7  # of bf16, the coarser type
 _ROUTED = 8  # tokens whose routing is compared
 
 
-class Found:
-    """A block of the usual kind. layer_index: of its keys and values in the cache."""
-
-    def __init__(self, block: Any, mlp: Any, layer_index: int, spec: BlockSpec) -> None:
-        self.block = block
-        self.mlp = mlp
-        self.layer_index = layer_index
-        self.spec = spec
-        kept = set() if spec.router else set(mlp.modules())  # the compiled code calls it
-        bypassed = [m for m in block.modules() if m is not block and m not in kept]
-        # Where parts, weights and functions are kept: what is exchanged is seen at the next call.
-        registries = [r for m in (block, *bypassed) for r in (m._modules, m._parameters)]
-        self._kept = [(r, name, part) for r in registries for name, part in r.items()]
-        self._kept += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in bypassed]
-        weights = (part for _, _, part in self._kept if isinstance(part, torch.Tensor))
-        self._addresses = [(weight, weight.data_ptr()) for weight in weights]
-        self._hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
-
-    def is_unchanged(self) -> bool:
-        """Whether its parts and weights are those it was found with, and nobody else watches."""
-        for registry, name, part in self._kept:
-            if registry.get(name) is not part:
-                return False
-        for weight, address in self._addresses:
-            if weight.data_ptr() != address:
-                return False
-        return not any(hooks and has_foreign(hooks) for hooks in self._hooks)
-
-
 class _Parts(NamedTuple):
     before: Any
     attention: Any
@@ -81,7 +53,7 @@ def recognise(
     """What the compiled code needs to know of ``block``, which holds ``experts``; None: leave it
     to torch."""
     parts = _parts_of(block, experts)
-    if parts is None or any(getattr(model.config, name, None) for name in _BOUNDS):
+    if parts is None or _is_bounded(model.config):
         return None
     try:
         positions = torch.zeros(1, 1, dtype=torch.int64)
@@ -98,12 +70,17 @@ def recognise(
 
 def look_usual(anatomy: Anatomy) -> bool:
     """Whether a model's blocks look of the usual kind, before any weight is read."""
-    if anatomy.dtype not in _TYPES or any(getattr(anatomy.config, n, None) for n in _BOUNDS):
+    if anatomy.dtype not in _TYPES or _is_bounded(anatomy.config):
         return False
     found = [
         _parts_of(block_around(anatomy.meta, each.name), each.module) for each in anatomy.experts
     ]
     return all(parts is not None and _has_usual_attention(parts) for parts in found)
+
+
+def _is_bounded(config: Any) -> bool:
+    text = config.get_text_config()
+    return any(getattr(each, name, None) for each in (config, text) for name in _BOUNDS)
 
 
 def _parts_of(block: nn.Module, experts: nn.Module) -> _Parts | None:
@@ -249,7 +226,7 @@ def _router_of(
     """The router, if all that ``mlp`` does is to choose experts and to add up what they say."""
     others = [child for child in mlp.children() if child is not experts]
     weight = getattr(others[0], "weight", None) if len(others) == 1 else None
-    if weight is None or sum(1 for _ in mlp.parameters()) != 1:
+    if weight is None or sum(1 for _ in mlp.parameters()) != 1 or any(True for _ in mlp.buffers()):
         return None
     if weight.dtype is not spec.before.weight.dtype or not weight.is_contiguous():
         return None

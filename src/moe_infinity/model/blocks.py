@@ -15,8 +15,9 @@ from torch import nn
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
-from moe_infinity.model.block_kind import Found, recognise
+from moe_infinity.model.block_kind import recognise
 from moe_infinity.model.experts import ExpertsLayer
+from moe_infinity.model.found_block import Found
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.routers import block_around
 from moe_infinity.types import ExpertKey
@@ -33,6 +34,9 @@ def speed_up_blocks(
     for layer, module in zip(layers, modules, strict=True):
         block = block_around(model, names[id(module)])
         found = recognise(model, kernel, block, module)
+        router = found.spec.router if found else None
+        if router is not None and len(router.weight) != layer.num_experts:
+            continue
         if found is not None:
             block.forward = CompiledBlock(kernel, found, layer).forward
             count += 1
@@ -65,9 +69,12 @@ class CompiledBlock:
         if args or cache is None or not self._fits(hidden_states, kwargs):
             return self._stock(hidden_states, *args, **kwargs)
         keys, values, position = cache.extend(1, cache.keys, cache.values)
-        h, normed = self._h, self._normed
+        router = self._found.spec.router
+        x = hidden_states.contiguous()
+        # The model's own modules may keep what they are shown.
+        h, normed = self._h, self._normed if router else torch.empty_like(self._normed)
         token = pack_token(
-            hidden_states.contiguous(),
+            x,
             kwargs["position_embeddings"],
             (keys, values),
             position,
@@ -77,7 +84,6 @@ class CompiledBlock:
         )
         self.num_calls += 1
         self._kernel.attend(self._packed, token)
-        router = self._found.spec.router
         if router is None:
             mlp: torch.Tensor = self._found.mlp(normed[None])
             return h + mlp
@@ -91,6 +97,7 @@ class CompiledBlock:
         experts, kernel, outs = self._experts, self._kernel, self._outs
         ids, weights = (each.copy() for each in self._choice.seen)  # events outlive the call
         places = {expert: place for place, expert in enumerate(ids[0].tolist())}
+        outs.zero_()  # a miss rule may leave some out
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             kernel.run_token(experts.math, views, x, outs, [places[key.expert] for key in keys])

@@ -123,7 +123,7 @@ class KvShape:
     @classmethod
     def of(cls, meta: Any) -> KvShape:
         """Read off the cache after one token went through the model on the meta device."""
-        layers = _layers_after_one_token(meta)
+        layers = layers_after_one_token(meta)
         if layers is None:
             return cls(_elements_by_config(meta.config.get_text_config()), (), 0)
         per_token, windows, fixed = 0, [], 0
@@ -146,7 +146,8 @@ class KvShape:
         return (self.per_token * context + sliding + self.fixed) * item_bytes
 
 
-def _layers_after_one_token(meta: Any) -> list[Any] | None:
+def layers_after_one_token(meta: Any) -> list[Any] | None:
+    """The cache's layers of a model on the meta device; None if it does not run there."""
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
     if meta.config.is_encoder_decoder:
         caches = [DynamicCache(), DynamicCache()]

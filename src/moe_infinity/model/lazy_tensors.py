@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -56,14 +57,15 @@ class LazyTensor:
 
 
 class Placeholder:
-    """Stands for a weight that is not in memory as numbers: of its shape, one number large."""
+    """Stands for a weight that is not in memory as numbers: of its shape, one number large. NaN:
+    what computes with it all the same must not look sound."""
 
     def __init__(self, shape: PackedShape, dtype: torch.dtype) -> None:
         self._shape = (shape.rows, shape.cols)
         self._dtype = dtype
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        return torch.zeros(1, dtype=self._dtype).expand(self._shape)[index]
+        return torch.full((1,), math.nan, dtype=self._dtype).expand(self._shape)[index]
 
     def get_shape(self) -> list[int]:
         return list(self._shape)

@@ -171,7 +171,13 @@ def _attach_coded(
 ) -> None:
     for name, shape in checkpoint.packed_dense.items():
         data = read_tensor(checkpoint, checkpoint.tensors[name], torch.uint8)
-        module: Any = model.get_submodule(name.removesuffix(".weight"))
+        module: Any = dict(model.named_modules()).get(name.removesuffix(".weight"))
+        if type(module) is not nn.Linear or module.weight.shape != (shape.rows, shape.cols):
+            raise CorruptCheckpointError(
+                f"{checkpoint.path}: tensor {name!r} is a packed matrix of {shape.rows} rows and "
+                f"{shape.cols} columns, expected a linear layer of this size in the model; pack "
+                f"the model again"
+            )
         if name in own:  # the library may have made room for it
             placeholder = Placeholder(shape, anatomy.dtype)[...]
             module.weight = nn.Parameter(placeholder, requires_grad=False)

@@ -13,6 +13,7 @@ from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.kernels.packed import PackedMatrix
 
 _NAME = "_moe_infinity_packed"
+_DECODED_AT_ONCE = 512 * 1024  # numbers, of several bytes each while they are decoded
 
 
 def attach_packed(module: nn.Module, weight: PackedMatrix) -> None:
@@ -52,9 +53,19 @@ class _PackedLinear:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., cols] -> [..., rows]"""
         is_known = isinstance(self._kernel, native.Kernel) and x.dtype in native.TYPES
-        if not is_known or not x.numel():
-            decoded = self._weight.decode().to(x.dtype)
-            return nn.functional.linear(x, decoded, self._bias)
+        has_types = self._bias is None or self._bias.dtype == x.dtype
+        if not is_known or not has_types or not x.numel():
+            return self._plain(x)
         tokens = x.reshape(-1, self._weight.cols).contiguous()
         out: torch.Tensor = self._kernel.linear(self._matrix, self._weight.rows, tokens, self._bias)
         return out.view(*x.shape[:-1], self._weight.rows)
+
+    def _plain(self, x: torch.Tensor) -> torch.Tensor:
+        """A few rows at a time: decoded, the whole weight is in no budget."""
+        weight = self._weight
+        out = x.new_empty(*x.shape[:-1], weight.rows)
+        step = max(1, _DECODED_AT_ONCE // weight.cols)
+        for start in range(0, weight.rows, step):
+            some = weight.some_rows(start, min(step, weight.rows - start))
+            out[..., start : start + step] = nn.functional.linear(x, some.decode().to(x.dtype))
+        return out if self._bias is None else out + self._bias

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.model.linears import product_of
 from moe_infinity.predictors.base import Foresight, ForesightMode
 
+_COLLECTORS = "transformers.utils.output_capturing"
 _FURTHEST = 8  # layers that a residual look-ahead may reach
 _MEMORY = 0.02  # weight of the newest token in the mean change between two layers' router inputs
 
@@ -141,7 +143,7 @@ class RouterTaps:
                 module._moe_infinity_made = output.data_ptr()
 
         return [
-            module.register_forward_hook(_own(note))
+            module.register_forward_hook(note)
             for block in self._blocks
             for module in block.children()
             if "norm" in type(module).__name__.lower()
@@ -201,8 +203,18 @@ class RouterTaps:
 
 
 def has_foreign(hooks: Mapping[int, Callable[..., Any]]) -> bool:
-    """Whether somebody else's are among a module's hooks."""
-    return any(not getattr(hook, "_moe_infinity", False) for hook in hooks.values())
+    """Whether somebody else's are among a module's hooks. Those of the library that collect outputs
+    stay once somebody asked; they count while they collect."""
+    for hook in hooks.values():
+        is_idle = getattr(hook, "__module__", "") == _COLLECTORS and not _is_collecting()
+        if not is_idle and not getattr(hook, "_moe_infinity", False):
+            return True
+    return False
+
+
+def _is_collecting() -> bool:
+    active = getattr(sys.modules.get(_COLLECTORS), "_active_collector", None)
+    return active is None or bool(active.get())
 
 
 def _own(hook: Callable[..., None]) -> Callable[..., None]:

@@ -12,6 +12,7 @@ namespace {
 
 // Tokens whose attention is one task. Fixed: the order of sums must not depend on threads.
 constexpr uint32_t kContextAtOnce = 256;
+constexpr float kChosen = -1;
 constexpr uint32_t kQueriesAtOnce = 8;  // bounds the scores on a task's stack
 
 // Numbers that are stored as they are: the types come first among the formats.
@@ -191,13 +192,15 @@ void Engine::route(const Block &b, const Token &token, BlockWork &w) {
     kernels_.exponentiate(chances, count, shape);
     for (uint32_t i = 0; i < count; ++i) chances[i] /= shape[1];
     for (uint32_t k = 0; k < b.top_k; ++k) {
-        uint32_t best = 0;
-        for (uint32_t i = 1; i < count; ++i)
-            if (!(chances[i] <= chances[best])) best = i;
+        uint32_t best = count;  // NaN counts as likely: a broken model must not look sound
+        for (uint32_t i = 0; i < count; ++i) {
+            if (chances[i] == kChosen) continue;
+            if (best == count || !(chances[i] <= chances[best])) best = i;
+        }
         token.ids[k] = best;
         token.weights[k] = chances[best];
         sum += chances[best];
-        chances[best] = -1;
+        chances[best] = kChosen;
     }
     for (uint32_t k = 0; b.normalises && k < b.top_k; ++k) token.weights[k] /= sum;
     if (b.rounds) kernels_.round(b.type, token.weights, b.top_k);

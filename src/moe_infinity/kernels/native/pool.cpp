@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <algorithm>
 #include <chrono>
 
 namespace moe {
@@ -41,6 +42,12 @@ void Pool::close() {
 }
 
 void Pool::run(int num_tasks, const std::function<void(int)> &task) {
+    constexpr int kMost = 65535;  // a round's tasks are counted in 16 bits
+    for (int start = 0; start < num_tasks; start += kMost)
+        run_round(std::min(kMost, num_tasks - start), [&](int i) { task(start + i); });
+}
+
+void Pool::run_round(int num_tasks, const std::function<void(int)> &task) {
     if (workers_.empty() || num_tasks <= 1) {
         for (int i = 0; i < num_tasks; ++i) task(i);
         return;

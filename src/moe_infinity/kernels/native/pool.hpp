@@ -21,10 +21,11 @@ public:
     int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
     // task(i) for every i below num_tasks, each once, on any thread; returns when all are done.
-    // One caller at a time; at most 65535 tasks.
+    // One caller at a time.
     void run(int num_tasks, const std::function<void(int)> &task);
 
 private:
+    void run_round(int num_tasks, const std::function<void(int)> &task);
     void close();
     void work();
     void help(uint64_t round);

@@ -1,0 +1,63 @@
+"""Which linear layers' weights a model computes with by itself, past the layers' own function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_infinity.model.kv_cache import layers_after_one_token
+
+
+def weights_read_directly(meta: Any) -> set[str] | None:
+    """Names of such weights of a model on the meta device; such layers cannot be coded. None: the
+    model does not run there, and it cannot be told."""
+    touched: set[str] = set()
+    with _watched(meta, touched.add):
+        layers = layers_after_one_token(meta)
+    return None if layers is None else touched
+
+
+class _Watched(torch.Tensor):
+    """A weight that tells who computes with it. To ask its dtype or shape is no computation."""
+
+    note: Callable[[], None]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride", "numel"):
+            for each in (*args, *(kwargs or {}).values()):
+                if isinstance(each, _Watched):
+                    each.note()
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watched(meta: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
+    """Linear layers of ``meta`` compute without their weights, which call ``note`` when used."""
+    modules: list[tuple[str, Any]] = [
+        (f"{name}.weight", m) for name, m in meta.named_modules() if type(m) is nn.Linear
+    ]
+    kept = [(module, module._parameters.pop("weight")) for _, module in modules]
+    try:
+        for (name, module), (_, weight) in zip(modules, kept, strict=True):
+            watched = weight.detach().as_subclass(_Watched)
+            watched.note = lambda name=name: note(name)
+            module.__dict__["weight"] = watched
+            module.forward = _shaped(module.out_features)
+        yield
+    finally:
+        for module, weight in kept:
+            module.__dict__.pop("weight", None)
+            module.__dict__.pop("forward", None)
+            module._parameters["weight"] = weight
+
+
+def _shaped(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: x.new_empty(*x.shape[:-1], size)
