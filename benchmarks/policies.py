@@ -57,16 +57,18 @@ def main() -> None:
         if faults := row.pop("faults"):
             sys.exit(f"{task}: {faults}")
         row |= {"link": task.cost.load_s, "commit": provenance()["commit"]}
+    how = provenance()
     if args.only:
-        rows = renewed(rows)
-    save("policies", {**provenance(), "history_requests": args.history, "rows": rows})
+        before = json.loads((RESULTS / "policies.json").read_text())
+        rows = renewed(rows, before)
+        how = {**{name: before[name] for name in how}, "renewed": how}
+    save("policies", {**how, "history_requests": args.history, "rows": rows})
 
 
-def renewed(rows: list[dict]) -> list[dict]:
+def renewed(rows: list[dict], before: dict) -> list[dict]:
     """The rows of the last result, those measured now in their new form or behind them."""
     names = ("trace", "policy", "prefetch", "capacity", "link")
     new = {tuple(row[name] for name in names): row for row in rows}
-    before = json.loads((RESULTS / "policies.json").read_text())
     old = [{"commit": before["commit"], **row} for row in before["rows"]]
     renewed = {tuple(row[name] for name in names): row for row in old} | new
     return list(renewed.values())

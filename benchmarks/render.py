@@ -166,7 +166,8 @@ def _with_source(name: str, table: Callable[[dict], str]) -> str:
 
 
 def _provenance(result: dict) -> str:
-    return f"*`{result['command']}` at {result['commit']}, {result['machine']}, {result['date']}.*"
+    line = f"*`{result['command']}` at {result['commit']}, {result['machine']}, {result['date']}.*"
+    return line + (f"  \nRenewed: {_provenance(result['renewed'])}" if "renewed" in result else "")
 
 
 TABLES: dict[str, Callable[[], str]] = {
