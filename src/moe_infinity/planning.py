@@ -100,7 +100,8 @@ class Plan:
         if length > self.max_context:
             raise PlanExceededError(
                 f"context: got {length} tokens ({what}), expected at most the planned "
-                f"{self.max_context}; open the model with max_context={length}"
+                f"{self.max_context}; open the model with max_context={length} "
+                f"(--max-context), or ask for fewer tokens"
             )
 
     def require_room(self, needed_bytes: int, what: str) -> None:

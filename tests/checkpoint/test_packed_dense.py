@@ -28,10 +28,12 @@ IDS = tiny_input_ids(rows=1, length=20)
 FORMATS = {"int8": "Q8_0", "int4": "Q4_0"}
 
 
-def packed(source: Path, target: Path, dense: str, experts: str = "bf16") -> Path:
-    job = packing_job(source, target, experts, dense)
+def packed(
+    source: Path, target: Path, dense: str, on_bytes: Callable[[int], None] = lambda _: None
+) -> Path:
+    job = packing_job(source, target, "bf16", dense)
     try:
-        pack(job)
+        pack(job, on_bytes)
     finally:
         job.source.close()
     return target
@@ -100,7 +102,9 @@ def test_which_tensors_are_packed(tmp_path: Path) -> None:
 
 def test_tied_embeddings_keep_their_numbers(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "source", torch.bfloat16, tie_word_embeddings=True)
-    folder = packed(source, tmp_path / "packed", "int4")
+    done: list[int] = []
+    folder = packed(source, tmp_path / "packed", "int4", on_bytes=done.append)
+    assert sum(done) == sum(x.nbytes for x in load_file(weights(source)).values())
     stored = load_file(folder / DENSE)
     assert stored["lm_head.weight"].dtype == torch.uint8
     with opened(source) as plain, opened(folder) as moe:

@@ -264,3 +264,8 @@ class TestInterpreter:
             pytest.skip("the package is not installed with its command")
         done = subprocess.run([script, "--help"], capture_output=True, text=True, check=True)
         assert all(command in done.stdout for command in ("run", "chat", "plan", "doctor"))
+
+
+def test_the_version_is_said() -> None:
+    result = run("--version")
+    assert result.code == 0 and result.out.startswith("moe-infinity ")

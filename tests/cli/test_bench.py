@@ -36,3 +36,7 @@ def test_depth_makes_the_prompt_longer_and_profile_shows_more() -> None:
 
 def test_refuses() -> None:
     assert "auto" in refused("bench", "--kernel", "fast")
+
+
+def test_more_context_than_the_model_has_is_refused() -> None:
+    assert "expected at most the model's 2048" in refused("bench", "--depth", 9000, "--trials", 1)

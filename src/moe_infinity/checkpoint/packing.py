@@ -215,7 +215,8 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
     body = json.dumps(table, separators=(",", ":")).encode()
     body += b" " * (-(8 + len(body)) % BLOCK_ALIGNMENT)
     header = struct.pack("<Q", len(body)) + body
-    found = {}
+    found: dict[str, int] = {}
+    told: set[str] = set()  # of the source: some are packed twice, plain and coded
     with open(job.partial / DENSE, "wb") as file:
         file.write(header)
         for each in tensors:
@@ -223,7 +224,9 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
             for data in _pieces(job.source, each):
                 file.write(data)
                 found[each.name] = zlib.crc32(data, found[each.name])
-            on_bytes(each.source.num_bytes)
+            if each.source.name not in told:
+                on_bytes(each.source.num_bytes)
+            told.add(each.source.name)
         sync(file)
     return found, zlib.crc32(header)
 

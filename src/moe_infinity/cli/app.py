@@ -31,13 +31,20 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        from importlib.metadata import version
+
+        print(f"moe-infinity {version('moe-infinity')}")
+        raise typer.Exit
+
+
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Say which version this is.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Say which version this is.", is_eager=True, callback=_say_version
+        ),
     ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        print(f"moe-infinity {installed('moe-infinity')}")
-        raise typer.Exit
+    """Options of the program itself."""

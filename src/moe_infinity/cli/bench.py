@@ -10,7 +10,7 @@ import typer
 from moe_infinity.checkpoint.hub import bundled_model_path
 from moe_infinity.cli import common
 from moe_infinity.cli.common import DEFAULTS
-from moe_infinity.errors import CheckpointNotFoundError
+from moe_infinity.errors import CheckpointNotFoundError, ConfigError
 
 _TEXT = """The library on the hill had stood for two hundred years before anyone thought to count
 its books. def count(shelves): return sum(len(shelf) for shelf in shelves). If every shelf holds 32
@@ -61,6 +61,7 @@ def bench(
     options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "kernel": kernel}
     options |= {"policy": policy, "prefetch": prefetch, "max_context": length + new_tokens}
     with MoE(model or str(bundled_model_path()), **options) as moe:
+        _require_context(moe, length + new_tokens)
         ids = _prompt(moe, length)
         moe.bandwidths()  # measured before the clock runs, if it never was
         _request(moe, ids, new_tokens, seed)
@@ -80,6 +81,16 @@ def bench(
         common.print_json(found)
     else:
         _print(found, profile)
+
+
+def _require_context(moe: Any, length: int) -> None:
+    from moe_infinity.model.config_values import first_number
+
+    limit = first_number(moe.model.config.get_text_config(), "max_position_embeddings")
+    if limit is not None and length > limit:
+        raise ConfigError(
+            f"--depth: got {length} tokens with the new ones, expected at most the model's {limit}"
+        )
 
 
 def _prompt(moe: Any, length: int) -> list[int]:

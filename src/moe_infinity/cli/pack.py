@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -41,9 +42,16 @@ def pack(
     job = packing_job(resolve(model), paths[-1], experts, dense)
     try:
         total = sum(spec.weight_bytes for spec in job.specs.values())
-        total += sum(each.source.num_bytes for each in job.dense)
+        # What is packed twice, plain and coded, is in the source once.
+        total += sum({each.source.name: each.source.num_bytes for each in job.dense}.values())
         with progress("packing", total, quiet=json) as on_bytes:
             write(job, on_bytes)
+    except KeyboardInterrupt:
+        print(
+            f"interrupted: the same command goes on where it was; to give up, delete {job.partial}",
+            file=sys.stderr,
+        )
+        raise
     finally:
         job.source.close()
     _say(paths[-1], total, (experts, dense), json)
