@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, help="DOMAIN.valid.jsonl.xz, a text per line")
     parser.add_argument("--window", type=int, default=256, help="tokens; one per domain and round")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--name", default="formats", help="of the result file")
     parser.add_argument("--peer-python", default=sys.executable, help="one that has llama_cpp")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,7 +46,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(dir=args.checkpoint.parent) as folder:
         rows = measure(args, Path(folder))
-    save("formats", {**provenance(), "checkpoint": args.checkpoint.name, "rows": rows})
+    save(args.name, {**provenance(), "checkpoint": args.checkpoint.name, "rows": rows})
 
 
 def measure(args: argparse.Namespace, work: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/families.md from the checked-in results."""
+"""Writes the tables of README.md and docs/ from the checked-in results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _GIB, _GB = 1024**3, 1e9
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    readme.write_text(fill(readme.read_text()))
+    for page in (ROOT / "README.md", ROOT / "docs" / "packed_format.md"):
+        page.write_text(fill(page.read_text()))
     (ROOT / "docs" / "families.md").write_text(families_page(load("families")))
     (ROOT / "docs" / "policies.md").write_text(render_policies.page(load, _provenance))
 
@@ -100,6 +100,19 @@ def depth_table() -> str:
     return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
 
 
+def formats_table() -> str:
+    rows = ["| model | form | size | perplexity | KL | same likeliest token |"]
+    rows.append("|---|---|---|---|---|---|")
+    results = [load("formats_bundled"), load("formats")]
+    rows += [
+        f"| {result['checkpoint']} | {r['form']} | {r['bytes'] / _GB:.3f} GB | "
+        f"{r['perplexity']:.3f} | {r['kl']:.5f} | {r['same_top_1']:.1%} |"
+        for result in results
+        for r in result["rows"]
+    ]
+    return "\n".join(rows) + "\n\n" + "\n".join(map(_provenance, results)) + "\n"
+
+
 def plan_table() -> str:
     result = load("plan_accuracy")
     rows = [
@@ -174,6 +187,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
     "peers": peers_table,
+    "formats": formats_table,
     "plan": plan_table,
     "policies": lambda: _with_source("policies", render_policies.summary_table),
     "disk": lambda: _with_source("prefetch_disk", render_policies.disk_table),
