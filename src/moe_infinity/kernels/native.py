@@ -32,6 +32,8 @@ _MATRIX = struct.Struct("<QQQIIII")
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
 _KIND = struct.Struct("<III")  # type, activation, has_gate; then the matrices
 NO_MATRIX = bytes(_MATRIX.size)
+# In float32 the order of a sum shows: there stock's own results are kept, to its own spread.
+SHORT_TYPES = (torch.bfloat16, torch.float16)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
 _ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {

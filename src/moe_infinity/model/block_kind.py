@@ -27,7 +27,6 @@ from moe_infinity.model.routers import block_around
 
 _log = logging.getLogger(__name__)
 
-_TYPES = (torch.bfloat16, torch.float16)  # in float32 stock's own order of sums is kept
 _BLOCK = ("input_layernorm", "self_attn", "post_attention_layernorm")  # and what has the experts
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _HEAD_NORMS = ("q_norm", "k_norm")
@@ -62,15 +61,15 @@ def recognise(
         if spec is None or not _computes_the_same(model, kernel, block, parts, spec):
             return None
         router = _router_of(model, kernel, parts.mlp, experts, spec)
+        return Found(block, parts.mlp, parts.attention.layer_idx, spec._replace(router=router))
     except Exception:  # a block of another kind may want anything
         _log.debug("%s: not of the usual kind", type(block).__name__, exc_info=True)
         return None
-    return Found(block, parts.mlp, parts.attention.layer_idx, spec._replace(router=router))
 
 
 def look_usual(anatomy: Anatomy) -> bool:
     """Whether a model's blocks look of the usual kind, before any weight is read."""
-    if anatomy.dtype not in _TYPES or _is_bounded(anatomy.config):
+    if anatomy.dtype not in native.SHORT_TYPES or _is_bounded(anatomy.config):
         return False
     found = [
         _parts_of(block_around(anatomy.meta, each.name), each.module) for each in anatomy.experts
@@ -110,9 +109,8 @@ def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     weights += [x.weight for x in (before, q_norm, k_norm, after) if x is not None]
     weights += [x.bias for x in linears if x.bias is not None]
     dtype = before.weight.dtype
-    if dtype not in _TYPES or any(w.dtype is not dtype or not w.is_contiguous() for w in weights):
-        return None
-    return spec
+    is_alike = all(w.dtype is dtype and w.is_contiguous() for w in weights)
+    return spec if dtype in native.SHORT_TYPES and is_alike else None
 
 
 def _has_usual_attention(parts: _Parts) -> bool:

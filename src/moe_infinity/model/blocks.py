@@ -25,22 +25,19 @@ from moe_infinity.types import ExpertKey
 
 def speed_up_blocks(
     model: Any, kernel: ExpertKernel, layers: Sequence[ExpertsLayer], modules: Sequence[nn.Module]
-) -> int:
-    """Let a compiled kernel do the blocks around these experts that it can do; how many."""
+) -> None:
+    """Let a compiled kernel do the blocks around these experts that it can do."""
     if not isinstance(kernel, native.Kernel):
-        return 0
+        return
     names = {id(module): name for name, module in model.named_modules()}
-    count = 0
     for layer, module in zip(layers, modules, strict=True):
         block = block_around(model, names[id(module)])
         found = recognise(model, kernel, block, module)
-        router = found.spec.router if found else None
-        if router is not None and len(router.weight) != layer.num_experts:
+        if found is None:
             continue
-        if found is not None:
+        router = found.spec.router
+        if router is None or len(router.weight) == layer.num_experts:
             block.forward = CompiledBlock(kernel, found, layer).forward
-            count += 1
-    return count
 
 
 class CompiledBlock:

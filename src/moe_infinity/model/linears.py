@@ -14,8 +14,6 @@ from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.model.packed_linears import packed_of
 from moe_infinity.model.taps import Step
 
-# In float32 the order of a sum shows: stock's own results are kept, to its own spread.
-_TYPES = (torch.bfloat16, torch.float16)
 _LONG_CONTEXT = 4096  # tokens whose attention is worth torch's threads
 
 
@@ -77,7 +75,7 @@ class FewThreads:
 
 def _can(weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     fits = bias is None or (bias.dtype == weight.dtype and bias.is_contiguous())
-    if weight.dim() != 2 or weight.dtype not in _TYPES or not weight.is_cpu:
+    if weight.dim() != 2 or weight.dtype not in native.SHORT_TYPES or not weight.is_cpu:
         return False
     return fits and weight.stride(1) == 1
 
@@ -89,7 +87,7 @@ def product_of(kernel: ExpertKernel, module: Any) -> Callable[[torch.Tensor], to
         bias = None
     if isinstance(kernel, native.Kernel) and _can(weight, bias):
         return _Linear(kernel, module, bias).forward
-    return lambda x: nn.functional.linear(x.to(weight.dtype), weight, bias)
+    return lambda x: nn.functional.linear(x.to(module.weight.dtype), module.weight, bias)
 
 
 class _Linear:

@@ -56,6 +56,24 @@ bool copy_buffer(PyObject *from, std::vector<T> &to) {
     return copied;
 }
 
+// The one value that a Python buffer holds.
+template <class T>
+bool copy_one(PyObject *from, T &to) {
+    std::vector<T> found;
+    if (!copy_buffer(from, found)) return false;
+    if (found.size() != 1) {
+        PyErr_Format(PyExc_ValueError, "buffer: got %zu values, expected one", found.size());
+        return false;
+    }
+    to = found[0];
+    return true;
+}
+
+bool has_arguments(Py_ssize_t got, Py_ssize_t expected, const char *signature) {
+    if (got != expected) PyErr_SetString(PyExc_TypeError, signature);
+    return got == expected;
+}
+
 // Runs without the GIL; a C++ exception becomes a Python one.
 template <class Body>
 PyObject *without_gil(const Body &body) {
@@ -111,10 +129,7 @@ PyObject *open_engine(PyObject *, PyObject *args) {
 }
 
 PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "run(engine, calls)");
-        return nullptr;
-    }
+    if (!has_arguments(count, 2, "run(engine, calls)")) return nullptr;
     Engine *engine = engine_of(args[0]);
     std::vector<Call> calls;
     if (!engine || !copy_buffer(args[1], calls)) return nullptr;
@@ -122,47 +137,35 @@ PyObject *run(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 PyObject *product(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 7) {
-        PyErr_SetString(PyExc_TypeError, "product(engine, matrix, x, num_tokens, type, out, bias)");
+    if (!has_arguments(count, 7, "product(engine, matrix, x, num_tokens, type, out, bias)"))
         return nullptr;
-    }
     Engine *engine = engine_of(args[0]);
-    std::vector<Matrix> matrices;
-    if (!engine || !copy_buffer(args[1], matrices)) return nullptr;
-    if (matrices.size() != 1) {
-        PyErr_Format(PyExc_ValueError, "matrix: got %zu of them, expected one", matrices.size());
-        return nullptr;
-    }
+    Matrix matrix;
+    if (!engine || !copy_one(args[1], matrix)) return nullptr;
     void *x = PyLong_AsVoidPtr(args[2]);
     const auto num_tokens = static_cast<uint32_t>(PyLong_AsUnsignedLong(args[3]));
     const auto type = static_cast<moe::Type>(PyLong_AsUnsignedLong(args[4]));
     void *out = PyLong_AsVoidPtr(args[5]);
     const void *bias = PyLong_AsVoidPtr(args[6]);
     if (PyErr_Occurred()) return nullptr;
-    return without_gil([&] { engine->product(matrices[0], x, num_tokens, type, out, bias); });
+    return without_gil([&] { engine->product(matrix, x, num_tokens, type, out, bias); });
 }
 
 PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 3) {
-        PyErr_SetString(PyExc_TypeError, "attend(engine, block, token)");
-        return nullptr;
-    }
+    if (!has_arguments(count, 3, "attend(engine, block, token)")) return nullptr;
     Engine *engine = engine_of(args[0]);
-    std::vector<moe::Block> blocks;
-    std::vector<moe::Token> tokens;
-    if (!engine || !copy_buffer(args[1], blocks) || !copy_buffer(args[2], tokens)) return nullptr;
-    return without_gil([&] { engine->attend(blocks.at(0), tokens.at(0)); });
+    moe::Block block;
+    moe::Token token;
+    if (!engine || !copy_one(args[1], block) || !copy_one(args[2], token)) return nullptr;
+    return without_gil([&] { engine->attend(block, token); });
 }
 
 PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 2) {
-        PyErr_SetString(PyExc_TypeError, "sum(engine, sum)");
-        return nullptr;
-    }
+    if (!has_arguments(count, 2, "sum(engine, sum)")) return nullptr;
     Engine *engine = engine_of(args[0]);
-    std::vector<moe::Sum> sums;
-    if (!engine || !copy_buffer(args[1], sums)) return nullptr;
-    return without_gil([&] { engine->sum(sums.at(0)); });
+    moe::Sum terms;
+    if (!engine || !copy_one(args[1], terms)) return nullptr;
+    return without_gil([&] { engine->sum(terms); });
 }
 
 template <class Function>
