@@ -23,6 +23,8 @@ FORMATS = ("BF16", "F16", "F32", "Q8_0", "Q4_0", "EXACT12")
 # and for Q8_0 and Q4_0 that of the tokens to 8 bits.
 ROUNDING = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 1e-5}
 GROUPED = 0.02
+FEW = 7  # tokens: multiplied one way by all kernels, MANY in another by some
+MANY = 32
 
 
 def silu_gate(x: torch.Tensor) -> torch.Tensor:
@@ -73,10 +75,12 @@ def close(found: torch.Tensor, expected: torch.Tensor, number_format: str) -> No
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-@pytest.mark.parametrize("shape", [(64, 256), (7, 96), (33, 160), (5, 1408), (1, 32), (6, 2080)])
+@pytest.mark.parametrize(
+    "shape", [(64, 256), (7, 96), (33, 160), (5, 1408), (1, 32), (6, 2080), (40, 4160)]
+)
 def test_products(kernel: native.Kernel, number_format: str, shape: tuple[int, int]) -> None:
     block = stored(random(*shape), number_format)
-    for dtype, tokens in itertools.product(TYPES, (1, 3, 4, 9, 70)):
+    for dtype, tokens in itertools.product(TYPES, (1, 3, 4, 9, 20, 107)):
         x = (random(tokens, shape[1], seed=1) * 20).to(dtype)
         close(product(kernel, block, x), x.float() @ plain(block).T, number_format)
 
@@ -86,20 +90,25 @@ def test_products(kernel: native.Kernel, number_format: str, shape: tuple[int, i
 def test_columns_of_any_number(kernel: native.Kernel, number_format: str, cols: int) -> None:
     block = stored(random(9, cols), number_format)
     for dtype in TYPES:
-        x = (random(2, cols, seed=1) * 20).to(dtype)
-        close(product(kernel, block, x), x.float() @ plain(block).T, number_format)
+        for tokens in (2, 15):
+            x = (random(tokens, cols, seed=1) * 20).to(dtype)
+            close(product(kernel, block, x), x.float() @ plain(block).T, number_format)
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
 def test_a_result_depends_on_its_row_and_token_alone(
     kernel: native.Kernel, number_format: str
 ) -> None:
-    """Not on the number of tokens, on threads or on addresses."""
+    """Not on threads or addresses, nor on other tokens: there is one way for few tokens and one
+    for many."""
     block = stored(random(53, 160), number_format)
-    x = (random(11, 160, seed=1) * 20).bfloat16()
+    x = (random(117, 160, seed=1) * 20).bfloat16()
+    few = product(kernel, block, x[:FEW])
+    for token in range(FEW):
+        assert torch.equal(product(kernel, block, x[token : token + 1])[0], few[token])
     together = product(kernel, block, x)
-    for token in range(11):
-        assert torch.equal(product(kernel, block, x[token : token + 1])[0], together[token])
+    for start, end in ((0, MANY), (3, 100), (5, 45), (85, 117)):
+        assert torch.equal(product(kernel, block, x[start:end]), together[start:end])
     for threads in (1, 3):
         other = native.Kernel(threads, kernel.instruction_set)
         assert torch.equal(product(other, block, x), together)
@@ -158,7 +167,7 @@ def test_experts_together_are_those_apart(kernel: native.Kernel) -> None:
             ],
             down_proj=[stored(random(160, 96, seed), "BF16")],
         )
-        x = (random(1 + seed, 160, seed) * 20).bfloat16()
+        x = (random(1 + 4 * seed, 160, seed) * 20).bfloat16()
         jobs.append(Job(views, x, torch.empty_like(x)))
     expected = [kernel.forward(GATED, job.views, job.x) for job in jobs]
     for threads in (1, 2, 3):
@@ -168,9 +177,11 @@ def test_experts_together_are_those_apart(kernel: native.Kernel) -> None:
 
 def test_what_is_not_finite_shows(kernel: native.Kernel) -> None:
     for number_format, value in itertools.product(FORMATS, (float("nan"), float("inf"))):
-        x = torch.ones(1, 64).bfloat16()
-        x[0, 5] = value
-        assert not product(kernel, stored(random(3, 64), number_format), x).isfinite().any()
+        for tokens in (1, 10):
+            x = torch.ones(tokens, 64).bfloat16()
+            x[-1, 5] = value
+            found = product(kernel, stored(random(3, 64), number_format), x)
+            assert not found[-1].isfinite().any() and found[:-1].isfinite().all()
 
 
 def test_matrices_that_do_not_fit_are_the_references_affair(kernel: native.Kernel) -> None:
@@ -183,8 +194,9 @@ def test_rows_of_a_larger_matrix(kernel: native.Kernel) -> None:
     """Rows apart from one another, as fused checkpoints have them."""
     whole = random(20, 300).bfloat16()
     whole[:, 200:] = float("nan")
-    x = (random(3, 200, seed=1) * 20).bfloat16()
-    close(product(kernel, whole[:, :200], x), x.float() @ whole[:, :200].float().T, "BF16")
+    for tokens in (3, 10):
+        x = (random(tokens, 200, seed=1) * 20).bfloat16()
+        close(product(kernel, whole[:, :200], x), x.float() @ whole[:, :200].float().T, "BF16")
 
 
 @pytest.mark.parametrize("number_format", FORMATS)

@@ -177,6 +177,18 @@ def test_prefill_into_a_free_cache_keeps_the_hottest() -> None:
     assert hottest <= {k.expert for k in resident(driver.residency) if k.layer == 0}
 
 
+def test_with_a_slot_for_every_expert_nothing_is_read_twice() -> None:
+    """Experts that a prompt loads ahead in vain stay for the next one."""
+    driver = Driver(new_residency(grid(4, 24), [96]))
+    for _ in range(3):
+        driver.residency.begin_pass("prefill")
+        for layer in range(4):
+            driver.run(event(layer, range(layer, 20 + layer), 24, "prefill"))
+    loaded = [load.key for load in driver.log]
+    assert len(loaded) == len(set(loaded)) > 80
+    assert all(load.victim is None for load in driver.log)
+
+
 def test_what_streamed_through_goes_first_unless_decode_used_it() -> None:
     driver = Driver(new_residency(grid(2, 24, top_k=16), [16]))
     driver.run(event(1, range(16), 24))

@@ -46,6 +46,11 @@ class RoomFinder:
         self._directory = directory
         self._policy = policy
         self._rings: list[deque[ExpertKey]] = [deque() for _ in shares]
+        num_experts = [0] * len(shares)
+        for layer, size_class in enumerate(directory.class_of_layer):
+            num_experts[size_class] += directory.shape.experts_per_layer[layer]
+        sizes = zip(directory.slots_per_class, num_experts, strict=True)
+        self._holds_all = [slots >= wanted for slots, wanted in sizes]
         self._protected: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def protect(self, flat_keys: NDArray[np.int64]) -> None:
@@ -59,8 +64,11 @@ class RoomFinder:
 
     def in_ring(self, key: ExpertKey, spare_ahead: bool) -> Room | None:
         """Room for a streamed expert, which joins the ring: its oldest member's or, while the ring
-        is short, a free slot or the policy's victim's. None: wait."""
+        is short, a free slot or the policy's victim's. None: wait. Where there is a slot for every
+        expert it stays."""
         size_class = self._directory.class_of(key)
+        if self._holds_all[size_class]:
+            return Room(None)
         ring = self._rings[size_class]
         if len(ring) >= self.ring_slots[size_class]:
             room = self._oldest(ring, spare_ahead)

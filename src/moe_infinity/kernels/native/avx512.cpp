@@ -1,5 +1,9 @@
 // AVX-512 with VNNI: Intel since Cascade Lake and Ice Lake, AMD since Zen 4.
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "scalar.hpp"
 
@@ -12,13 +16,15 @@ namespace avx512 {
 
 #include "elementwise.inc"
 #include "avx512.inc"
+#include "avx512_panels.inc"
 
 }  // namespace avx512
 
 const Kernels *avx512_kernels() {
     using namespace avx512;
-    static const Kernels kernels = {"avx512", false, floating, grouped, quantise,
-                                    activate, round_to, widen, narrow, normalise, exponentiate, mix};
+    static const Kernels kernels = {"avx512", false, floating, grouped, floating_many,
+                                    grouped_many, quantise, activate, round_to, widen, narrow,
+                                    normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("avx512vnni");

@@ -1,6 +1,10 @@
 // AVX-512 with BF16: Intel since Cooper Lake, AMD since Zen 4. Tokens in bf16 are multiplied as
 // they are, twice as fast as floats.
+#include <algorithm>
+#include <array>
 #include <cmath>
+#include <type_traits>
+#include <utility>
 
 #include "scalar.hpp"
 
@@ -13,6 +17,7 @@ namespace avx512_bf16 {
 
 #include "elementwise.inc"
 #include "avx512.inc"
+#include "avx512_panels.inc"
 
 template <template <int> class Rows>
 struct Bf16Tiles {
@@ -48,12 +53,41 @@ static void either(const Matrix &m, const Tokens &x, uint32_t first, uint32_t la
         floating(m, x, first, last, out, out_stride);
 }
 
+template <class Row>
+struct PairSource {
+    static constexpr uint32_t kColumns = 64, kRegisters = 2;
+    Row row;
+
+    PairSource(const Matrix &m, uint32_t r) : row(m, r) {}
+
+    inline void read(uint32_t c, __m512i *w, float *) { row.load64(0, c, w[0], w[1]); }
+};
+
+struct PairPanels {
+    static constexpr int kTokens = 12;
+    static constexpr uint32_t kWordColumns = 2;
+
+    static inline const void *tokens(const Tokens &x) { return x.bf16; }
+    static inline __m512 add(__m512 sum, __m512i w, __m512i x) {
+        return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
+    }
+};
+
+static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
+                        size_t out_stride) {
+    const auto run = !x.bf16                    ? floating_many
+                     : m.format == Format::bf16 ? panels<PairPanels, PairSource<Bf16Rows<1>>>
+                                                : panels<PairPanels, PairSource<Exact12Rows<1>>>;
+    run(m, x, first, last, out, out_stride);
+}
+
 }  // namespace avx512_bf16
 
 const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
-    static const Kernels kernels = {"avx512_bf16", true, either, grouped, quantise,
-                                    activate, round_to, widen, narrow, normalise, exponentiate, mix};
+    static const Kernels kernels = {"avx512_bf16", true, either, grouped, either_many,
+                                    grouped_many, quantise, activate, round_to, widen, narrow,
+                                    normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

@@ -96,7 +96,7 @@ void Engine::products(const Matrix *const *matrices, const void *const *biases, 
     prepare(prepared_, matrices[0]->format, type, narrow, 1, cols);
     rows_.clear();
     for (size_t i = 0; i < count; ++i) rows_.push_back(matrices[i]->rows);
-    share(count, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, false, [&](size_t i, uint32_t first, uint32_t last) {
         multiply(*matrices[i], prepared_.tokens, first, last, outs[i], matrices[i]->rows);
     });
     for (size_t i = 0; i < count; ++i) {

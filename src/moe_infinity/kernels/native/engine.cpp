@@ -8,8 +8,10 @@ namespace moe {
 
 namespace {
 
-constexpr uint32_t kTokensAtOnce = 64;   // bounds scratch memory; weights are read again beyond
-constexpr uint32_t kRowsAtOnce = 4;      // ranges begin at multiples of a tile
+// Bound scratch memory; weights are read again beyond.
+constexpr uint32_t kTokensAtOnce = 192, kValuesAtOnce = 4 << 20;
+constexpr uint32_t kRowsAtOnce = 4;      // ranges begin at multiples of a tile,
+constexpr uint32_t kManyRowsAtOnce = 32;  // or of a panel
 constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
 
 bool is_grouped(Format format) { return format == Format::q8_0 || format == Format::q4_0; }
@@ -21,20 +23,41 @@ bool same_kind(Format a, Format b) {
     return a == b || (!is_grouped(a) && !is_grouped(b) && is_bf16(a) == is_bf16(b));
 }
 
-// The same calls, of at most kTokensAtOnce tokens each.
+// Tokens of a call that are computed together. Parts are of nearly the same size: a last one of a
+// few tokens would be computed in another way than the others.
+class Parts {
+public:
+    Parts(uint32_t num_tokens, uint32_t most_rows) : num_tokens_(num_tokens) {
+        const uint32_t bearable = std::max(kManyFloating, kValuesAtOnce / std::max(1u, most_rows));
+        const uint32_t at_once = std::min(kTokensAtOnce, bearable);
+        count_ = (num_tokens + at_once - 1) / at_once;
+    }
+
+    uint32_t count() const { return count_; }
+    uint32_t start(uint32_t part) const {
+        return static_cast<uint32_t>(uint64_t(num_tokens_) * part / count_);
+    }
+    uint32_t size(uint32_t part) const { return start(part + 1) - start(part); }
+
+private:
+    uint32_t num_tokens_, count_;
+};
+
+// The same calls, each in its parts.
 std::vector<Call> in_parts(const Call *calls, size_t count) {
-    std::vector<Call> parts;
+    std::vector<Call> all;
     for (size_t i = 0; i < count; ++i) {
-        for (uint32_t start = 0; start < calls[i].num_tokens; start += kTokensAtOnce) {
+        const Parts parts(calls[i].num_tokens, std::max(calls[i].up.rows, calls[i].down.rows));
+        for (uint32_t p = 0; p < parts.count(); ++p) {
             Call part = calls[i];
-            const size_t item = size_of(part.type);
+            const size_t item = size_of(part.type), start = parts.start(p);
             part.x = static_cast<const uint8_t *>(part.x) + start * item * part.up.cols;
             part.out = static_cast<uint8_t *>(part.out) + start * item * part.down.rows;
-            part.num_tokens = std::min(kTokensAtOnce, part.num_tokens - start);
-            parts.push_back(part);
+            part.num_tokens = parts.size(p);
+            all.push_back(part);
         }
     }
-    return parts;
+    return all;
 }
 
 }  // namespace
@@ -65,13 +88,17 @@ Engine::~Engine() = default;
 
 void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                      uint32_t cols) {
-    const size_t stride = padded(cols), rest = stride - cols, token_bytes = cols * size_of(type);
+    const bool is_many = kernels_.floating_many &&
+                         num_tokens >= (is_grouped(weights) ? kManyGrouped : kManyFloating);
+    const size_t stride = padded(cols) + (is_many ? kSkew : 0), rest = stride - cols;
+    const size_t token_bytes = cols * size_of(type);
     const auto *from = static_cast<const uint8_t *>(x);
     room.tokens = Tokens();
     room.tokens.num_tokens = static_cast<int>(num_tokens);
     room.tokens.stride = stride;
+    room.tokens.is_many = is_many;
     if (is_grouped(weights)) {
-        prepare_grouped(room, weights, type, x, num_tokens, cols);
+        prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
     } else if (kernels_.dots_bf16 && type == Type::bf16 && is_bf16(weights)) {
         auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
         for (uint32_t t = 0; t < num_tokens; ++t) {
@@ -90,19 +117,23 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
 }
 
 void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const void *x,
-                             uint32_t num_tokens, uint32_t cols) {
-    const size_t stride = padded(cols), token_bytes = cols * size_of(type);
+                             uint32_t cols) {
+    const size_t stride = room.tokens.stride, token_bytes = cols * size_of(type);
+    const auto num_tokens = static_cast<size_t>(room.tokens.num_tokens);
     const auto *from = static_cast<const uint8_t *>(x);
     // One token's floats lie behind all the int8.
     auto *to = static_cast<int8_t *>(room.values.reserve(num_tokens * stride + stride * 4));
     auto *floats = reinterpret_cast<float *>(to + num_tokens * stride);
     auto *scales = static_cast<float *>(room.scales.reserve(num_tokens * stride / kGroup * 4));
     auto *sums = static_cast<int32_t *>(room.sums.reserve(num_tokens * stride));
-    for (uint32_t t = 0; t < num_tokens; ++t) {
+    for (size_t t = 0; t < num_tokens; ++t) {
+        int32_t *sum = sums + t * stride / 4;
         kernels_.widen(type, from + t * token_bytes, floats, cols);
         std::memset(floats + cols, 0, (stride - cols) * 4);
-        kernels_.quantise(weights, floats, stride, to + t * stride, scales + t * stride / kGroup,
-                          sums + t * stride / 4);
+        kernels_.quantise(weights, floats, padded(cols), to + t * stride,
+                          scales + t * stride / kGroup, sum);
+        for (size_t i = 0; room.tokens.is_many && i < padded(cols) / 4; i += 8)
+            for (size_t j = 1; j < 8; ++j) sum[i] += sum[i + j];
     }
     room.tokens.q8 = to;
     room.tokens.scale = scales;
@@ -111,16 +142,19 @@ void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const vo
 
 void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                       size_t out_stride) const {
-    const Product product = is_grouped(m.format) ? kernels_.grouped : kernels_.floating;
+    const bool grouped = is_grouped(m.format);
+    const Product product = x.is_many ? (grouped ? kernels_.grouped_many : kernels_.floating_many)
+                                      : (grouped ? kernels_.grouped : kernels_.floating);
     product(m, x, first, last, out, out_stride);
 }
 
-void Engine::share(size_t count, const std::vector<uint32_t> &rows, const Rows &body) {
+void Engine::share(size_t count, const std::vector<uint32_t> &rows, bool is_many, const Rows &body) {
+    const uint32_t step = is_many ? kManyRowsAtOnce : kRowsAtOnce;
     uint64_t total = 0;
     for (size_t i = 0; i < count; ++i) total += rows[i];
     const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
-    uint64_t each = std::max<uint64_t>(kRowsAtOnce, (total + wanted - 1) / wanted);
-    each = (each + kRowsAtOnce - 1) / kRowsAtOnce * kRowsAtOnce;
+    uint64_t each = std::max<uint64_t>(step, (total + wanted - 1) / wanted);
+    each = (each + step - 1) / step * step;
     int num_tasks = 0;
     for (size_t i = 0; i < count; ++i) num_tasks += static_cast<int>((rows[i] + each - 1) / each);
     pool_.run(num_tasks, [&](int task) {
@@ -137,9 +171,7 @@ void Engine::run(const Call *calls, size_t count) {
     std::lock_guard<std::mutex> turn(turn_);
     const std::vector<Call> parts = in_parts(calls, count);
     // Parts of one call one after the other, or scratch memory would grow with the prompt.
-    const bool is_whole = std::all_of(
-        calls, calls + count, [](const Call &call) { return call.num_tokens <= kTokensAtOnce; });
-    if (is_whole) {
+    if (parts.size() == count) {
         run_group(parts.data(), parts.size());
     } else {
         for (const Call &part : parts) run_group(&part, 1);
@@ -147,20 +179,22 @@ void Engine::run(const Call *calls, size_t count) {
 }
 
 void Engine::run_group(const Call *calls, size_t count) {
+    const bool is_many = std::any_of(
+        calls, calls + count, [](const Call &call) { return call.num_tokens >= kManyGrouped; });
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     rows_.resize(count);
     for (size_t i = 0; i < count; ++i) {
         prepare_call(calls[i], *works_[i]);
         rows_[i] = calls[i].up.rows;
     }
-    share(count, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
         inner(calls[i], *works_[i], first, last);
     });
     for (size_t i = 0; i < count; ++i) {
         prepare_inner(calls[i], *works_[i]);
         rows_[i] = calls[i].down.rows;
     }
-    share(count, rows_, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
         outer(calls[i], *works_[i], first, last);
     });
 }
@@ -233,14 +267,15 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
         biases = static_cast<float *>(bias_.reserve(size_t(m.rows) * 4));
         kernels_.widen(type, bias, biases, m.rows);
     }
-    for (uint32_t start = 0; start < num_tokens; start += kTokensAtOnce) {
-        const uint32_t count = std::min(kTokensAtOnce, num_tokens - start);
+    const Parts parts(num_tokens, m.rows);
+    for (uint32_t part = 0; part < parts.count(); ++part) {
+        const uint32_t start = parts.start(part), count = parts.size(part);
         prepare(prepared_, m.format, type, static_cast<const uint8_t *>(x) + start * item * m.cols,
                 count, m.cols);
         auto *values = static_cast<float *>(result_.reserve(size_t(count) * m.rows * 4));
         auto *to = static_cast<uint8_t *>(out) + size_t(start) * m.rows * item;
         rows_.assign(1, m.rows);
-        share(1, rows_, [&](size_t, uint32_t first, uint32_t last) {
+        share(1, rows_, count >= kManyGrouped, [&](size_t, uint32_t first, uint32_t last) {
             multiply(m, prepared_.tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;

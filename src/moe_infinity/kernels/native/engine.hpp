@@ -88,15 +88,14 @@ private:
     void prepare_call(const Call &call, Work &work);
     void prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                  uint32_t cols);
-    void prepare_grouped(Prepared &room, Format weights, Type type, const void *x,
-                         uint32_t num_tokens, uint32_t cols);
+    void prepare_grouped(Prepared &room, Format weights, Type type, const void *x, uint32_t cols);
     void multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                   size_t out_stride) const;
     void prepare_inner(const Call &call, Work &work);
     void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
     void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
     using Rows = std::function<void(size_t matrix, uint32_t first, uint32_t last)>;
-    void share(size_t count, const std::vector<uint32_t> &rows, const Rows &body);
+    void share(size_t count, const std::vector<uint32_t> &rows, bool is_many, const Rows &body);
 
     const Kernels &kernels_;
     Pool pool_;

@@ -36,6 +36,11 @@ constexpr int kUnit = 128;        // weights per unit of exact12
 constexpr int kUnitBytes = 192;   // 128 bytes of sign and mantissa, 64 bytes of codes
 constexpr int kPadding = 128;     // tokens are padded with zeros to a multiple of this
 
+// From how many tokens on it pays to lay weights out anew for them, grouped formats and others.
+constexpr uint32_t kManyGrouped = 8, kManyFloating = 32;
+// Beside the columns of each of many tokens, or one column of all would share a set of the cache.
+constexpr size_t kSkew = 32;
+
 inline size_t padded(size_t cols) { return (cols + kPadding - 1) / kPadding * kPadding; }
 
 // Tokens made ready for one kind of weights: num_tokens rows of `stride` elements, the columns
@@ -43,12 +48,13 @@ inline size_t padded(size_t cols) { return (cols + kPadding - 1) / kPadding * kP
 // own affair.
 struct Tokens {
     int num_tokens = 0;
-    size_t stride = 0;              // padded(cols)
+    size_t stride = 0;              // padded(cols), and kSkew more if they are many
     const uint16_t *bf16 = nullptr;
     const float *f32 = nullptr;
     const int8_t *q8 = nullptr;     // groups of 32 with a scale each
     const float *scale = nullptr;   // [T, stride / 32]
     const int32_t *sum = nullptr;   // [T, stride / 4] what to add for weights stored with an offset
+    bool is_many = false;           // made ready for the products of many tokens
 };
 
 // out[t * out_stride + row] = row of m . token t, for rows first..last-1. A result depends on its
@@ -62,7 +68,10 @@ struct Kernels {
     bool dots_bf16;                  // bf16 tokens are multiplied as they are
     Product floating;                // bf16, f16, f32, exact12
     Product grouped;                 // q8_0, q4_0
+    // The same for many tokens, summed in another order; null: there is nothing better.
+    Product floating_many, grouped_many;
     // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for q8_0 or q4_0.
+    // For many tokens always as for q8_0.
     void (*quantise)(Format weights, const float *x, size_t n, int8_t *q, float *scale,
                      int32_t *sum);
     void (*activate)(Activation which, float *x, size_t count);  // in place
