@@ -1,7 +1,8 @@
 """The same weights, the same tokens, the same kernel memory limit: llama.cpp beside this project.
 
-Every system decodes the same forced token ids after a prompt, warmed up on other ones, inside a
-control group whose limit is a share of llama.cpp's file, A B A B. Pairs are compared within one
+Every system decodes the same forced token ids after a prompt, warmed up on other ones (without a
+limit on these too: everything resident), inside a control group whose limit is a share of
+llama.cpp's file, A B A B. Pairs are compared within one
 trial; medians of ratios are reported, with hit rates and bytes. make_gguf.py makes llama.cpp's file
 of the same weights; llama.cpp runs in its better setting there: memory-mapped, without repacking
 (repacking copies what does not fit).
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import MemoryLimit, decode_figures, prompt_ids, provenance, save
 
 NO_LIMIT = 10.0  # a share that never binds
+BATCH_TOKENS = 512  # of a prompt, at once: llama.cpp's own choice
 
 
 def main() -> None:
@@ -61,6 +63,7 @@ def at_limit(args: argparse.Namespace, share: float) -> list[dict]:
                 "prompt": ids[: args.prompt_tokens],
                 "forced": ids[args.prompt_tokens :][: args.few_tokens if share < 1 else None],
                 "limit": limit if share < NO_LIMIT else None,
+                "context": args.prompt_tokens + args.new_tokens + 32,
             }
             python = args.peer_python if worker == "llama_cpp" else sys.executable
             found = run_limited(python, worker, job, limit)
@@ -103,14 +106,13 @@ def drop_page_cache(path: Path) -> None:
 
 
 def summary(name: str, share: float, limit: int, trials: dict[str, list[dict]]) -> dict:
-    """Medians; ratio: of each trial's speed to llama.cpp's in the same trial."""
+    """Medians; ratio: of each trial's speed to llama.cpp's in the same trial, and prompt_ratio the
+    same for the prompt's."""
     own = [row for row in trials[name] if "failed" not in row]
     pairs = zip(trials[name], trials["llama.cpp"], strict=True)
-    ratios = [
-        mine["tokens_per_s"] / theirs["tokens_per_s"]
-        for mine, theirs in pairs
-        if "failed" not in mine and "failed" not in theirs
-    ]
+    good = [pair for pair in pairs if not any("failed" in row for row in pair)]
+    ratios = [mine["tokens_per_s"] / theirs["tokens_per_s"] for mine, theirs in good]
+    prompt_ratios = [theirs["ttft_s"] / mine["ttft_s"] for mine, theirs in good]
     numbers = {k for row in own for k, v in row.items() if isinstance(v, int | float)}
     medians = {k: statistics.median(row[k] for row in own if k in row) for k in sorted(numbers)}
     return {
@@ -120,6 +122,7 @@ def summary(name: str, share: float, limit: int, trials: dict[str, list[dict]]) 
         **medians,
         "speeds": [row.get("tokens_per_s") for row in trials[name]],
         "ratio": statistics.median(ratios) if ratios else None,
+        "prompt_ratio": statistics.median(prompt_ratios) if ratios else None,
         "failed": [row["failed"] for row in trials[name] if "failed" in row],
     }
 
@@ -138,8 +141,8 @@ def ours(job: dict) -> dict:
             return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([token]), 0.0)
 
     prompt, forced = [], []
-    with MoE(job["path"], ram=job["limit"] or "auto", max_context=512) as moe:
-        for turn in (-1, 1):  # the second finds a warm cache, of the text backwards
+    with MoE(job["path"], ram=job["limit"] or "auto", max_context=job["context"]) as moe:
+        for turn in turns(job):
             prompt, forced = job["prompt"][::turn], job["forced"][::turn]
             moe.generate(
                 [prompt],
@@ -149,6 +152,11 @@ def ours(job: dict) -> dict:
                 logits_processor=LogitsProcessorList([Forced()]),
             )
         return decode_figures(moe.stats())
+
+
+def turns(job: dict) -> tuple[int, ...]:
+    """Directions in which the text is run; the last is measured."""
+    return (-1, 1) if job["limit"] else (-1, 1, 1)
 
 
 def llama_cpp(job: dict) -> dict:
@@ -164,18 +172,19 @@ def llama_cpp(job: dict) -> dict:
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(job["path"].encode(), params)
     options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_batch = 512, 512
+    options.n_ctx, options.n_batch = job["context"], BATCH_TOKENS
     options.n_threads = options.n_threads_batch = threads
     context = llama_cpp.llama_init_from_model(model, options)
 
     def decode(ids: list[int]) -> None:
-        array = (llama_cpp.llama_token * len(ids))(*ids)
-        batch = llama_cpp.llama_batch_get_one(array, len(ids))
-        if llama_cpp.llama_decode(context, batch):
-            raise SystemExit("llama_decode failed")
+        for start in range(0, len(ids), BATCH_TOKENS):
+            part = ids[start : start + BATCH_TOKENS]
+            array = (llama_cpp.llama_token * len(part))(*part)
+            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(part))):
+                raise SystemExit("llama_decode failed")
 
     result = {}
-    for turn in (-1, 1):
+    for turn in turns(job):
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
         start = time.perf_counter()
         decode(job["prompt"][::turn])

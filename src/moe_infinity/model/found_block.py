@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from moe_infinity.kernels.blocks import BlockSpec
 from moe_infinity.model.routers import has_foreign
 
 _ATTENTION = "_attn_implementation_internal"  # in a config: which function attends
+_FORWARD = attrgetter("forward")
+_SAYS_NOTHING = {"in_features", "out_features"}  # beside the weights
 
 
 class Found:
@@ -25,32 +28,31 @@ class Found:
         bypassed = [m for m in block.modules() if m is not block and m not in kept]
         # Where parts, weights and settings are kept: what is exchanged is seen at the next call.
         registries = [r for m in (block, *bypassed) for r in (m._modules, m._parameters)]
-        self._kept = [(r, name, part) for r in registries for name, part in r.items()]
-        self._kept += [
+        kept = [(r, name, part) for r in registries for name, part in r.items()]
+        kept += [
             (m.__dict__, name, value)
             for m in bypassed
             for name, value in m.__dict__.items()
-            if isinstance(value, (bool, int, float, str))
+            if isinstance(value, (bool, int, float, str)) and name not in _SAYS_NOTHING
         ]
-        self._kept += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in bypassed]
+        kept += [(m.__dict__, "forward", m.__dict__.get("forward")) for m in bypassed]
         settings = block.self_attn.config.__dict__
-        self._kept.append((settings, _ATTENTION, settings.get(_ATTENTION)))
-        self._functions = [(type(m), type(m).forward) for m in bypassed]
-        weights = (part for _, _, part in self._kept if isinstance(part, torch.Tensor))
-        self._addresses = [(weight, weight.data_ptr()) for weight in weights]
+        kept.append((settings, _ATTENTION, settings.get(_ATTENTION)))
+        self._registries, self._names, self._parts = zip(*kept, strict=True)
+        self._kinds = list({type(m) for m in bypassed})
+        self._functions = [kind.forward for kind in self._kinds]
+        self._weights = [part for part in self._parts if isinstance(part, torch.Tensor)]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
         self._hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
         self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
 
     def is_unchanged(self) -> bool:
         """Whether its parts, weights and settings are those it was found with, and nobody else
         watches its modules."""
-        for registry, name, part in self._kept:
-            if registry.get(name) is not part:
-                return False
-        for kind, forward in self._functions:
-            if kind.forward is not forward:
-                return False
-        for weight, address in self._addresses:
-            if weight.data_ptr() != address:
-                return False
-        return not any(hooks and has_foreign(hooks) for hooks in self._hooks)
+        now = map(dict.get, self._registries, self._names)  # in C: this is asked at every call
+        return (
+            all(map(is_, now, self._parts))
+            and all(map(is_, map(_FORWARD, self._kinds), self._functions))
+            and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
+            and not any(hooks and has_foreign(hooks) for hooks in self._hooks)
+        )
