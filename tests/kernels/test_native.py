@@ -9,6 +9,7 @@ import torch
 
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels import native
+from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertMath, Job, Views
 from moe_infinity.kernels.choice import choose
 from moe_infinity.kernels.packed import PackedMatrix, encode
@@ -242,7 +243,7 @@ def test_bf16_experts_round_as_torch_does(
         return function(half) * up  # type: ignore[operator]
 
     math = ExpertMath(has_gate, False, False, gate)
-    assert native.recognise(math) is not None
+    assert recognise(math) is not None
     views = Views(down_proj=[random(128, 256).bfloat16()])
     name, rows = ("gate_up_proj", 512) if has_gate else ("up_proj", 256)
     views[name] = [random(rows, 128).bfloat16()]
@@ -253,10 +254,10 @@ def test_bf16_experts_round_as_torch_does(
 
 
 def test_gates_that_bound_their_input_are_not_taken_for_plain_ones() -> None:
-    assert native.recognise(GATED) is not None
-    assert native.recognise(ExpertMath(True, False, False, odd_gate)) is None
+    assert recognise(GATED) is not None
+    assert recognise(ExpertMath(True, False, False, odd_gate)) is None
     exact_gelu = ExpertMath(False, False, False, torch.nn.functional.gelu)
-    assert native.recognise(exact_gelu) is None
+    assert recognise(exact_gelu) is None
 
 
 def test_what_it_cannot_do_the_reference_does(kernel: native.Kernel) -> None:

@@ -13,12 +13,20 @@ from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
 
-# compute(keys, views): experts that are here, and the parts of each; valid during the call.
-Compute = Callable[[list[ExpertKey], list[Views]], None]
+# compute(keys, views): experts that are here, and the parts of each; valid during the call. Returns
+# the seconds it took if that was before the call.
+Compute = Callable[[list[ExpertKey], list[Views]], float | None]
 
 
 class Hierarchy(ABC):
-    """Everything between the disk and the device that computes. One thread drives it."""
+    """Everything between the disk and the device that computes. One thread drives it.
+
+    known: [L, E] whether what somebody noted of an expert's place in memory still holds. Who notes
+    it sets it, the hierarchy clears it when the place is given to another expert.
+    None where places do not last.
+    """
+
+    known: NDArray[np.uint8] | None = None
 
     @abstractmethod
     def begin_request(self) -> None:
@@ -56,6 +64,11 @@ class Hierarchy(ABC):
     @abstractmethod
     def looks_ahead(self) -> bool:
         """Whether ``foreseen`` and ``foresee`` are of use now; else they need not be made."""
+
+    @abstractmethod
+    def is_quiet(self) -> bool:
+        """Whether an event that only hits may be told after its experts were computed: nobody
+        looks ahead now, and nothing loaded ahead awaits its verdict."""
 
     @abstractmethod
     def tier_of(self, key: ExpertKey) -> TierName:

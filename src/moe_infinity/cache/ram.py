@@ -53,6 +53,9 @@ class RamHierarchy(Hierarchy, Carrier):
         self._computing: Compute | None = None  # of the running event
         self._is_clean = True  # False while an event runs, or was given up halfway
         self._layouts = _layouts_of(store)
+        if all(map(is_viewable, store.specs.values())):
+            shape = runner.residency.directory.shape
+            self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
         self._views: dict[int, tuple[int, Views]] = {}  # by slot: layout and views of what is there
         self._stalls = StallMeter()
         self._pays = pays
@@ -127,6 +130,8 @@ class RamHierarchy(Hierarchy, Carrier):
 
     def start(self, loads: list[Load], priority: Priority) -> None:
         for load in loads:
+            if self.known is not None and load.victim is not None:
+                self.known[load.victim.layer, load.victim.expert] = 0
             buffer = self._arena.buffer(load.slot)
             self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
 
@@ -153,14 +158,17 @@ class RamHierarchy(Hierarchy, Carrier):
     def looks_ahead(self) -> bool:
         return self._stalls.is_worth_it and (self._pays is None or self._pays.is_on)
 
+    def is_quiet(self) -> bool:
+        return self.runner.is_quiet(self)
+
     def compute(self, keys: list[ExpertKey]) -> None:
         if self.cancelled.is_set():
             raise CancelledError("the request was cancelled")
         assert self._computing is not None, "no event is running"
         start = time.perf_counter()
-        self._computing(keys, [self._views_of(key) for key in keys])
+        spent_s = self._computing(keys, [self._views_of(key) for key in keys])
         now = self.counters.now
-        now.compute_s += time.perf_counter() - start
+        now.compute_s += time.perf_counter() - start if spent_s is None else spent_s
         for key in keys:
             now.computed_bytes += self._store.specs[key].weight_bytes
 
@@ -210,6 +218,8 @@ class RamHierarchy(Hierarchy, Carrier):
         self._engine.drain()
         self.runner.abort()
         self._in_flight.clear()
+        if self.known is not None:
+            self.known[:] = 0
         self._is_clean = True
 
 

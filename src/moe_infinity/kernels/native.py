@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
 from moe_infinity.errors import ConfigError
+from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
 from moe_infinity.kernels.packed import PackedMatrix, row_bytes, side_offset
 from moe_infinity.kernels.reference import Kernel as Reference
@@ -36,12 +36,6 @@ NO_MATRIX = bytes(_MATRIX.size)
 SHORT_TYPES = (torch.bfloat16, torch.float16)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
-_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
-    1: torch.nn.functional.silu,
-    2: lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    3: torch.relu,
-}
-_PROBES = 1024
 Blocks = list[torch.Tensor | PackedMatrix]
 
 
@@ -107,12 +101,11 @@ class Kernel(ExpertKernel):
         """Those that the compiled code knows whole go to it together."""
         calls = []
         for job in jobs:
-            expert = self._expert(math, job.views, job.x)
-            if expert is None or expert.call is None or math.post:
+            call = self._call_of(math, job.views, job.x)
+            if call is None:
                 job.out.copy_(self.forward(math, job.views, job.x))
             else:
-                head = _HEAD.pack(job.x.data_ptr(), job.out.data_ptr(), job.x.shape[0])
-                calls.append(head + expert.call)
+                calls.append(_HEAD.pack(job.x.data_ptr(), job.out.data_ptr(), len(job.x)) + call)
         if calls:
             self._run(calls)
 
@@ -141,11 +134,11 @@ class Kernel(ExpertKernel):
         calls = []
         x_at, outs_at, size = x.data_ptr(), outs.data_ptr(), outs.shape[1] * outs.element_size()
         for each, place in zip(views, places, strict=True):
-            expert = self._expert(math, each, x)
-            if expert is None or expert.call is None or math.post:
+            call = self._call_of(math, each, x)
+            if call is None:
                 outs[place] = self.forward(math, each, x)[0]
             else:
-                calls.append(_HEAD.pack(x_at, outs_at + place * size, 1) + expert.call)
+                calls.append(_HEAD.pack(x_at, outs_at + place * size, 1) + call)
         if calls:
             self._run(calls)
 
@@ -161,8 +154,25 @@ class Kernel(ExpertKernel):
         assert native is not None
         native.sum(self._engine, packed)
 
+    def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
+        """An expert on one token like x [1, H], where from and to left open; None where it is not
+        the compiled code that computes all of it."""
+        call = self._call_of(math, views, x)
+        return None if call is None else _HEAD.pack(0, 0, 1) + call
+
+    def run_ahead(self, stages_at: int, count: int) -> int:
+        """Stages (kernels/stages.py) at an address; returns how many were run whole."""
+        assert native is not None
+        done: int = native.run_ahead(self._engine, stages_at, count)
+        return done
+
     def close(self) -> None:
         self._engine = None  # its threads end with it
+
+    def _call_of(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
+        """What follows a call's addresses and number of tokens."""
+        expert = self._expert(math, views, x)
+        return None if expert is None or math.post else expert.call
 
     def _expert(self, math: ExpertMath, views: Views, x: torch.Tensor) -> _Prepared | None:
         """The expert for the compiled code; None where the reference computes these tokens."""
@@ -230,27 +240,6 @@ def _whole(kind: _Kind, first: Blocks, last: Blocks, dtype: torch.dtype) -> byte
         return None
     head = _KIND.pack(TYPES[dtype], kind.activation, kind.has_gate)
     return head + gate + up + describe(last[0])
-
-
-def recognise(math: ExpertMath) -> int | None:
-    """Which compiled activation does what the model's own gate does; None: none.
-
-    Asked on a thousand numbers, large ones too: some models bound what goes into their gates.
-    """
-    points = torch.arange(_PROBES)
-    spread = torch.linspace(-12, 12, _PROBES, dtype=torch.float64)
-    gate = torch.where(points % 7 == 0, spread * 1000, spread)[:, None]
-    up = torch.where(points % 5 == 0, spread.flip(0) * 1000, spread.flip(0))[:, None]
-    wide = [gate, gate, up, up] if math.has_gate else [gate, gate]
-    try:
-        said = math.gate(torch.cat(wide, dim=1))[:, :1]
-    except Exception:  # a gate may want shapes or types of its own
-        return None
-    for number, function in _ACTIVATIONS.items():
-        expected = function(gate) * up if math.has_gate else function(gate)
-        if said.shape == expected.shape and torch.allclose(said, expected, rtol=1e-6, atol=1e-6):
-            return number
-    return None
 
 
 def describe(block: torch.Tensor | PackedMatrix) -> bytes:

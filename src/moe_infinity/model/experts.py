@@ -57,6 +57,10 @@ class ExpertsLayer:
         self._runtime = runtime
         self._routes_padding = routes_padding
 
+    @property
+    def hierarchy(self) -> Hierarchy:
+        return self._runtime.hierarchy
+
     def forward(
         self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:

@@ -24,8 +24,8 @@ class Found:
         self.mlp = mlp
         self.layer_index = layer_index
         self.spec = spec
-        kept = set() if spec.router else set(mlp.modules())  # the compiled code calls it
-        bypassed = [m for m in block.modules() if m is not block and m not in kept]
+        called = set() if spec.router else set(mlp.modules())  # by the compiled code
+        bypassed = [m for m in block.modules() if m is not block and m not in called]
         # Where parts, weights and settings are kept: what is exchanged is seen at the next call.
         registries = [r for m in (block, *bypassed) for r in (m._modules, m._parameters)]
         kept = [(r, name, part) for r in registries for name, part in r.items()]

@@ -65,6 +65,16 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return keys, values, start
 
+    def next_place(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """What ``extend`` by one token would return if nothing has to be moved or made for it, and
+        there is room; else None. Changes nothing."""
+        room, start = self._room, self.get_seq_length()
+        if room is None or start == 0 or start >= self._max_context:
+            return None
+        if self.keys.data_ptr() != room[0].data_ptr() or self.keys.shape[0] != room[0].shape[0]:
+            return None
+        return *room, start
+
     def _own(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,10 +113,12 @@ class EventRunner:
         foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         """
         self._collect(carrier)
-        if self._is_quiet(carrier) and (served := self.residency.serve_hits(event)):
-            self.planner.observe(event, served)
-            carrier.compute(served.hits)
-            return
+        if not self._looks_ahead(carrier):
+            self.residency.room.protect(_NO_KEYS)
+            if served := self.residency.serve_hits(event):
+                self.planner.observe(event, served)
+                carrier.compute(served.hits)
+                return
         found = self.residency.begin_event(event)
         self.planner.observe(event, found)
         if foreseen is not None and carrier.looks_ahead():
@@ -156,22 +158,23 @@ class EventRunner:
         self.planner.predictor.foresee(layer, scores)
         self._load_ahead(layer, phase, carrier)
 
+    def is_quiet(self, carrier: Carrier) -> bool:
+        """Whether an event that only hits changes no slot: nobody looks ahead now, and nothing
+        loaded ahead awaits its verdict."""
+        return not self.residency.room.ahead and not self._looks_ahead(carrier)
+
     def abort(self) -> None:
         """Give up the running event; every transfer has to be over."""
         self.residency.abort_event()
         self._pending.clear()
 
-    def _is_quiet(self, carrier: Carrier) -> bool:
-        """Whether nobody looks ahead now: an event that only hits changes no slot then."""
+    def _looks_ahead(self, carrier: Carrier) -> bool:
         predictor = self.planner.predictor
         if self.residency.policy.wants_forecast:
-            return False
-        if predictor.is_silent:
             return True
-        if predictor.foresight is None or carrier.looks_ahead():
+        if predictor.is_silent:
             return False
-        self.residency.room.protect(_NO_KEYS)
-        return True
+        return predictor.foresight is None or carrier.looks_ahead()
 
     def _load_ahead(self, layer: int, phase: Phase, carrier: Carrier) -> None:
         if phase == "prefill":

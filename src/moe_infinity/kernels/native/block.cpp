@@ -1,6 +1,7 @@
 #include "block.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -221,6 +222,29 @@ void Engine::sum(const Sum &s) {
     kernels_.widen(s.type, s.h, one, s.size);
     for (uint32_t i = 0; i < s.size; ++i) total[i] += one[i];
     kernels_.narrow(s.type, total, s.out, s.size);
+}
+
+size_t Engine::run_ahead(Stage *stages, size_t count) {
+    using Clock = std::chrono::steady_clock;
+    std::vector<Call> calls;
+    for (size_t i = 0; i < count; ++i) {
+        Stage &s = stages[i];
+        attend(*s.block, s.token);
+        const Clock::time_point start = Clock::now();
+        calls.clear();
+        for (uint32_t k = 0; k < s.sum.top_k; ++k) {
+            const auto id = static_cast<uint64_t>(s.token.ids[k]);
+            if (id >= s.num_experts || !s.known[id]) return i;
+            const size_t row_bytes = s.sum.size * size_of(s.sum.type);
+            calls.push_back(s.calls[id]);
+            calls.back().x = s.token.normed;
+            calls.back().out = static_cast<uint8_t *>(const_cast<void *>(s.sum.outs)) + k * row_bytes;
+        }
+        run(calls.data(), calls.size());
+        s.experts_s = std::chrono::duration<double>(Clock::now() - start).count();
+        sum(s.sum);
+    }
+    return count;
 }
 
 }  // namespace moe

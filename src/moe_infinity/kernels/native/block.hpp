@@ -54,4 +54,18 @@ struct Sum {
     uint32_t rounds;       // each product is rounded to `type`: the model holds weights of it
 };
 
+struct Call;
+
+// One of several blocks that follow one another, run ahead of the model's own calls.
+struct Stage {
+    const Block *block;
+    Token token;           // ids: less than num_experts
+    Sum sum;
+    const Call *calls;     // [num_experts], each of one token; where from and to is filled in
+    const uint8_t *known;  // [num_experts]: whether the expert is in memory and its call true
+    uint64_t num_experts;
+    double experts_s;      // written: what its experts took
+};
+static_assert(sizeof(Stage) == 184, "Python packs it so");
+
 }  // namespace moe

@@ -74,6 +74,10 @@ public:
     void attend(const Block &block, const Token &token);
     void sum(const Sum &sum);
 
+    // As many stages as have all of their chosen experts in memory; returns how many. The one
+    // after them, if there is one, is run up to the choice of its experts.
+    size_t run_ahead(Stage *stages, size_t count);
+
 private:
     struct Work;
 

@@ -168,6 +168,19 @@ PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return without_gil([&] { engine->sum(terms); });
 }
 
+PyObject *run_ahead(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arguments(count, 3, "run_ahead(engine, stages, count)")) return nullptr;
+    Engine *engine = engine_of(args[0]);
+    auto *stages = static_cast<moe::Stage *>(PyLong_AsVoidPtr(args[1]));
+    const size_t num_stages = PyLong_AsSize_t(args[2]);
+    if (!engine || PyErr_Occurred()) return nullptr;
+    size_t done = 0;
+    PyObject *none = without_gil([&] { done = engine->run_ahead(stages, num_stages); });
+    if (!none) return nullptr;
+    Py_DECREF(none);
+    return PyLong_FromSize_t(done);
+}
+
 template <class Function>
 PyCFunction as_function(Function f) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -183,6 +196,8 @@ PyMethodDef methods[] = {
     {"attend", as_function(attend), METH_FASTCALL,
      "attend(engine, block, token): see block.hpp for their layout."},
     {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
+    {"run_ahead", as_function(run_ahead), METH_FASTCALL,
+     "run_ahead(engine, stages, count): an address, see block.hpp; how many were run whole."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,

@@ -1,0 +1,84 @@
+"""Blocks that follow one another, as the compiled code reads them (native/block.hpp): one call runs
+them ahead, as far as their experts are in memory."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_infinity.kernels.blocks import Choice
+from moe_infinity.kernels.native import TYPES, Kernel
+
+_CALL_BYTES = 152
+# Words of a stage: the block; a token's x, cos, sin, keys, values, room, position, h, normed,
+# logits, ids, weights; a sum's outs, weights, h, out, sizes, types; calls, known, num_experts; a
+# time.
+_BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
+_SECONDS, _NUM_WORDS = 22, 23
+
+
+class Stages:
+    """Memory of some stages. Whoever gives addresses keeps what lies there alive."""
+
+    def __init__(self, num_stages: int, num_experts: int) -> None:
+        self._words = np.zeros((num_stages, _NUM_WORDS), dtype=np.uint64)
+        self._calls = np.zeros((num_stages, num_experts, _CALL_BYTES), dtype=np.uint8)
+        self._blocks: dict[int, NDArray[np.uint8]] = {}
+
+    def describe(
+        self,
+        stage: int,
+        block: bytes,
+        choice: Choice,
+        results: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        rounds: bool,
+        known: NDArray[np.uint8],
+    ) -> None:
+        """What is the same for every token. block: packed; results: h [1, H], normed [1, H] and
+        what the experts say [K, H]; known [E]: whose call was noted and is still true."""
+        kept = self._blocks[stage] = np.frombuffer(block, dtype=np.uint8).copy()
+        h, normed, outs = results
+        top_k, size = outs.shape
+        words = self._words[stage]
+        words[_BLOCK] = kept.ctypes.data
+        words[_H : _H + 5] = (h.data_ptr(), normed.data_ptr(), *choice.addresses)
+        words[_SUM : _SUM + 3] = (outs.data_ptr(), choice.weights.data_ptr(), h.data_ptr())
+        words[_OUT + 1 : _OUT + 3] = (size | top_k << 32, TYPES[outs.dtype] | rounds << 32)
+        words[_CALLS : _CALLS + 3] = (self._calls[stage].ctypes.data, known.ctypes.data, len(known))
+
+    def note(self, stage: int, expert: int, call: bytes) -> None:
+        """How to compute an expert on one token."""
+        self._calls[stage, expert] = np.frombuffer(call, dtype=np.uint8)
+
+    def remember(self, stage: int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Where the block's keys and values lie, [num_kv_heads, room, head_dim]."""
+        at = (keys.data_ptr(), values.data_ptr(), keys.shape[-2], position)
+        self._words[stage, _KEYS : _POSITION + 1] = at
+
+    def run(
+        self,
+        kernel: Kernel,
+        first: int,
+        x: torch.Tensor,
+        positions: tuple[torch.Tensor, torch.Tensor],
+        outs: torch.Tensor,
+    ) -> int:
+        """One token x [H] through len(outs) stages, each into its row of outs [n, H]; positions:
+        cosines and sines. Returns how many were run whole; the next one, if it is not the last,
+        up to the choice of its experts."""
+        words = self._words[first : first + len(outs)]
+        at, row_bytes = outs.data_ptr(), outs.stride(0) * outs.element_size()
+        rows = at + row_bytes * np.arange(len(outs), dtype=np.uint64)
+        words[0, _X], words[1:, _X], words[:, _OUT] = x.data_ptr(), rows[:-1], rows
+        words[:, _COS], words[:, _SIN] = (each.data_ptr() for each in positions)
+        start = time.perf_counter()
+        done = kernel.run_ahead(words.ctypes.data, len(outs))
+        kernel.dense_s += time.perf_counter() - start - self.experts_s(first, done)
+        return done
+
+    def experts_s(self, first: int, count: int = 1) -> float:
+        """Seconds that the experts of these stages took when they were run last."""
+        return float(self._words[first : first + count, _SECONDS].view(np.float64).sum())
