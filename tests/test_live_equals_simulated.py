@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,9 @@ class Watched:
 
         patch.setattr(hierarchy, "start", watched_start)
         patch.setattr(hierarchy, "looks_ahead", watched_looks)
+        # Blocks that are run ahead ask too, but not on behalf of a decision.
+        asked = SimpleNamespace(looks_ahead=looks_ahead)
+        patch.setattr(hierarchy, "is_quiet", lambda: hierarchy.runner.is_quiet(asked))
         patch.setattr(hierarchy, "collect", watched_collect)
 
 

@@ -163,7 +163,8 @@ class MoE:
         return new_cache(self.model.config, self.plan.max_context)
 
     def cancel(self) -> None:
-        """End the running request before its next expert; it raises CancelledError."""
+        """End the running request before its next expert that has to be loaded, or else its next
+        token; it raises CancelledError."""
         self._hierarchy.cancelled.set()
 
     @property

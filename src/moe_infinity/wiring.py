@@ -64,8 +64,9 @@ class Wiring:
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         layers = self._attach(modules, maths)
+        self._chain = None
         if type(routing) is KeepRouting:
-            speed_up_blocks(model, self.kernel, layers, modules)
+            self._chain = speed_up_blocks(model, self.kernel, layers, modules)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
         self._wish = predictor.foresight
@@ -106,6 +107,8 @@ class Wiring:
     def finish(self, counters: Counters) -> None:
         """The request is over, well or not."""
         self._threads.end()
+        if self._chain is not None:
+            self._chain.forget()
         self.request.finish(counters, time.perf_counter())
 
     def close(self) -> None:

@@ -131,11 +131,11 @@ def test_a_result_depends_on_its_row_and_token_alone(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_exact12_equals_bf16_to_the_bit(kernel: native.Kernel, dtype: torch.dtype) -> None:
-    matrix = random(70, 400).bfloat16()
-    strange = np.random.default_rng(0).choice(matrix.numel(), 150, replace=False)
-    matrix.view(-1)[strange] = torch.tensor([0.0, -0.0, 1e-38, 30.0, -1e4]).bfloat16().repeat(30)
+    matrix = random(70, 2500).bfloat16()
+    strange = np.random.default_rng(0).choice(matrix.numel(), 600, replace=False)
+    matrix.view(-1)[strange] = torch.tensor([0.0, -0.0, 1e-38, 30.0, -1e4]).bfloat16().repeat(120)
     for tokens in (1, 5, 40):
-        x = (random(tokens, 400, seed=1) * 20).to(dtype)
+        x = (random(tokens, 2500, seed=1) * 20).to(dtype)
         packed, whole = (product(kernel, stored(matrix, f), x) for f in ("EXACT12", "BF16"))
         assert torch.equal(packed, whole)
 

@@ -1,6 +1,8 @@
 """Blocks run ahead of the model's calls: nothing that anybody sees may depend on it."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +131,66 @@ def test_who_changes_what_a_block_returns_is_heard(
     assert torch.equal(ahead, run())
 
 
-def test_another_cache_in_between(small: Path, never: Callable[[], None]) -> None:
+def test_whoever_keeps_changing_things_does_not_pay_twice(
+    small: Path, ran_whole: list[int]
+) -> None:
+    """What is run ahead in vain is noticed: in the first token, and never again."""
+
+    def steer(module: Any, args: Any, out: torch.Tensor) -> None:
+        out += 0.5
+
+    with opened(small) as moe:
+        logits(moe)
+        ran_whole.clear()
+        for block in moe.model.model.layers:
+            block.register_forward_hook(steer)
+        logits(moe, 20)
+    assert sum(ran_whole) <= 6
+
+
+def test_a_hook_that_fails_in_mid_pass(small: Path) -> None:
+    """The next try, from where the cache was, says what it would have said."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(*args: Any) -> None:
+        raise Stop
+
+    with opened(small) as moe:
+        expected = logits(moe)
+
+        def before(step: int, cache: Any) -> Any:
+            if step == 6:
+                hook = moe.model.model.layers[1].register_forward_pre_hook(stop)
+                length = cache.get_seq_length()
+                with pytest.raises(Stop):
+                    moe(torch.tensor([[7]]), past_key_values=cache)
+                hook.remove()
+                for layer in cache.layers:
+                    layer.crop(length - layer.get_seq_length())
+            return cache
+
+        assert torch.equal(logits(moe, before=before), expected)
+
+
+def test_caches_are_let_go(small: Path, ran_whole: list[int]) -> None:
+    """A finished request's keys and values are in no budget."""
+    with opened(small) as moe:
+        cache = moe.new_cache()
+        with torch.inference_mode():
+            for token in range(8):
+                moe(torch.tensor([[token]]), past_key_values=cache)
+        assert sum(ran_whole) > 0
+        room = weakref.ref(cache.layers[0].next_place()[0])
+        del cache
+        gc.collect()
+        assert room() is None
+
+
+def test_another_cache_in_between(
+    small: Path, ran_whole: list[int], never: Callable[[], None]
+) -> None:
     """Its copy, a shorter one, and one of another conversation."""
 
     def run() -> torch.Tensor:
@@ -148,6 +209,7 @@ def test_another_cache_in_between(small: Path, never: Callable[[], None]) -> Non
             return logits(moe, before=before)
 
     ahead = run()
+    assert sum(ran_whole) > 0
     never()
     assert torch.equal(ahead, run())
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,15 @@ from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Part, Phase, Priority, TierName
 
 
+@dataclass(slots=True)
+class _Spent:
+    """By the events of a pass, from the end of the one before the first."""
+
+    stall_s: float = 0.0
+    wall_s: float = 0.0
+    num_events: int = 0
+
+
 class RamHierarchy(Hierarchy, Carrier):
     """One tier of slots in RAM over an expert store.
 
@@ -45,7 +55,7 @@ class RamHierarchy(Hierarchy, Carrier):
         """pays: decides whether looking ahead is worth it; None: whoever asked for it wants it."""
         self.runner = runner
         self.residency = runner.residency
-        self.cancelled = threading.Event()  # set by another thread; seen between two experts
+        self.cancelled = threading.Event()  # set by another thread; seen before experts are told of
         self._store = store
         self._arena = arena
         self._engine = engine
@@ -61,6 +71,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self._pays = pays
         self._stalled_s = 0.0  # in the running event
         self._event_ended_s: float | None = None  # of decode
+        self._of_pass = _Spent()
 
     @property
     def counters(self) -> Counters:
@@ -82,6 +93,7 @@ class RamHierarchy(Hierarchy, Carrier):
     def begin_pass(
         self, phase: Phase, embeddings: Embeddings = None, token_ids: TokenIds = None
     ) -> None:
+        self._tell_meters()
         with self._undone_if_interrupted():
             self.runner.begin_pass(phase, self, embeddings, token_ids)
 
@@ -194,11 +206,19 @@ class RamHierarchy(Hierarchy, Carrier):
         """Prompts stream whatever the cache holds: only decode says whether looking ahead pays."""
         now = time.perf_counter()
         if phase == "decode" and self._event_ended_s is not None:
-            self._stalls.spend(self._stalled_s, now - self._event_ended_s)
-            if self._pays is not None:
-                self._pays.spend(now - self._event_ended_s)
+            self._of_pass.stall_s += self._stalled_s
+            self._of_pass.wall_s += now - self._event_ended_s
+            self._of_pass.num_events += 1
         self._event_ended_s = now if phase == "decode" else None
         self._stalled_s = 0.0
+
+    def _tell_meters(self) -> None:
+        """A pass at a time: the blocks that are run ahead are paid for by the first one's event."""
+        spent, self._of_pass = self._of_pass, _Spent()
+        if spent.num_events:
+            self._stalls.spend(spent.stall_s, spent.wall_s, spent.num_events)
+            if self._pays is not None:
+                self._pays.spend(spent.wall_s, spent.num_events)
 
     @contextmanager
     def _undone_if_interrupted(self) -> Iterator[None]:

@@ -62,8 +62,9 @@ class _Prepared(NamedTuple):
 
 
 class Kernel(ExpertKernel):
-    """Experts by compiled code. What it computes does not depend on threads, addresses or the
-    number of tokens; where torch computes in its place, that may."""
+    """Experts by compiled code. What it computes does not depend on threads or addresses, nor on
+    the number of tokens but for this: many are summed in another order than few (architecture.md).
+    Where torch computes in its place, more may matter."""
 
     def __init__(self, num_threads: int, instruction_set: str | None = None) -> None:
         """Raises ConfigError where there is no compiled code, or not for this processor."""

@@ -26,10 +26,11 @@ from moe_infinity.types import ExpertKey
 
 def speed_up_blocks(
     model: Any, kernel: ExpertKernel, layers: Sequence[ExpertsLayer], modules: Sequence[nn.Module]
-) -> None:
-    """Let a compiled kernel do the blocks around these experts that it can do."""
+) -> Chain | None:
+    """Let a compiled kernel do the blocks around these experts that it can do. Returns the chain
+    of those that can be run ahead."""
     if not isinstance(kernel, native.Kernel):
-        return
+        return None
     names = {id(module): name for name, module in model.named_modules()}
     compiled = []
     for layer, module in zip(layers, modules, strict=True):
@@ -41,18 +42,19 @@ def speed_up_blocks(
         if router is None or len(router.weight) == layer.num_experts:
             compiled.append(CompiledBlock(kernel, found, layer))
             block.forward = compiled[-1].forward
-    _chain_up(kernel, [block for block in compiled if block.has_router])
+    return _chain_of(kernel, [block for block in compiled if block.has_router])
 
 
-def _chain_up(kernel: native.Kernel, blocks: Sequence[CompiledBlock]) -> None:
+def _chain_of(kernel: native.Kernel, blocks: Sequence[CompiledBlock]) -> Chain | None:
     if len(blocks) < 2:
-        return
+        return None
     hierarchy = blocks[0].experts.hierarchy
     if hierarchy.known is None:
-        return
+        return None
     chain = Chain(kernel, [block.as_member() for block in blocks], hierarchy, hierarchy.known)
     for place, block in enumerate(blocks):
         block.join(chain, place)
+    return chain
 
 
 class CompiledBlock:
@@ -96,6 +98,8 @@ class CompiledBlock:
         """[1, 1, H] -> [1, 1, H] where the call is of the usual kind too, else as it was."""
         cache = self._cache_of(kwargs)
         if args or cache is None or not self._fits(hidden_states, kwargs):
+            if self._chain is not None and hidden_states.numel() == self._hidden_size:
+                self._chain.left(self._place)
             return self._stock(hidden_states, *args, **kwargs)
         reached = Reached.NOTHING
         if self._chain is not None:
@@ -153,14 +157,16 @@ class CompiledBlock:
         experts, kernel, outs = self.experts, self._kernel, self._outs
         ids, weights = (each.copy() for each in self._choice.seen)  # events outlive the call
         places = {expert: place for place, expert in enumerate(ids[0].tolist())}
-        if spent_s is None:
+        spent = None if spent_s is None else iter((spent_s,))  # told once, however often asked
+        if spent is None:
             outs.zero_()  # a miss rule may leave some out
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> float | None:
-            if spent_s is None:
-                kernel.run_token(experts.math, views, x, outs, [places[k.expert] for k in keys])
-                self._note(keys, views, x)
-            return spent_s
+            if spent is not None:
+                return next(spent, 0.0)
+            kernel.run_token(experts.math, views, x, outs, [places[k.expert] for k in keys])
+            self._note(keys, views, x)
+            return None
 
         experts.run_token(x, ids, weights, self._choice.logits, compute)
 

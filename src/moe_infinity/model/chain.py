@@ -1,12 +1,12 @@
 """Compiled blocks that follow one another, run ahead of the model's own calls.
 
-Between two blocks Python takes a tenth of a millisecond and more, while the weights that stream by
-push what it needs out of the processor's caches. So the first block that is called lets the
+Between two blocks Python takes 0.2 ms, for the weights that stream by push what it needs out of the
+processor's caches. So the first block that is called lets the
 compiled code go on into the next ones, as far as the experts that their routers choose are in
 memory; what it found waits for the model to call those blocks. A result is used only if that call
-is the one that was foreseen: the very tensors, unchanged to the bit, at the same place of the same
-cache.
-Nothing is told to anybody (cache, policy, trace) before.
+is the one that was foreseen: the very tensor, unchanged to the bit, at the same place of the same
+cache. Nothing is told to anybody (cache, policy, trace) before. Who changes the numbers of a later
+block's weights or keys in the middle of a pass is heard from the next pass on.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ class Chain:
                 place, each.block, each.choice, each.results, each.rounds, of_layer
             )
         self._follows = [False] * (len(members) + 1)  # the one before, as was seen
+        self._changed: set[int] = set()  # somebody changes their input in its place
+        self._length = 1  # blocks to run at once: as many as lately went well, and some more
         # Who was called last, what it returned, and how it was called.
         self._last: tuple[int, torch.Tensor, _Setting] | None = None
         self._run: _Run | None = None
@@ -118,12 +120,9 @@ class Chain:
             self._run = run
             return Reached.WHOLE if place < run.first + run.whole else Reached.CHOICE
         self._learn(place, x, kwargs)
-        end = place + 1
-        while self._follows[end]:
-            end += 1
-        if end == place + 1 or not self._hierarchy.is_quiet():
+        if not self._follows[place + 1] or not self._hierarchy.is_quiet():
             return Reached.NOTHING
-        return self._run_ahead(place, end, x, kwargs)
+        return self._run_ahead(place, x, kwargs)
 
     def output(self, place: int) -> torch.Tensor:
         """Of a block that was run whole, [1, 1, H]."""
@@ -137,12 +136,24 @@ class Chain:
     def returned(self, place: int, out: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Block ``place``, called with kwargs, gives ``out`` to the model."""
         self._last = (place, out, _Setting.of(kwargs))
+        if place == len(self._members) - 1:
+            self.forget()
+
+    def left(self, place: int) -> None:
+        """Block ``place`` was called in a way that the compiled code does not know."""
+        self._follows[place] = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Hold on to nothing that somebody else made: a cache is large."""
+        self._run = self._last = None
 
     def _learn(self, place: int, x: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Whether this block is shown what the one before has returned."""
         last, self._last = self._last, None
         self._follows[place] = (
-            last is not None
+            place not in self._changed
+            and last is not None
             and last[0] == place - 1
             and last[1] is x
             and last[2].is_that_of(kwargs)
@@ -153,16 +164,22 @@ class Chain:
         if not 0 < at < len(run.places) or at > run.whole or x is not run.inputs[at]:
             return False
         is_now, was = run.bits
-        if not run.setting.is_that_of(kwargs) or (is_now[at - 1] != was[at - 1]).any():
+        if (is_now[at - 1] != was[at - 1]).any():
+            self._changed.add(place)
+            return False
+        if not run.setting.is_that_of(kwargs):
             return False
         now = run.setting.cache.layers[self._members[place].cache_layer].next_place()
         keys, values, position = run.places[at]
         return now is not None and now[0] is keys and now[1] is values and now[2] == position
 
-    def _run_ahead(self, first: int, end: int, x: torch.Tensor, kwargs: dict[str, Any]) -> Reached:
+    def _run_ahead(self, first: int, x: torch.Tensor, kwargs: dict[str, Any]) -> Reached:
         setting = _Setting.of(kwargs)
-        places = []
-        for place in range(first, end):
+        places: list[tuple[torch.Tensor, torch.Tensor, int]] = []
+        while len(places) < self._length:
+            place = first + len(places)
+            if places and not self._follows[place]:
+                break
             found = self._place_in(setting.cache, self._members[place])
             if found is None:
                 break
@@ -173,7 +190,8 @@ class Chain:
         outs = torch.empty((len(places), *x.shape), dtype=x.dtype)
         positions = (setting.cos, setting.sin)
         whole = self._stages.run(self._kernel, first, x.contiguous(), positions, outs)
-        bits = outs.view(torch.int16).flatten(1).numpy()
+        self._length = 2 * self._length if whole == self._length else whole + 1
+        bits = outs[:whole].view(torch.int16).flatten(1).numpy()
         self._run = _Run(first, whole, [x, *outs.unbind()], (bits, bits.copy()), places, setting)
         return Reached.WHOLE if whole else Reached.CHOICE
 

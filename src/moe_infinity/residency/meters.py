@@ -21,11 +21,12 @@ class StallMeter:
     share: float = _PRIOR
     is_worth_it: bool = True
 
-    def spend(self, stall_s: float, wall_s: float) -> None:
-        """One event, from the end of the one before: seconds waited and seconds passed."""
+    def spend(self, stall_s: float, wall_s: float, num_events: int = 1) -> None:
+        """Some events, from the end of the one before: seconds waited and seconds passed."""
         if wall_s <= 0:
             return
-        self.share += _MEMORY * (min(1.0, stall_s / wall_s) - self.share)
+        weight = 1 - (1 - _MEMORY) ** num_events
+        self.share += weight * (min(1.0, stall_s / wall_s) - self.share)
         if self.share < self.little:
             self.is_worth_it = False
         elif self.share > self.much:
@@ -49,9 +50,9 @@ class PaysMeter:
     _num_windows: int = 0
     _costs: dict[bool, float] = field(default_factory=dict)  # seconds per event
 
-    def spend(self, wall_s: float) -> None:
-        """One event, from the end of the one before: seconds passed."""
-        self._num_events += 1
+    def spend(self, wall_s: float, num_events: int = 1) -> None:
+        """Some events, from the end of the one before: seconds passed."""
+        self._num_events += num_events
         self._spent_s += wall_s
         if self._num_events < self.window:
             return

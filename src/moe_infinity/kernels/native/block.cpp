@@ -238,7 +238,7 @@ size_t Engine::run_ahead(Stage *stages, size_t count) {
             const size_t row_bytes = s.sum.size * size_of(s.sum.type);
             calls.push_back(s.calls[id]);
             calls.back().x = s.token.normed;
-            calls.back().out = static_cast<uint8_t *>(const_cast<void *>(s.sum.outs)) + k * row_bytes;
+            calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
         }
         run(calls.data(), calls.size());
         s.experts_s = std::chrono::duration<double>(Clock::now() - start).count();

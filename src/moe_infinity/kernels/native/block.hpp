@@ -45,7 +45,7 @@ struct Token {
 
 // sum over k of weights[k] * outs[k], rounded, plus h: a block's output.
 struct Sum {
-    const void *outs;      // [top_k, H]
+    void *outs;            // [top_k, H]
     const float *weights;
     const void *h;
     void *out;             // [H]
@@ -59,7 +59,7 @@ struct Call;
 // One of several blocks that follow one another, run ahead of the model's own calls.
 struct Stage {
     const Block *block;
-    Token token;           // ids: less than num_experts
+    Token token;
     Sum sum;
     const Call *calls;     // [num_experts], each of one token; where from and to is filled in
     const uint8_t *known;  // [num_experts]: whether the expert is in memory and its call true

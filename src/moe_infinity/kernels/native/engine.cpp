@@ -28,7 +28,7 @@ bool same_kind(Format a, Format b) {
 class Parts {
 public:
     Parts(uint32_t num_tokens, uint32_t most_rows) : num_tokens_(num_tokens) {
-        const uint32_t bearable = std::max(kManyFloating, kValuesAtOnce / std::max(1u, most_rows));
+        const uint32_t bearable = std::max(2 * kManyFloating, kValuesAtOnce / std::max(1u, most_rows));
         const uint32_t at_once = std::min(kTokensAtOnce, bearable);
         count_ = (num_tokens + at_once - 1) / at_once;
     }
@@ -179,12 +179,12 @@ void Engine::run(const Call *calls, size_t count) {
 }
 
 void Engine::run_group(const Call *calls, size_t count) {
-    const bool is_many = std::any_of(
-        calls, calls + count, [](const Call &call) { return call.num_tokens >= kManyGrouped; });
+    bool is_many = false;
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     rows_.resize(count);
     for (size_t i = 0; i < count; ++i) {
         prepare_call(calls[i], *works_[i]);
+        is_many = is_many || works_[i]->x.tokens.is_many;
         rows_[i] = calls[i].up.rows;
     }
     share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
@@ -275,7 +275,7 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
         auto *values = static_cast<float *>(result_.reserve(size_t(count) * m.rows * 4));
         auto *to = static_cast<uint8_t *>(out) + size_t(start) * m.rows * item;
         rows_.assign(1, m.rows);
-        share(1, rows_, count >= kManyGrouped, [&](size_t, uint32_t first, uint32_t last) {
+        share(1, rows_, prepared_.tokens.is_many, [&](size_t, uint32_t first, uint32_t last) {
             multiply(m, prepared_.tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;

@@ -62,7 +62,7 @@ struct Tokens {
 using Product = void (*)(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last,
                          float *out, size_t out_stride);
 
-// What one instruction set offers; every function pointer is set.
+// What one instruction set offers.
 struct Kernels {
     const char *name;
     bool dots_bf16;                  // bf16 tokens are multiplied as they are
