@@ -21,7 +21,7 @@ demo: setup  ## the bundled model with a quarter of its experts in memory
 	  "Question: A farmer has 12 cows and buys 5 more. How many cows does the farmer have? Answer:"
 
 test: setup
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: setup  ## lint, types, import directions
 	$(BIN)/ruff check .
