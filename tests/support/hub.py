@@ -294,12 +294,12 @@ class _Handler(BaseHTTPRequestHandler):
         with file.open("rb") as opened:
             opened.seek(begin)
             while data := opened.read(min(CHUNK_BYTES, end - opened.tell())):
+                self.seen.body_bytes += len(data)  # before whoever reads it can look
                 try:
                     self.wfile.write(data)
                 except OSError:  # the client has left
                     self.close_connection = True
                     return
-                self.seen.body_bytes += len(data)
 
     def _describe(self, repo: Repo, name: str) -> None:
         self.send_header("X-Repo-Commit", repo.commit)
