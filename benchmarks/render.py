@@ -73,13 +73,14 @@ def peers_table() -> str:
     for name in ("peers_widened16_int4", "peers_widened16_f16"):
         result = load(name)
         form = "4 bit" if "int4" in name else "16 bit"
-        rows += [_peers_row(form, row) for row in result["rows"]]
+        limited = [row for row in result["rows"] if row["share"] is not None]
+        rows += [_peers_row(form, row) for row in limited]
         notes.append(_provenance(result))
     return "\n".join(rows) + "\n\n" + "\n".join(notes) + "\n"
 
 
 def _peers_row(form: str, row: dict) -> str:
-    limit = "none" if row["share"] is None else f"{row['share']:.0%} of the file"
+    limit = f"{row['share']:.0%} of the file"
     if "tokens_per_s" not in row:
         return f"| {form} | {limit} | {row['system']} | failed | | | | |"
     is_ours = row.get("hit_rate") is not None
@@ -91,6 +92,40 @@ def _peers_row(form: str, row: dict) -> str:
         f"{row['limit_fraction']:.0%}" if is_ours and row.get("limit_fraction") else "",
     ]
     return f"| {form} | {limit} | {row['system']} | " + " | ".join(cells) + " |"
+
+
+_FORMS = {"f16": "16 bit", "q8": "8 bit", "q4": "4 bit"}
+
+
+def resident_table() -> str:
+    """Everything in memory: prompts of some lengths, and decode behind them."""
+    rows = [
+        "| file | prompt | system | first token after | over llama.cpp | tokens/s then | "
+        "over llama.cpp |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for form, name in _FORMS.items():
+        for length in (32, 512, 2000):
+            result = load(f"peers_resident_{form}_{length}")
+            rows += [_resident_row(name, length, row) for row in result["rows"]]
+            notes.append(_provenance(result))
+    return "\n".join(rows) + "\n\n" + _folded(notes)
+
+
+def _resident_row(form: str, length: int, row: dict) -> str:
+    is_ours = row.get("hit_rate") is not None
+    cells = [
+        f"{row['ttft_s']:.2f} s",
+        f"{row['prompt_ratio']:.1f}x" if is_ours else "",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['ratio']:.2f}x" if is_ours else "",
+    ]
+    return f"| {form} | {length} | {row['system']} | " + " | ".join(cells) + " |"
+
+
+def _folded(notes: list[str]) -> str:
+    return "<details><summary>Commands</summary>\n\n" + "  \n".join(notes) + "\n</details>\n"
 
 
 def depth_table() -> str:
@@ -187,6 +222,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
     "peers": peers_table,
+    "resident": resident_table,
     "formats": formats_table,
     "plan": plan_table,
     "policies": lambda: _with_source("policies", render_policies.summary_table),
