@@ -124,6 +124,18 @@ def _resident_row(form: str, length: int, row: dict) -> str:
     return f"| {form} | {length} | {row['system']} | " + " | ".join(cells) + " |"
 
 
+def prefill_note() -> str:
+    r = load("prefill_widened16")
+    limited, resident = r["summary"]["limited"], r["summary"]["resident"]
+    return (
+        f"A prompt of {r['prompt_tokens']} tokens on {r['checkpoint']} within "
+        f"{r['limit_bytes'] / _GB:.1f} of its {r['checkpoint_bytes'] / _GB:.1f} GB: first token "
+        f"after {limited['ttft_s']:.1f} s, with everything resident after "
+        f"{resident['ttft_s']:.1f} s. {r['times_the_model_was_read']:.0%} of the model was read, "
+        f"experts stream through a few slots.\n\n{_provenance(r)}\n"
+    )
+
+
 def _folded(notes: list[str]) -> str:
     return "<details><summary>Commands</summary>\n\n" + "  \n".join(notes) + "\n</details>\n"
 
@@ -223,6 +235,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth_table,
     "peers": peers_table,
     "resident": resident_table,
+    "prefill": prefill_note,
     "formats": formats_table,
     "plan": plan_table,
     "policies": lambda: _with_source("policies", render_policies.summary_table),
