@@ -48,6 +48,7 @@ bench: setup  ## every benchmark, results in benchmarks/results; kernel limits n
 	$(BIN)/python benchmarks/widened.py --fp32 $(WORK)/widened4 --bf16 $(WORK)/widened16
 	$(BIN)/python benchmarks/budget.py $(WORK)/widened16
 	$(BIN)/python benchmarks/budget.py $(WORK)/olmoe_random --accelerate $(WORK)/accelerate
+	$(BIN)/python benchmarks/prefill.py $(WORK)/widened16
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/plan_accuracy.py $(WORK)/widened8=1GiB $(WORK)/widened8=1536MiB \
 	  $(WORK)/olmoe_uniform8=2GiB $(WORK)/olmoe_uniform8=4GiB $(WORK)/qwen3_8=3GiB $(WORK)/qwen3_8=5GiB

@@ -131,7 +131,7 @@ def prefill_note() -> str:
         f"A prompt of {r['prompt_tokens']} tokens on {r['checkpoint']} within "
         f"{r['limit_bytes'] / _GB:.1f} of its {r['checkpoint_bytes'] / _GB:.1f} GB: first token "
         f"after {limited['ttft_s']:.1f} s, with everything resident after "
-        f"{resident['ttft_s']:.1f} s. {r['times_the_model_was_read']:.0%} of the model was read, "
+        f"{resident['ttft_s']:.1f} s. {r['times_the_model_was_read']:.0%} of the model was read: "
         f"experts stream through a few slots.\n\n{_provenance(r)}\n"
     )
 
