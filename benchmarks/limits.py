@@ -108,6 +108,14 @@ def prompt_ids(checkpoint: Path) -> list[int]:
     return list(AutoTokenizer.from_pretrained(checkpoint)(_TEXT).input_ids)
 
 
+def long_prompt_ids(checkpoint: Path, count: int) -> list[int]:
+    """So many tokens: of that text, then of what its ids make of themselves."""
+    ids = prompt_ids(checkpoint)
+    while len(ids) < count:
+        ids = ids + [(7 * i + 3) % 1000 + 10 for i in ids]
+    return ids[:count]
+
+
 def decode_figures(stats: Any) -> dict[str, float]:
     """What a run's stats say of its last request, under the names the result files have."""
     decode = stats.decode

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from limits import MemoryLimit, decode_figures, prompt_ids, provenance, save
+from limits import MemoryLimit, decode_figures, long_prompt_ids, provenance, save
 
 NO_LIMIT = 10.0  # a share that never binds
 BATCH_TOKENS = 512  # of a prompt, at once: llama.cpp's own choice
@@ -74,11 +74,8 @@ def at_limit(args: argparse.Namespace, share: float) -> list[dict]:
 
 def forced_ids(args: argparse.Namespace) -> list[int]:
     """Prompt and answer of one text, long enough."""
-    ids = prompt_ids(args.tokens or args.ours[0])
     wanted = args.prompt_tokens + args.new_tokens
-    while len(ids) < wanted:
-        ids = ids + [(7 * i + 3) % 1000 + 10 for i in ids]
-    return ids[:wanted]
+    return long_prompt_ids(args.tokens or args.ours[0], wanted)
 
 
 def run_limited(python: str, worker: str, job: dict, limit_bytes: int) -> dict:

@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from limits import MemoryLimit, prompt_ids, provenance, save
+from limits import MemoryLimit, long_prompt_ids, provenance, save
 
 PLENTY = 1 << 50
 
@@ -75,10 +75,7 @@ def prompt(args: argparse.Namespace) -> dict:
     """The second prompt of an opened model, the first one's text backwards."""
     from moe_infinity import MoE
 
-    ids = prompt_ids(args.checkpoint)
-    while len(ids) < args.prompt_tokens:
-        ids = ids + [(7 * i + 3) % 1000 + 10 for i in ids]
-    ids = ids[: args.prompt_tokens]
+    ids = long_prompt_ids(args.checkpoint, args.prompt_tokens)
     context = args.prompt_tokens + 32
     with MoE(args.checkpoint, ram=args.worker or "auto", max_context=context) as moe:
         for turn in (-1, 1):

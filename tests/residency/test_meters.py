@@ -1,6 +1,7 @@
 """Prefetching that does not pay is switched off, and on again when it would."""
 
 import numpy as np
+import pytest
 
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.meters import Horizon, StallMeter, Threshold, WasteMeter
@@ -106,3 +107,12 @@ def test_late_loads_raise_the_threshold_and_punctual_ones_lower_it() -> None:
     assert start < threshold.chance <= threshold.busy
     threshold.judge(num_late=0, num_in_time=300)
     assert threshold.idle <= threshold.chance < start
+
+
+def test_several_events_at_once_count_as_many() -> None:
+    """A pass is told as a whole: the same as its events one by one."""
+    together, apart = StallMeter(), StallMeter()
+    together.spend(0.9, 3.0, 12)
+    for _ in range(12):
+        apart.spend(0.075, 0.25)
+    assert together.share == pytest.approx(apart.share) != StallMeter().share
