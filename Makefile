@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test check slow bench docs clean
+.PHONY: setup demo test check slow bench traces docs clean
 
 setup: $(STAMP)
 
@@ -53,6 +53,15 @@ bench: setup  ## every benchmark, results in benchmarks/results; kernel limits n
 	$(BIN)/python benchmarks/plan_accuracy.py $(WORK)/widened8=1GiB $(WORK)/widened8=1536MiB \
 	  $(WORK)/olmoe_uniform8=2GiB $(WORK)/olmoe_uniform8=4GiB $(WORK)/qwen3_8=3GiB $(WORK)/qwen3_8=5GiB
 	$(BIN)/python benchmarks/families.py
+
+DOMAINS := --prompts benchmarks/prompts/domains.jsonl
+SEEDS := 11 12 13 14 15
+
+traces: setup  ## what benchmarks/policies.py and prediction.py replay: the bundled model's routing
+	mkdir -p $(WORK)/traces
+	$(BIN)/moe-infinity trace $(DOMAINS) --logits --hidden --foresight 3 -o $(WORK)/traces/domains.safetensors
+	for seed in $(SEEDS); do $(BIN)/moe-infinity trace $(DOMAINS) --temperature 0.8 --seed $$seed \
+	  -o $(WORK)/traces/s$$seed.safetensors || exit 1; done
 
 docs: setup  ## render README tables and docs/families.md from checked-in results
 	$(BIN)/python benchmarks/render.py

@@ -1,8 +1,9 @@
 """Which policy and predictor are best on recorded routing? The table behind the defaults.
 
 Every trace is replayed by the simulator with the very objects of a live run. A trace of many
-requests is split by request: predictors watch the history first, the rest is replayed from a cold
-cache. Stalls are in layer times, on links that load an expert in 1/4, 1 and 4 of them.
+requests (``make traces``) is split by request: predictors watch the history first, what is trained
+beforehand is fitted to it, and the rest is replayed from a cold cache. Stalls are in layer times,
+on links that load an expert in 1/4, 1 and 4 of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fitted import fit_networks
 from limits import provenance, save
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -75,7 +77,7 @@ def renewed(rows: list[dict], before: dict) -> list[dict]:
 
 
 def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path]:
-    """The trace in two files: (test, history)."""
+    """The trace in two files: (test, history). Networks are fitted to the history."""
     import numpy as np
 
     from moe_infinity.tracing.trace_file import load_trace, save_trace
@@ -88,6 +90,7 @@ def split(path: Path, history: int, test: int, folder: Path) -> tuple[Path, Path
     files = folder / f"{trace.name}.safetensors", folder / "history.safetensors"
     save_trace(late, files[0])
     save_trace(early, files[1])
+    fit_networks(early, folder / "state")
     return files
 
 

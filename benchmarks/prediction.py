@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from fitted import fit_networks
 from limits import provenance, save
 
 SIZES = (1, 3, 10, 30, 100, 300, 1000)
@@ -40,7 +42,9 @@ def main() -> None:
     history, rest = trace.split(args.history)
     test, _ = rest.split(args.test)
     names = [n for n in predictor_names() if n != "none" and not find_predictor(n).needs_future]
-    recall = {name: accuracy_of(name, history, test) for name in names}
+    with tempfile.TemporaryDirectory() as state:
+        fit_networks(history, Path(state))
+        recall = {name: accuracy_of(name, history, test) for name in names}
     for name, found in recall.items():
         print(name, found, flush=True)
     sizes = collection_sizes([history, *others_of(args.more, test)], test)

@@ -19,7 +19,7 @@ from moe_infinity.model.block_kind import recognise
 from moe_infinity.model.chain import Chain, Member, Reached
 from moe_infinity.model.experts import ExpertsLayer
 from moe_infinity.model.found_block import Found
-from moe_infinity.model.kv_cache import PreallocatedLayer
+from moe_infinity.model.kv_cache import one_row_layer
 from moe_infinity.model.routers import block_around
 from moe_infinity.types import ExpertKey
 
@@ -96,7 +96,8 @@ class CompiledBlock:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, 1, H] -> [1, 1, H] where the call is of the usual kind too, else as it was."""
-        cache = self._cache_of(kwargs)
+        index, caches = self._found.layer_index, kwargs.get("past_key_values")
+        cache = one_row_layer(caches, index, self._dtype)
         if args or cache is None or not self._fits(hidden_states, kwargs):
             if self._chain is not None and hidden_states.numel() == self._hidden_size:
                 self._chain.left(self._place)
@@ -177,17 +178,6 @@ class CompiledBlock:
             call = self._kernel.call_on_token(self.experts.math, each, x)
             if call is not None:
                 self._chain.note(self._place, key.expert, call)
-
-    def _cache_of(self, kwargs: dict[str, Any]) -> PreallocatedLayer | None:
-        """The layer's keys and values if the compiled code can write there."""
-        layers = getattr(kwargs.get("past_key_values"), "layers", ())
-        if len(layers) <= self._found.layer_index:
-            return None
-        layer = layers[self._found.layer_index]
-        if type(layer) is not PreallocatedLayer or not layer.is_initialized:
-            return None
-        is_one_row = layer.keys.dim() == 4 and layer.keys.shape[0] == 1
-        return layer if is_one_row and layer.keys.dtype is self._dtype else None
 
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if x.numel() != self._hidden_size or x.dtype is not self._dtype or not x.is_cpu:

@@ -1,12 +1,12 @@
 """Compiled blocks that follow one another, run ahead of the model's own calls.
 
 Between two blocks Python takes 0.2 ms, for the weights that stream by push what it needs out of the
-processor's caches. So the first block that is called lets the
-compiled code go on into the next ones, as far as the experts that their routers choose are in
-memory; what it found waits for the model to call those blocks. A result is used only if that call
-is the one that was foreseen: the very tensor, unchanged to the bit, at the same place of the same
-cache. Nothing is told to anybody (cache, policy, trace) before. Who changes the numbers of a later
-block's weights or keys in the middle of a pass is heard from the next pass on.
+processor's caches. So the first block that is called lets the compiled code go on into the next
+ones, as far as the experts that their routers choose are in memory; what it found waits for the
+model to call those blocks. A result is used only if that call is the one that was foreseen: the
+very tensor, unchanged to the bit, at the same place of the same cache. Nothing is told to anybody
+(cache, policy, trace) before. Who changes the numbers of a later block's weights or keys in the
+middle of a pass is heard from the next pass on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_infinity.cache.base import Hierarchy
 from moe_infinity.kernels.blocks import Choice
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.kernels.stages import Stages
-from moe_infinity.model.kv_cache import PreallocatedLayer
+from moe_infinity.model.kv_cache import one_row_layer
 
 
 class Member(NamedTuple):
@@ -180,7 +180,9 @@ class Chain:
             place = first + len(places)
             if places and not self._follows[place]:
                 break
-            found = self._place_in(setting.cache, self._members[place])
+            member = self._members[place]
+            layer = one_row_layer(setting.cache, member.cache_layer, member.results[0].dtype)
+            found = None if layer is None else layer.next_place()
             if found is None:
                 break
             places.append(found)
@@ -194,14 +196,3 @@ class Chain:
         bits = outs[:whole].view(torch.int16).flatten(1).numpy()
         self._run = _Run(first, whole, [x, *outs.unbind()], (bits, bits.copy()), places, setting)
         return Reached.WHOLE if whole else Reached.CHOICE
-
-    def _place_in(
-        self, cache: Any, member: Member
-    ) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        layer = cache.layers[member.cache_layer] if member.cache_layer < len(cache.layers) else None
-        if type(layer) is not PreallocatedLayer or not layer.is_initialized:
-            return None
-        found = layer.next_place()
-        if found is None or found[0].shape[0] != 1 or found[0].dtype is not member.results[0].dtype:
-            return None
-        return found

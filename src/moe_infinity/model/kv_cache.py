@@ -93,6 +93,16 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         return torch.empty((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
 
 
+def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLayer | None:
+    """Layer ``index`` of a cache if compiled code can write there: begun, of one row, in dtype."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    if type(layer) is not PreallocatedLayer or not layer.is_initialized:
+        return None
+    is_one_row = layer.keys.dim() == 4 and layer.keys.shape[0] == 1
+    return layer if is_one_row and layer.keys.dtype is dtype else None
+
+
 # MiniMax takes only a cache class of its own. Jamba's pass over several tokens starts from an empty
 # state: a prompt in chunks, or a conversation that goes on, would forget what came before.
 _STOCK_CACHE_ONLY = frozenset({"minimax", "jamba"})
