@@ -25,7 +25,7 @@ from moe_infinity.forecast import (
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, examine
 from moe_infinity.planning import Plan, make_plan
-from moe_infinity.preparation import packing_job
+from moe_infinity.preparation import opened_source, packing_job
 from support.checkpoints import tiny_checkpoint
 
 SPEEDS = Bandwidths(disk_gbps=2.0, memory_gbps=20.0, matvec_gbps=10.0)
@@ -262,9 +262,8 @@ class TestForms:
 
     def test_they_are_what_packing_brings(self, bundled: Anatomy, tmp_path: Path) -> None:
         made = self.made(bundled)
-        job = packing_job(bundled_model_path(), tmp_path / "packed", "int4", "int4")
-        pack(job)
-        job.source.close()
+        with opened_source(bundled_model_path()) as source:
+            pack(packing_job(source, tmp_path / "packed", "int4", "int4"))
         real, guess = plan(anatomy_of(tmp_path / "packed")), shrunk(made, 4.5 / 16, 4.5 / 16)
         assert guess.bytes_per_token == pytest.approx(real.bytes_per_token, rel=0.02)
         assert guess.slot_bytes[0] == pytest.approx(real.slot_bytes[0], rel=0.1)  # whole pages

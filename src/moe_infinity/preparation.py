@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +12,51 @@ from torch import nn
 
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.base import Checkpoint
+from moe_infinity.checkpoint.hub import unless_downloaded
 from moe_infinity.checkpoint.pack_format import DENSE_FORMATS, FORMATS
 from moe_infinity.checkpoint.pack_job import DenseTensor, Job
+from moe_infinity.checkpoint.remote import open_remote
 from moe_infinity.errors import ConfigError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import can_pack
 from moe_infinity.model.direct_use import weights_read_directly
-from moe_infinity.model.loading import Anatomy, examine, naming
+from moe_infinity.model.loading import Anatomy, examine, naming, read_config
 from moe_infinity.model.routers import is_router
 
 _FEWEST_ROWS = 32  # of a layer that is worth coding; gates of shared experts have one
 
 
-def packing_job(path: Path, target: Path, experts_format: str, dense_format: str = "bf16") -> Job:
-    """What packing the checkpoint at ``path`` takes; nothing but headers is read. The job's source
-    is open: close it.
+@contextmanager
+def opened_source(model: str | Path) -> Iterator[Checkpoint]:
+    """The checkpoint of a folder, or of a hub id: one that was not downloaded before is read over
+    the network, and kept nowhere. Raises what resolving and opening a checkpoint raise."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch, str(model).replace("/", "--"))
+        found = unless_downloaded(model, folder)
+        if isinstance(found, Path):
+            source = open_checkpoint(found)
+        else:
+            read_config(folder)  # it explains more than missing files
+            source = open_remote(found, folder)
+        with closing(source):
+            yield source
+
+
+def packing_job(
+    source: Checkpoint, target: Path, experts_format: str, dense_format: str = "bf16"
+) -> Job:
+    """What packing a checkpoint takes; nothing but headers is read.
 
     Raises ConfigError for an unknown form, CheckpointError if the model cannot be packed so.
     """
+    require_forms(experts_format, dense_format)
+    return _job(source, target, experts_format, dense_format)
+
+
+def require_forms(experts_format: str, dense_format: str) -> None:
+    """Raise ConfigError for an unknown form."""
     _choice("--experts", experts_format, FORMATS)
     _choice("--dense", dense_format, DENSE_FORMATS)
-    source = open_checkpoint(path)
-    try:
-        return _job(source, target, experts_format, dense_format)
-    except BaseException:
-        source.close()
-        raise
 
 
 def _choice(option: str, got: str, known: Collection[str]) -> None:

@@ -20,6 +20,7 @@ from transformers import Qwen3MoeForCausalLM
 from moe_infinity.checkpoint import download
 from moe_infinity.checkpoint import hub as ours
 from moe_infinity.checkpoint.hub import bundled_model_path, headers_only, resolve
+from moe_infinity.checkpoint.hub_names import choose_weights, is_hub_id
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError, DiskSpaceError
 from moe_infinity.model.loading import examine
@@ -94,9 +95,9 @@ def test_a_folder_here_goes_before_the_hub(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert ours.is_hub_id(ID)
+    assert is_hub_id(ID)
     Path(ID).mkdir(parents=True)
-    assert not ours.is_hub_id(ID)
+    assert not is_hub_id(ID)
     assert resolve(ID) == Path(ID)
     assert resolve(tmp_path) == tmp_path
     assert not hub.requests
@@ -110,7 +111,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-moe", "./a/b", "a/b/c", "someone/tiny@", "some one/b"])
 def test_neither_path_nor_id(hub: StandInHub, name: str) -> None:
-    assert not ours.is_hub_id(name)
+    assert not is_hub_id(name)
     with pytest.raises(CheckpointNotFoundError, match=r"neither an existing folder nor a hub id"):
         resolve(name)
     assert not hub.requests
@@ -127,7 +128,7 @@ def test_neither_path_nor_id(hub: StandInHub, name: str) -> None:
 def test_which_weights_without_an_index(
     names: list[str], chosen: list[str], tmp_path: Path
 ) -> None:
-    assert ours._choose_weights(names, tmp_path) == chosen
+    assert choose_weights(names, tmp_path) == chosen
 
 
 # ---- downloads -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.direct_use import _watched
-from moe_infinity.preparation import packing_job
+from moe_infinity.preparation import opened_source, packing_job
 from support.checkpoints import tiny_checkpoint, weights
 from support.command_line import refused, run
 from support.families import family, save_tiny, tiny_input_ids
@@ -31,11 +31,8 @@ FORMATS = {"int8": "Q8_0", "int4": "Q4_0"}
 def packed(
     source: Path, target: Path, dense: str, on_bytes: Callable[[int], None] = lambda _: None
 ) -> Path:
-    job = packing_job(source, target, "bf16", dense)
-    try:
-        pack(job, on_bytes)
-    finally:
-        job.source.close()
+    with opened_source(source) as opened:
+        pack(packing_job(opened, target, "bf16", dense), on_bytes)
     return target
 
 

@@ -32,7 +32,7 @@ from moe_infinity.errors import (
 from moe_infinity.kernels.formats import part_views
 from moe_infinity.kernels.reference import plain
 from moe_infinity.model.loading import examine
-from moe_infinity.preparation import packing_job
+from moe_infinity.preparation import opened_source, packing_job
 from moe_infinity.types import ExpertKey
 from support.checkpoints import bundled_copy, tiny_checkpoint, weights
 from support.command_line import refused, run
@@ -42,11 +42,8 @@ IDS = torch.arange(5, 45)[None]
 
 
 def packed(source: Path, target: Path, experts: str = "exact12", on_bytes: Any = None) -> Path:
-    job = packing_job(source, target, experts)
-    try:
-        pack(job, on_bytes or (lambda _: None))
-    finally:
-        job.source.close()
+    with opened_source(source) as opened:
+        pack(packing_job(opened, target, experts), on_bytes or (lambda _: None))
     return target
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from moe_infinity.checkpoint.direct_io import OpenedFile
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
 
@@ -38,6 +39,7 @@ class Checkpoint(ABC):
     path: Path
     tensors: Mapping[str, TensorEntry]
     files: tuple[Path, ...]
+    _opened: Sequence[OpenedFile]  # the same
     # Where experts were packed beforehand: all of them, without looking for their tensors.
     packed_specs: Mapping[ExpertKey, ExpertSpec] | None = None
     # Linear layers that were coded beforehand, by the model's name of their weight.
@@ -65,9 +67,15 @@ class Checkpoint(ABC):
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         """A store that reads the experts described by ``specs`` from this checkpoint."""
 
-    @abstractmethod
+    def versions(self) -> list[tuple[str, int, str]]:
+        """Of each file its name, bytes and a word that changes when it is changed."""
+        opened = zip(self.files, self._opened, strict=True)
+        return [(file.name, each.num_bytes, each.version()) for file, each in opened]
+
     def close(self) -> None:
         """Close all files; idempotent."""
+        for file in self._opened:
+            file.close()
 
 
 class ExpertStore(ABC):

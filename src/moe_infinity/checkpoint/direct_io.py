@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from pathlib import Path
+from typing import Protocol
 
 from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
 
@@ -37,6 +38,22 @@ def allocate(num_bytes: int) -> mmap.mmap:
         with contextlib.suppress(OSError):  # a kernel without huge pages serves small ones
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
+
+
+class OpenedFile(Protocol):
+    """A file that checkpoints read pieces of, wherever it lies."""
+
+    num_bytes: int
+
+    def read_into(self, buffer: memoryview, offset: int, needed_bytes: int) -> None:
+        """Fill ``buffer`` from ``offset``; at least ``needed_bytes`` have to arrive. Offset and
+        buffer are multiples of ALIGNMENT_BYTES. Thread-safe. Raises ReadError."""
+
+    def version(self) -> str:
+        """Changes when the content does, as far as can be told without reading it."""
+
+    def close(self) -> None:
+        """Idempotent."""
 
 
 class DirectFile:
@@ -86,6 +103,9 @@ class DirectFile:
                 f"{self.path} changed on disk since it was opened (size {self.num_bytes} -> "
                 f"{stat.st_size} bytes); open the model again"
             )
+
+    def version(self) -> str:
+        return str(self._changed_ns)
 
     def close(self) -> None:
         if self._fd >= 0:

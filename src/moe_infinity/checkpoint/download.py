@@ -25,6 +25,10 @@ class Progress:
         with self._lock:
             self._show(num_bytes)
 
+    def stop(self) -> None:
+        """Whoever adds from now on is told to end."""
+        self._stopped.set()
+
     def pause(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise CancelledError
@@ -37,27 +41,34 @@ class Progress:
                 for future in as_completed(futures):
                     future.result()
             finally:
-                self._stopped.set()
+                self.stop()
                 pool.shutdown(cancel_futures=True)
 
 
 def extend(file: Path, url: str, end: int, progress: Progress) -> None:
-    """Download what a file lacks of the first ``end`` bytes, through broken connections."""
-    file.touch()
+    """Download what a file lacks of the first ``end`` bytes."""
+    with file.open("ab") as opened:
+        fetch(url, opened.tell(), end, opened.write, progress)
+
+
+def fetch(
+    url: str, start: int, end: int, take: Callable[[bytes], object], progress: Progress
+) -> None:
+    """Hand the bytes start to end of a remote file to ``take``, through broken connections."""
     failures = 0
-    while (start := num_bytes_of(file)) < end:
+    while start < end:
+        before = start
         reason: Exception = ConnectionError(f"no data from {url}")
         try:
-            with file.open("r+b") as opened:
-                opened.seek(start)
-                for data in stream(url, start, end):
-                    opened.write(data)
-                    progress.add(len(data))
+            for data in stream(url, start, end):
+                take(data)
+                start += len(data)
+                progress.add(len(data))
         except connection_errors() as error:
             if isinstance(error, OSError):  # the hub said no, or the disk is full
                 raise
             reason = error
-        failures = 0 if num_bytes_of(file) > start else failures + 1
+        failures = 0 if start > before else failures + 1
         if failures > _MAX_FAILURES:
             raise reason
         progress.pause(failures)

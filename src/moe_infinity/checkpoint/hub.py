@@ -5,59 +5,37 @@ Knows files, sizes and the hub's protocol (through huggingface_hub); nothing abo
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import huggingface_hub  # loads its parts on first use: commands that need no hub do not pay
 
-from moe_infinity.checkpoint.download import (
-    TIMEOUT_S,
-    Progress,
-    connection_errors,
-    extend,
-    num_bytes_of,
-    sha256_of,
+from moe_infinity.checkpoint.download import Progress, extend, num_bytes_of, sha256_of
+from moe_infinity.checkpoint.hub_errors import explained
+from moe_infinity.checkpoint.hub_names import (
+    INDEX,
+    Listing,
+    ask,
+    downloaded_before,
+    local_path,
+    parse_id,
+    weight_files,
 )
-from moe_infinity.checkpoint.hub_errors import explained, reason_of
 from moe_infinity.config import format_bytes
-from moe_infinity.errors import (
-    CheckpointError,
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    DiskSpaceError,
-)
+from moe_infinity.errors import DiskSpaceError
 
 _log = logging.getLogger(__name__)
 
-_HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 _SMALL_FILE = re.compile(
     r"[^/]+\.(json|jinja|model|tiktoken|txt)|tokenizer[^/]*|additional_chat_templates/[^/]+\.jinja"
 )
-_INDEX = "model.safetensors.index.json"
-_DESCRIPTION = ("config.json", "generation_config.json", _INDEX)
+_DESCRIPTION = ("config.json", "generation_config.json", INDEX)
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
 _MAX_HTTP_BYTES = 50_000_000_000  # the hub serves larger files by its own protocol only
-
-
-@dataclass(frozen=True)
-class _Listing:
-    """What the hub says a model consists of at one commit."""
-
-    repo: str
-    revision: str | None
-    commit: str
-    sizes: dict[str, int]  # bytes of each file
-    etags: dict[str, str]  # hashes of the contents
-
-    def url(self, name: str) -> str:
-        return huggingface_hub.hf_hub_url(self.repo, name, revision=self.commit)
 
 
 # ---- what others call ------------------------------------------------------------------------
@@ -66,11 +44,6 @@ class _Listing:
 def bundled_model_path() -> Path:
     """Folder of the small trained Qwen3-MoE that ships with the package."""
     return Path(__file__).resolve().parent.parent / "bundled"
-
-
-def is_hub_id(model: str | Path) -> bool:
-    """Whether this is no path here but has the form of a hub id, ``@revision`` included."""
-    return _local(model) is None and bool(_HUB_ID.fullmatch(str(model)))
 
 
 def resolve(model: str | Path) -> Path:
@@ -82,11 +55,11 @@ def resolve(model: str | Path) -> Path:
     Raises CheckpointNotFoundError for what is neither a folder nor a model on the hub that can
     be reached and read, DiskSpaceError before a download that would not fit.
     """
-    local = _local(model)
+    local = local_path(model)
     if local is not None and local.is_dir():
         return local
     with explained(model):
-        found = _ask(*_parse(model))
+        found = ask(*parse_id(model))
         return found if isinstance(found, Path) else _download(found)
 
 
@@ -98,130 +71,52 @@ def headers_only(model: str, folder: Path) -> Path:
     download. Raises as ``resolve`` does.
     """
     with explained(model):
-        found = _ask(*_parse(model))
+        found = ask(*parse_id(model))
         if isinstance(found, Path):
             return found
-        progress = Progress()
-        for name in _DESCRIPTION:
-            if name in found.sizes:
-                extend(folder / name, found.url(name), found.sizes[name], progress)
-        names = _weight_files(found, folder)
-        progress.run(partial(_copy_header, found, name, folder, progress) for name in names)
+        _describe(found, folder)
     return folder
 
 
-# ---- names and listings ----------------------------------------------------------------------
-
-
-def _local(model: str | Path) -> Path | None:
-    """The path, if something is there. A name may be too long for one, or of nobody's home."""
-    try:
-        path = Path(model).expanduser()
-        return path if path.exists() else None
-    except (OSError, RuntimeError, ValueError):
-        return None
-
-
-def _parse(model: str | Path) -> tuple[str, str | None]:
-    if _local(model) is not None:
-        raise CheckpointNotFoundError(
-            f"{model}: got a file, expected a checkpoint's folder; name the folder it is in"
+def unless_downloaded(model: str | Path, folder: Path) -> Path | Listing:
+    """The folder of a model that is here, or was downloaded before as a whole; else what the hub
+    lists, and in ``folder``, which is made, its description (see headers_only) and tokenizer."""
+    local = local_path(model)
+    if local is not None and local.is_dir():
+        return local
+    with explained(model):
+        found = ask(*parse_id(model))
+        if isinstance(found, Path):
+            return found
+        complete = downloaded_before(found.repo, found.commit)
+        if complete is not None:
+            return complete
+        folder.mkdir(parents=True, exist_ok=True)
+        _describe(found, folder)
+        small = [name for name in found.sizes if _SMALL_FILE.fullmatch(name)]
+        huggingface_hub.snapshot_download(
+            found.repo, revision=found.commit, allow_patterns=small, local_dir=folder
         )
-    match = _HUB_ID.fullmatch(str(model))
-    if match is None:
-        raise CheckpointNotFoundError(
-            f"{model}: got neither an existing folder nor a hub id, expected a checkpoint's folder "
-            f"or an id such as Qwen/Qwen3-30B-A3B or Qwen/Qwen3-30B-A3B@revision"
-        )
-    return match[1], match[2]
-
-
-def _ask(repo: str, revision: str | None) -> _Listing | Path:
-    """What the hub has; if it does not say, the folder of a complete earlier download."""
-    try:
-        return _list(repo, revision)
-    except connection_errors() as error:
-        folder = _downloaded_before(repo, revision)
-        if folder is None:
-            raise
-        _log.warning("%s: %s; using the copy in %s", repo, reason_of(error), folder)
-        return folder
-
-
-def _list(repo: str, revision: str | None) -> _Listing:
-    info = huggingface_hub.HfApi().model_info(
-        repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S
-    )
-    sizes, etags = {}, {}
-    for file in info.siblings or []:
-        name = PurePosixPath(file.rfilename)
-        if not name.is_absolute() and ".." not in name.parts:
-            sizes[file.rfilename] = file.size or 0
-            etags[file.rfilename] = (file.lfs.sha256 if file.lfs else file.blob_id) or ""
-    return _Listing(repo, revision, info.sha or "main", sizes, etags)
-
-
-def _downloaded_before(repo: str, revision: str | None) -> Path | None:
-    """The cached folder if it is complete. Weights are linked last, so they tell."""
-    try:
-        cached = huggingface_hub.snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns="config.json"
-        )
-        folder = Path(cached)
-        names = _choose_weights([file.name for file in folder.iterdir()], folder)
-    except (OSError, CheckpointError):
-        return None
-    return folder if names and all((folder / name).exists() for name in names) else None
-
-
-def _weight_files(listing: _Listing, folder: Path) -> list[str]:
-    """The names of the weight files; ``folder`` has the index if there is one."""
-    names = _choose_weights(listing.sizes, folder)
-    if not names:
-        raise CheckpointNotFoundError(
-            f"{listing.repo}: got no *.safetensors file on the hub, expected model.safetensors or "
-            f"{_INDEX}; choose a repository of this model that has them"
-        )
-    absent = [name for name in names if name not in listing.sizes]
-    if absent:
-        raise CorruptCheckpointError(
-            f"{listing.repo}: {len(absent)} of the {len(names)} files in {_INDEX} are not on the "
-            f"hub (first: {absent[0]}); tell its authors, or choose another revision"
-        )
-    return names
-
-
-def _choose_weights(names: Iterable[str], folder: Path) -> list[str]:
-    """As SafetensorsCheckpoint chooses: the index's files, else model.safetensors, else all."""
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            return sorted(set(map(str, json.loads(index.read_text())["weight_map"].values())))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptCheckpointError(
-                f"{index}: got no table 'weight_map' ({error}), expected tensor names and files"
-            ) from error
-    found = sorted(name for name in names if "/" not in name and name.endswith(".safetensors"))
-    return ["model.safetensors"] if "model.safetensors" in found else found
+    return found
 
 
 # ---- downloads -------------------------------------------------------------------------------
 
 
-def _download(listing: _Listing) -> Path:
+def _download(listing: Listing) -> Path:
     """What is small by huggingface_hub alone, then the weights, each linked when it is whole."""
     small = [name for name in listing.sizes if _SMALL_FILE.fullmatch(name)]
     snapshot = huggingface_hub.snapshot_download(
         listing.repo, revision=listing.revision, allow_patterns=small
     )
     folder = Path(snapshot)
-    names = _weight_files(listing, folder)
+    names = weight_files(listing, folder)
     if not all((folder / name).exists() for name in names):
         _download_weights(listing, names, folder)
     return folder
 
 
-def _download_weights(listing: _Listing, names: list[str], folder: Path) -> None:
+def _download_weights(listing: Listing, names: list[str], folder: Path) -> None:
     from huggingface_hub.utils import WeakFileLock, tqdm  # type: ignore[attr-defined]
 
     storage = folder.parents[1]
@@ -249,7 +144,7 @@ def _require_space(repo: str, needed_bytes: int, folder: Path) -> None:
         )
 
 
-def _fetch(listing: _Listing, name: str, storage: Path, progress: Progress) -> None:
+def _fetch(listing: Listing, name: str, storage: Path, progress: Progress) -> None:
     """Put a weight file into the hub's cache: its content, then the link that names it.
 
     huggingface_hub forgets what it has of a file when it is interrupted: it downloads to a random
@@ -281,7 +176,7 @@ def _unfinished(storage: Path, etag: str) -> Path:
     return storage / "blobs" / f"{etag}.incomplete"  # `hf cache prune` knows this name
 
 
-def _copy_header(listing: _Listing, name: str, folder: Path, progress: Progress) -> None:
+def _copy_header(listing: Listing, name: str, folder: Path, progress: Progress) -> None:
     """Make a sparse file of the true length that begins with the true header."""
     file, url, size_bytes = folder / name, listing.url(name), listing.sizes[name]
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -290,3 +185,13 @@ def _copy_header(listing: _Listing, name: str, folder: Path, progress: Progress)
     if end <= min(size_bytes, _MAX_HEADER_BYTES):  # else the reader of headers will complain
         extend(file, url, end, progress)
     os.truncate(file, size_bytes)
+
+
+def _describe(listing: Listing, folder: Path) -> None:
+    """Config, index and sparse weight files with their headers."""
+    progress = Progress()
+    for name in _DESCRIPTION:
+        if name in listing.sizes:
+            extend(folder / name, listing.url(name), listing.sizes[name], progress)
+    names = weight_files(listing, folder)
+    progress.run(partial(_copy_header, listing, name, folder, progress) for name in names)

@@ -66,13 +66,12 @@ class Job:
     @property
     def identity(self) -> dict[str, Any]:
         """Of a journal: only the same job on the same files may go on with it."""
-        stats = [(path, path.stat()) for path in self.source.files]
         return {
             "version": VERSION,
             "source": self.source.identity,
             "experts_format": self.experts_format,
             "dense_format": self.dense_format,
-            "files": [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in stats],
+            "files": [list(each) for each in self.source.versions()],
         }
 
 

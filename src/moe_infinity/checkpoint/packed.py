@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
-from moe_infinity.checkpoint.direct_io import DirectFile, align_down, align_up, allocate
+from moe_infinity.checkpoint.direct_io import DirectFile, OpenedFile, align_down, align_up, allocate
 from moe_infinity.checkpoint.pack_format import (
     CHECKED_BYTES,
     DENSE,
@@ -46,7 +46,7 @@ class PackedCheckpoint(Checkpoint):
         require_same(path, {n: c for n, c in self.pack.files.items() if n != DENSE})
         self.files = (path / EXPERTS, path / DENSE)
         with contextlib.ExitStack() as undo:
-            self._opened = [
+            self._opened: list[OpenedFile] = [
                 undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
             ]
             self._require_size()
@@ -81,7 +81,7 @@ class PackedCheckpoint(Checkpoint):
             )
 
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
-        return PackedStore(specs, self._opened[0], self.pack.experts)
+        return PackedStore(specs, self.files[0], self._opened[0], self.pack.experts)
 
     def verify(self, on_bytes: Callable[[int], None] = lambda _: None) -> None:
         """Check every byte. Raises CorruptCheckpointError at the first that is wrong.
@@ -106,10 +106,6 @@ class PackedCheckpoint(Checkpoint):
             on_bytes(each.num_bytes)
             end = each.offset + each.num_bytes
         self._require_zeros(buffer, end, self._opened[0].num_bytes)
-
-    def close(self) -> None:
-        for file in self._opened:
-            file.close()
 
     def _require_size(self) -> None:
         end = max(each.end for each in self.pack.experts)
@@ -170,11 +166,12 @@ class PackedStore(ExpertStore):
     def __init__(
         self,
         specs: Mapping[ExpertKey, ExpertSpec],
-        file: DirectFile,
+        path: Path,
+        file: OpenedFile,
         experts: list[PackedExpert],
     ) -> None:
         self.specs = specs
-        self._file = file
+        self._path, self._file = path, file
         self._checksums = {each.key: each.checksums for each in experts}
         self._checked: set[tuple[ExpertKey, int]] = set()  # adding to a set is atomic
 
@@ -191,7 +188,7 @@ class PackedStore(ExpertStore):
             found = zlib.crc32(buffer[start : min(start + CHECKED_BYTES, chunk.needed_bytes)])
             if found != self._checksums[key][number]:
                 raise CorruptCheckpointError(
-                    f"{self._file.path}: layer {key.layer} expert {key.expert}: piece {number} has "
+                    f"{self._path}: layer {key.layer} expert {key.expert}: piece {number} has "
                     f"checksum {found:08x}, expected {self._checksums[key][number]:08x}; the file "
                     f"is damaged: pack the model again"
                 )

@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
 from moe_infinity.checkpoint.direct_io import (
     ALIGNMENT_BYTES,
     DirectFile,
+    OpenedFile,
     align_down,
     align_up,
     allocate,
@@ -38,13 +39,14 @@ _SCRATCH_BYTES = 8 * 1024**2
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A folder with config.json and one or more safetensors files.
+    """A folder with config.json and one or more safetensors files. open_file: how their contents
+    are read; the headers lie in the folder.
 
     Raises CheckpointNotFoundError without such files, CorruptCheckpointError for files that are
     missing, truncated or contradict themselves.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, open_file: Callable[[Path], OpenedFile] = DirectFile) -> None:
         self.path = path
         files, promised = _find_files(path)
         self.files = tuple(files)
@@ -65,8 +67,8 @@ class SafetensorsCheckpoint(Checkpoint):
             )
         self.tensors = tensors
         with contextlib.ExitStack() as undo:  # a later one may refuse
-            self._opened = [
-                undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
+            self._opened: list[OpenedFile] = [
+                undo.enter_context(contextlib.closing(open_file(file))) for file in self.files
             ]
             undo.pop_all()
         self._scratch = threading.local()
@@ -102,15 +104,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
 
-    def close(self) -> None:
-        for file in self._opened:
-            file.close()
-
 
 class FileStore(ExpertStore):
     """Experts in open files; the checkpoint that opened them closes them."""
 
-    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec], files: list[DirectFile]) -> None:
+    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec], files: list[OpenedFile]) -> None:
         self.specs = specs
         self._files = files
 
@@ -119,7 +117,7 @@ class FileStore(ExpertStore):
 
 
 def read_through(
-    file: DirectFile, offset: int, into: memoryview, scratches: threading.local
+    file: OpenedFile, offset: int, into: memoryview, scratches: threading.local
 ) -> None:
     """Fill ``into`` from any offset, through an aligned buffer that each thread keeps."""
     if not hasattr(scratches, "buffer"):

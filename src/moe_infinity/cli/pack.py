@@ -29,31 +29,33 @@ def pack(
     """Pack MODEL into OUT: experts contiguous, aligned and checksummed.
 
     exact12 keeps every bit of bf16 weights in three quarters of the room; int8 and int4 change
-    them. --dense bf16 leaves the rest as it is. Interrupted, the same command goes on where it was.
+    them. --dense bf16 leaves the rest as it is. A model on the hub is read from there and not kept.
+    Interrupted, the same command goes on where it was.
     """
-    from moe_infinity.checkpoint.hub import bundled_model_path, resolve
+    from moe_infinity.checkpoint.hub import bundled_model_path
     from moe_infinity.checkpoint.packing import pack as write
     from moe_infinity.errors import ConfigError
-    from moe_infinity.preparation import packing_job
+    from moe_infinity.preparation import opened_source, packing_job, require_forms
 
     if len(paths) > 2:
         raise ConfigError(f"got {len(paths)} paths, expected [MODEL] OUT")
     model = str(paths[0]) if len(paths) == 2 else bundled_model_path()
-    job = packing_job(resolve(model), paths[-1], experts, dense)
-    try:
+    require_forms(experts, dense)  # a wrong name must not wait for the hub
+    with opened_source(model) as source:
+        job = packing_job(source, paths[-1], experts, dense)
         total = sum(spec.weight_bytes for spec in job.specs.values())
         # What is packed twice, plain and coded, is in the source once.
         total += sum({each.source.name: each.source.num_bytes for each in job.dense}.values())
-        with progress("packing", total, quiet=json) as on_bytes:
-            write(job, on_bytes)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted: the same command goes on where it was; to give up, delete {job.partial}",
-            file=sys.stderr,
-        )
-        raise
-    finally:
-        job.source.close()
+        try:
+            with progress("packing", total, quiet=json) as on_bytes:
+                write(job, on_bytes)
+        except KeyboardInterrupt:
+            print(
+                f"interrupted: the same command goes on where it was; to give up, delete "
+                f"{job.partial}",
+                file=sys.stderr,
+            )
+            raise
     _say(paths[-1], total, (experts, dense), json)
 
 

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from moe_infinity.checkpoint.hub import bundled_model_path, headers_only, is_hub_id, resolve
+from moe_infinity.checkpoint.hub import bundled_model_path, headers_only, resolve
+from moe_infinity.checkpoint.hub_names import is_hub_id
 from moe_infinity.cli import common
 from moe_infinity.cli.common import DEFAULTS
 from moe_infinity.config import EngineConfig, format_bytes, parse_size
