@@ -1,4 +1,5 @@
-"""What every test shares: a private state folder, one torch thread, stable property tests."""
+"""What every test shares: a private state folder, a known disk, one torch thread, stable
+property tests."""
 
 import signal
 from collections.abc import Iterator
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from moe_infinity import MoE
+from moe_infinity import MoE, machine, speeds
+from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS
 from moe_infinity.tracing.trace_file import save_trace
 from support.checkpoints import tiny_checkpoint
 from support.engine import BUDGET
@@ -30,6 +32,15 @@ def _private_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     models that a whole module shares are opened before any single test begins."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_INFINITY_STATE_DIR", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _the_disk_is_known() -> Iterator[None]:
+    """How it is read best changes with what else the machine does; tests are to be alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "best_reading", lambda *_: (1.0, READ_THREADS, CHUNK_BYTES))
+        patch.setattr(speeds, "disk_gbps", lambda *_, **__: 1.0)
         yield
 
 

@@ -29,7 +29,7 @@ LAYERS = (
     ("model",),
     ("size_classes",),
     ("planning",),
-    ("forecast", "assembly", "original_api", "reporting", "request", "learned"),
+    ("forecast", "assembly", "original_api", "reporting", "request", "learned", "speeds"),
     ("wiring", "preparation"),
     ("engine",),
     ("server", "cli"),

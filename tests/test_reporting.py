@@ -1,12 +1,14 @@
 """The report is arithmetic over counters: worked by hand here."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moe_infinity import state_file
 from moe_infinity.machine import Bandwidths
 from moe_infinity.reporting import Routing, RunFacts, build_stats
 from moe_infinity.state_file import StateFile, device_of
@@ -15,6 +17,7 @@ from moe_infinity.tracing.recorder import Access
 from moe_infinity.types import ExpertShape, Phase
 
 EXPERT_BYTES = 10**6
+NOW = state_file._VERSION
 SPEEDS = Bandwidths(disk_gbps=1.0, memory_gbps=10.0, matvec_gbps=5.0)
 SHAPE = ExpertShape(num_layers=2, num_experts=4, top_k=1, experts_per_layer=(4, 4))
 
@@ -157,6 +160,12 @@ def test_the_report_is_frozen_and_documented() -> None:
     assert "Sizes in bytes" in (Stats.__doc__ or "")
 
 
+def stored(version: int = NOW, **changes: object) -> str:
+    """A state file that is as it should be, but for the changes."""
+    entry = {**dataclasses.asdict(SPEEDS), **changes}
+    return json.dumps({"version": version, "bandwidths": {"1": entry}})
+
+
 class TestStateFile:
     @pytest.fixture
     def file(self, tmp_path: Path) -> Path:
@@ -180,15 +189,18 @@ class TestStateFile:
     @pytest.mark.parametrize(
         "text",
         [
-            *("", "{", "[]", "null", '{"version": 1}', '{"version": 2, "bandwidths": {}}'),
-            '{"version": 1, "bandwidths": 5}',
-            '{"version": 1, "bandwidths": {"1": 5}}',
-            '{"version": 1, "bandwidths": {"1": {"disk_gbps": 1.0}}}',
-            '{"version": 1, "bandwidths": {"1": {"disk_gbps": 0, "memory_gbps": 1, '
-            '"matvec_gbps": 1}}}',
-            '{"version": 1, "bandwidths": {"1": {"disk_gbps": "1", "memory_gbps": 1, '
-            '"matvec_gbps": 1}}}',
-            "\0\1\2",
+            *("", "{", "[]", "null", "\0\1\2", f'{{"version": {NOW}}}'),
+            f'{{"version": {NOW}, "bandwidths": 5}}',
+            f'{{"version": {NOW}, "bandwidths": {{"1": 5}}}}',
+            stored(version=NOW - 1),
+            stored(disk_gbps=0),
+            stored(disk_gbps="1"),
+            stored(matvec_gbps=None),
+            stored(read_threads=10**9),
+            stored(read_threads=1.5),
+            stored(read_chunk_bytes=1000),
+            stored(read_chunk_bytes=0),
+            stored(another=1),
         ],
     )
     def test_what_cannot_be_read_is_measured_anew(self, file: Path, text: str) -> None:
@@ -198,6 +210,11 @@ class TestStateFile:
         assert state.bandwidths("1") is None
         state.set_bandwidths("1", SPEEDS)
         state.save()
+        assert StateFile(file).bandwidths("1") == SPEEDS
+
+    def test_what_is_as_it_should_be_is_read(self, file: Path) -> None:
+        file.parent.mkdir()
+        file.write_text(stored())
         assert StateFile(file).bandwidths("1") == SPEEDS
 
     def test_a_folder_that_cannot_be_written_costs_only_the_memory(self, tmp_path: Path) -> None:

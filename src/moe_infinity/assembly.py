@@ -6,12 +6,13 @@ from pathlib import Path
 
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
-from moe_infinity.cache.transfer import TransferEngine
+from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
 from moe_infinity.errors import ConfigError
+from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, read_config
 from moe_infinity.model.routers import has_routers
 from moe_infinity.model.rules import MissRule
@@ -65,6 +66,13 @@ def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
     )
 
 
+def reading_of(config: EngineConfig, speeds: Bandwidths | None) -> tuple[int, int]:
+    """Reader threads and bytes of one read: as asked for, as measured, or what suits most disks."""
+    measured = (speeds.read_threads, speeds.read_chunk_bytes) if speeds else None
+    num_threads, chunk_bytes = measured or (READ_THREADS, CHUNK_BYTES)
+    return config.num_read_threads or num_threads, chunk_bytes
+
+
 def build_hierarchy(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
@@ -72,8 +80,10 @@ def build_hierarchy(
     config: EngineConfig,
     prefetch: str,
     miss_rule: MissRule,
+    reading: tuple[int, int] = (READ_THREADS, CHUNK_BYTES),
 ) -> RamHierarchy:
-    """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
+    """The cache of ``plan`` over the checkpoint's experts, with its reader threads started.
+    reading: how many they are, and bytes of one read."""
     policy_class, predictor_class = find_policy(config.policy), find_predictor(prefetch)
     policy = GuardedPolicy(policy_class(anatomy.shape, plan.num_slots, config.seed))
     predictor = GuardedPredictor(predictor_class(anatomy.shape, config.seed))
@@ -92,7 +102,7 @@ def build_hierarchy(
         store,
         runner,
         SlotArena(plan.slots_per_class, plan.slot_bytes),
-        TransferEngine(store, config.num_read_threads),
+        TransferEngine(store, *reading),
         PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None,
     )
 

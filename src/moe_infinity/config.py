@@ -103,7 +103,7 @@ class EngineConfig:
     ram_slots: int | None = None  # capacity in experts, all layers together; with ram, both bind
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
     max_batch: int = 1
-    num_read_threads: int = 4  # four saturate the SSDs measured at 1-8 MiB per read
+    num_read_threads: int | None = None  # None: as measured on this machine, four before that
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -124,7 +124,8 @@ class EngineConfig:
         _positive("ram_slots", self.ram_slots)
         _positive("max_context", self.max_context)
         _positive("max_batch", self.max_batch)
-        _positive("num_read_threads", self.num_read_threads)
+        if self.num_read_threads is not None:
+            _positive("num_read_threads", self.num_read_threads)
 
     @property
     def ram_bytes(self) -> int | None:

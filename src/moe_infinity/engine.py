@@ -17,13 +17,14 @@ from moe_infinity.assembly import (
     choose_prefetch,
     find_choices,
     open_checkpoint,
+    reading_of,
 )
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
 from moe_infinity.errors import CheckpointError, ConfigError
 from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.learned import Learned
-from moe_infinity.machine import Bandwidths, measure
+from moe_infinity.machine import Bandwidths
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.inputs import (
     as_batch,
@@ -43,7 +44,7 @@ from moe_infinity.planning import make_plan
 from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
 from moe_infinity.reporting import Routing, RunFacts, build_stats
 from moe_infinity.request import Request
-from moe_infinity.state_file import StateFile, device_of
+from moe_infinity.speeds import Speeds
 from moe_infinity.stats import Counters, PhaseCounters, Stats
 from moe_infinity.tracing.trace_recorder import TraceRecorder
 from moe_infinity.wiring import Wiring
@@ -75,8 +76,11 @@ class MoE:
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
             self._rules = (KeepRouting(), LoadMisses())
             prefetch = choose_prefetch(self.config, anatomy, self.plan)
+            read_bytes = next(iter(anatomy.specs.values())).read_bytes
+            self._speeds = Speeds(self.checkpoint.files, read_bytes)
+            reading = reading_of(self.config, self._speeds.remembered)
             self._hierarchy = build_hierarchy(
-                self.checkpoint, anatomy, self.plan, self.config, prefetch, self._rules[1]
+                self.checkpoint, anatomy, self.plan, self.config, prefetch, self._rules[1], reading
             )
             undo.callback(self._hierarchy.close)
             self.model: Any
@@ -95,9 +99,6 @@ class MoE:
         self._prefetch, self._shape = prefetch, anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
-        self._read_bytes = next(iter(anatomy.specs.values())).read_bytes
-        self._state = StateFile()
-        self._bandwidths: Bandwidths | None = None
         self._running = threading.Lock()
         self._owner: int | None = None  # thread of the running request
         self._closed = False
@@ -188,7 +189,7 @@ class MoE:
             shape=self._shape,
             num_slots=self.plan.num_slots,
             dense_bytes=self.plan.dense_read_bytes,
-            bytes_written=self._state.bytes_written + self._learned.bytes_written,
+            bytes_written=self._speeds.bytes_written + self._learned.bytes_written,
             lossy=self.checkpoint.lossy + lossy_rules(self._rules),
             bandwidths=bandwidths,
             faults=self._hierarchy.faults + self._wiring.faults,
@@ -223,18 +224,11 @@ class MoE:
         return self._hierarchy.tiers()
 
     def bandwidths(self) -> Bandwidths | None:
-        """Speeds of this machine, from the state file or measured now (about a second).
+        """Speeds of this machine: remembered and checked, or measured now (about two seconds).
 
         None while a request runs and nothing is known: a busy disk must not be remembered.
         """
-        if self._bandwidths is None:
-            device = device_of(self.checkpoint.files[0], self._read_bytes)
-            self._bandwidths = self._state.bandwidths(device)
-            if self._bandwidths is None and not self._running.locked() and not self._closed:
-                self._bandwidths = measure(self.checkpoint.files, self._read_bytes)
-                self._state.set_bandwidths(device, self._bandwidths)
-                self._state.save()
-        return self._bandwidths
+        return self._speeds.ask(not self._running.locked() and not self._closed)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if the cache has lost or doubled a slot."""
@@ -254,7 +248,7 @@ class MoE:
                 self._learned.save()
             finally:
                 self._cleanup.close()
-        self._state.save()
+        self._speeds.save()
 
     def _require_room(self, ids: torch.Tensor, num_logits: int) -> None:
         rows, length = ids.shape

@@ -7,12 +7,13 @@ import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from moe_infinity.config import state_dir
 from moe_infinity.durable import write_atomically
 from moe_infinity.machine import Bandwidths
 
-_VERSION = 2  # products by the kernel that runs choose
+_VERSION = 3  # how to read, too
 _log = logging.getLogger(__name__)
 
 
@@ -22,16 +23,15 @@ class StateFile:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or state_dir() / "machine.json"
         self.bytes_written = 0
-        self._known: dict[str, dict[str, float]] = self._read()
+        self._known: dict[str, dict[str, Any]] = self._read()
         self._changed = False
 
     def bandwidths(self, device: str) -> Bandwidths | None:
         """What was measured for a device, named by ``device_of``."""
         entry = self._known.get(device)
         try:
-            known = Bandwidths(**entry) if entry else None
-            return known if known and all(v > 0 for v in asdict(known).values()) else None
-        except TypeError:
+            return Bandwidths(**entry) if entry else None
+        except (TypeError, ValueError):
             return None
 
     def set_bandwidths(self, device: str, measured: Bandwidths) -> None:
@@ -52,7 +52,7 @@ class StateFile:
         self.bytes_written += len(text)
         self._changed = False
 
-    def _read(self) -> dict[str, dict[str, float]]:
+    def _read(self) -> dict[str, dict[str, Any]]:
         try:
             raw = json.loads(self.path.read_text())
             return dict(raw["bandwidths"]) if raw["version"] == _VERSION else {}

@@ -17,6 +17,7 @@ from moe_infinity.types import ExpertKey, Priority, ReadRange
 
 # A demand load waits for at most one chunk per worker; SSDs reach full speed at 1-8 MiB a read.
 CHUNK_BYTES = 2 * 1024**2
+READ_THREADS = 4
 
 
 class TransferState(Enum):

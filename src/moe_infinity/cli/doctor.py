@@ -122,7 +122,8 @@ def _print(report: dict[str, Any]) -> None:
         f"{format_bytes(report['available_bytes'])} available",
         "memory speed": f"{report['memory_gbps']:.1f} GB/s read, "
         f"{report['matvec_gbps']:.1f} GB/s through 16-bit products",
-        "disk": f"{report['disk_gbps']:.2f} GB/s in reads of {format_bytes(report['read_bytes'])}, "
+        "disk": f"{report['disk_gbps']:.2f} GB/s in reads of "
+        f"{format_bytes(report['read_chunk_bytes'])}, {report['read_threads']} at once, "
         + ("direct" if report["direct_io"] else "through the page cache"),
         "GPU": ", ".join(report["gpus"]) or "none",
         "system": f"{report['system']}, Python {report['python']}",

@@ -64,7 +64,7 @@ def _report(
     from moe_infinity.kernels import native
     from moe_infinity.machine import (
         Bandwidths,
-        measure_disk_gbps,
+        best_reading,
         measure_matvec_gbps,
         measure_memory_gbps,
     )
@@ -79,7 +79,7 @@ def _report(
     made = make_plan(anatomy, config)
     read_bytes = next(iter(anatomy.specs.values())).read_bytes
     speeds = Bandwidths(
-        disk_gbps=disk_gbps or measure_disk_gbps(files, read_bytes),
+        disk_gbps=disk_gbps or best_reading(files, read_bytes)[0],
         memory_gbps=measure_memory_gbps(),
         matvec_gbps=measure_matvec_gbps(read_bytes),
     )
