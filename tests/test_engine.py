@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_infinity import MoE, Stats, bundled_model_path
+from moe_infinity.cache.transfer import READ_THREADS
 from moe_infinity.errors import (
     BudgetError,
     CheckpointNotFoundError,
@@ -50,7 +51,7 @@ class TestOpening:
     def test_closes_once_and_again(self, tiny: Path) -> None:
         with leaving_nothing():
             moe = MoE(tiny, ram=BUDGET)
-            assert len(readers()) == moe.config.num_read_threads
+            assert len(readers()) == READ_THREADS
             moe.close()
             moe.close()
 
