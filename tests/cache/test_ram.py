@@ -401,7 +401,8 @@ def test_close_ends_the_threads_with_loads_in_flight() -> None:
         store.hold(*guesses.wanted)
         run(hierarchy, event(0, [1], 24))
         mine = set(threading.enumerate()) - before
-        assert {t.name for t in mine} == {"moe-infinity-read-0", "moe-infinity-read-1"}
+        readers = {t.name for t in mine} - {"moe-infinity-touch"}
+        assert readers == {"moe-infinity-read-0", "moe-infinity-read-1"}
         for key in guesses.wanted:
             store.release(key)
         hierarchy.close()

@@ -15,6 +15,7 @@ def test_slots_are_aligned_and_disjoint() -> None:
     ends = [start + size for start, size in addresses]
     assert all(end <= start for end, (start, _) in zip(ends, addresses[1:], strict=False))
     assert arena.num_bytes == 3 * 8192 + 2 * 4096
+    arena.close()
 
 
 def test_buffer_and_tensor_are_the_same_bytes() -> None:
@@ -22,3 +23,4 @@ def test_buffer_and_tensor_are_the_same_bytes() -> None:
     arena.buffer(1)[:3] = b"abc"
     assert bytes(arena.tensor(1)[:3].tolist()) == b"abc"
     assert not arena.tensor(0).any()
+    arena.close()

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import NamedTuple
+
 import torch
 
+from moe_infinity.cache.touching import Toucher
 from moe_infinity.checkpoint.direct_io import align_up, allocate
 
 
-class SlotArena:
-    """Page-aligned slots, numbered through all size classes.
+class _Place(NamedTuple):
+    """Of a slot: its first byte in the arena, its size, its class, and where the class begins."""
 
-    Pages are touched, and so cost memory, only when something is first loaded into them.
+    start: int
+    size: int
+    size_class: int
+    class_start: int
+
+
+class SlotArena:
+    """Page-aligned slots, numbered through all size classes, of which low ones are used first.
+
+    Pages are touched, and so cost memory, only shortly before something is first loaded into them.
     """
 
     def __init__(self, slots_per_class: tuple[int, ...], slot_bytes: tuple[int, ...]) -> None:
-        self._places: list[tuple[int, int]] = []
-        offset = 0
-        for count, size in zip(slots_per_class, slot_bytes, strict=True):
-            size = align_up(size)
-            self._places += [(offset + i * size, size) for i in range(count)]
-            offset += count * size
-        self.num_bytes = offset
-        memory = allocate(offset)
+        self._places: list[_Place] = []
+        starts = [0]
+        for number, (count, size) in enumerate(zip(slots_per_class, slot_bytes, strict=True)):
+            begin, size = starts[-1], align_up(size)
+            self._places += [_Place(begin + i * size, size, number, begin) for i in range(count)]
+            starts.append(begin + count * size)
+        self.num_bytes = starts[-1]
+        memory = allocate(self.num_bytes)
         self._view = memoryview(memory)
         whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._tensors = [whole[start : start + size] for start, size in self._places]
+        self._tensors = [whole[each.start : each.start + each.size] for each in self._places]
+        at = whole.data_ptr()
+        regions = [(at + start, end - start) for start, end in itertools.pairwise(starts)]
+        self._toucher = Toucher(regions)
 
     def close(self) -> None:
         """Let go of the memory; it is freed when the last view of a slot is. Idempotent."""
+        self._toucher.close()
         self._tensors.clear()
         self._view = memoryview(b"")
 
     def buffer(self, slot: int) -> memoryview:
-        """Writable bytes of one slot."""
-        start, size = self._places[slot]
-        return self._view[start : start + size]
+        """Writable bytes of one slot, for something that is loaded."""
+        place = self._places[slot]
+        end = place.start + place.size
+        self._toucher.use(place.size_class, end - place.class_start)
+        return self._view[place.start : end]
 
     def tensor(self, slot: int) -> torch.Tensor:
         """The same bytes as a tensor, [slot_bytes] uint8."""
