@@ -95,8 +95,7 @@ class ExpertsLayer:
         observer = self._runtime.observer
         seen = Seen()
         if observer is not None:
-            observer.show(self.layer, x, logits)
-            seen = observer.see(self.layer, 0, ids, weights, _ONE)
+            seen = observer.see_token(self.layer, x, logits, ids, weights)
         event = self._event(ids, weights, _FIRST_ROW, _ONE, seen)
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute, seen.foreseen)

@@ -32,6 +32,10 @@ class Seen(NamedTuple):
     foreseen: NDArray[np.float32] | None = None
 
 
+_NOTHING = Seen()
+_REAL = np.ones(1, dtype=np.bool_)  # of a lone token
+
+
 @dataclass
 class Observer:
     """Between the model's routers and those who watch them.
@@ -109,10 +113,22 @@ class Observer:
         if self.trace is not None:
             self.trace.end_pass()
 
-    def show(self, layer: int, x: torch.Tensor, logits: torch.Tensor) -> None:
-        """A router ran without its module: on x [T, H], it said logits [T, E]."""
+    def see_token(
+        self,
+        layer: int,
+        x: torch.Tensor,
+        logits: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+    ) -> Seen:
+        """A router ran without its module: on x [1, H] it said logits [1, E] and chose ids and
+        weights [1, K]."""
         if self._taps is not None:
             self._taps.show(layer, x, logits)
+            return self.see(layer, 0, ids, weights, _REAL)
+        if self.trace is not None:
+            self.trace.record_token(layer, ids, weights)
+        return _NOTHING
 
     def see(
         self,

@@ -22,6 +22,10 @@ class _Pass:
     real: NDArray[np.bool_]  # [T]
     token_ids: NDArray[np.int32]  # [T]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)  # [T, L, ...]
+    # Of a lone token, kept as they come: layers, and what each routed, [1, K].
+    layers: list[int] = field(default_factory=list)
+    ids: list[NDArray[np.int64]] = field(default_factory=list)
+    weights: list[NDArray[np.float32]] = field(default_factory=list)
 
 
 class TraceRecorder:
@@ -74,7 +78,19 @@ class TraceRecorder:
         width = values.shape[-1]
         array[start : start + len(values), layer, ..., :width] = values
 
+    def record_token(
+        self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]
+    ) -> None:
+        """The routing of a pass's only token, ids and weights [1, K], which are kept."""
+        run = self._running
+        if run is not None and len(run.rows) == 1:
+            run.layers.append(layer)
+            run.ids.append(ids)
+            run.weights.append(weights)
+
     def end_pass(self) -> None:
+        if self._running is not None and self._running.layers:
+            self._take_lone(self._running)
         run, self._running = self._running, None
         if run is None or "ids" not in run.arrays or not run.real.any():
             return
@@ -87,6 +103,20 @@ class TraceRecorder:
         part["phase"] = np.full(len(requests), PHASES.index(run.phase), dtype=np.int8)
         part["token_ids"] = run.token_ids[keep]
         self._parts.append(part)
+
+    def _take_lone(self, run: _Pass) -> None:
+        """At once what each layer said: in decode every microsecond of a layer counts."""
+        if len({each.shape for each in run.ids}) > 1:
+            for layer, ids, weights in zip(run.layers, run.ids, run.weights, strict=True):
+                self.record("ids", layer, 0, ids)
+                self.record("weights", layer, 0, weights)
+            return
+        found: tuple[tuple[str, list[Any]], ...] = (("ids", run.ids), ("weights", run.weights))
+        for name, values in found:
+            joined = np.concatenate(values)
+            if name not in run.arrays:
+                run.arrays[name] = self._empty(name, 1, joined.shape[1:])
+            run.arrays[name][0, run.layers, : joined.shape[1]] = joined
 
     def trace(self) -> Trace:
         """Everything recorded so far."""
@@ -142,6 +172,11 @@ class TraceRecorder:
         )
 
     def _next_positions(self, requests: NDArray[np.int64]) -> NDArray[np.int32]:
+        if len(requests) == 1:
+            (request,) = requests.tolist()
+            start = self._positions.get(request, 0)
+            self._positions[request] = start + 1
+            return np.array([start], dtype=np.int32)
         positions = np.zeros(len(requests), dtype=np.int32)
         for request in np.unique(requests):
             mine = requests == request
