@@ -33,7 +33,7 @@ def share_of(wanted: dict[str, Any], prompts: list[str], new_tokens: int) -> flo
         with moe.recording(**wanted):
             observer = moe._wiring._runtime.observer
             spent = [0.0]
-            for name in ("see", "begin_step", "end_step"):
+            for name in ("see", "see_token", "begin_step", "end_step"):
                 setattr(observer, name, timed(getattr(observer, name), spent))
             total = run(moe, prompts, new_tokens)
     return spent[0] / total["wall_s"]

@@ -8,6 +8,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
 from moe_infinity.checkpoint.base import Checkpoint
+from moe_infinity.checkpoint.gguf import GgufCheckpoint, is_gguf
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
@@ -35,7 +36,10 @@ _TRIAL_PASSES = 8  # of looking ahead, and of doing without
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder. Its config is read first: it explains more than missing files."""
+    """The checkpoint in a folder or GGUF file. Its config is read first: it explains more than
+    missing files."""
+    if is_gguf(path):
+        return GgufCheckpoint(path)
     read_config(path)
     return PackedCheckpoint(path) if is_packed(path) else SafetensorsCheckpoint(path)
 

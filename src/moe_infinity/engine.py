@@ -175,7 +175,7 @@ class MoE:
         Raises CheckpointNotFoundError if it has none; token ids work without.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path)
+            self._tokenizer = load_tokenizer(self.checkpoint)
         return self._tokenizer
 
     def stats(self, total: bool = False) -> Stats:

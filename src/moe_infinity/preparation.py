@@ -67,8 +67,8 @@ def _choice(option: str, got: str, known: Collection[str]) -> None:
 def _job(source: Checkpoint, target: Path, experts_format: str, dense_format: str) -> Job:
     if source.packed_specs is not None:
         raise UnsupportedModelError(
-            f"{source.path}: is packed already, expected a checkpoint in 16 or 32 bit; pack its "
-            f"source"
+            f"{source.path}: is packed already, or a GGUF file, expected a checkpoint in 16 or 32 "
+            f"bit; pack its source"
         )
     anatomy = examine(source, None)
     maths = [anatomy.adapter.math(each.module) for each in anatomy.experts]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moe_infinity.checkpoint.direct_io import OpenedFile
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
@@ -45,6 +45,9 @@ class Checkpoint(ABC):
     # Linear layers that were coded beforehand, by the model's name of their weight.
     packed_dense: Mapping[str, PackedShape] = MappingProxyType({})
     lossy: tuple[str, ...] = ()  # what was given up when it was made
+    # What config.json would hold, and the tokenizer in llama.cpp's words, where there are no files.
+    config_values: Mapping[str, Any] | None = None
+    tokenizer_values: Mapping[str, Any] | None = None
 
     @property
     @abstractmethod

@@ -124,8 +124,8 @@ def build_specs(
 
 
 @dataclass(frozen=True, slots=True)
-class _Span:
-    """Bytes of one file that some piece needs."""
+class Span:
+    """Bytes of one file that an expert needs."""
 
     file: int
     start: int
@@ -136,12 +136,7 @@ def _spec(key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes) -
     pieces = [p for virtual in parts.values() for p in virtual.pieces]
     needed = _join([_span(p, item_bytes) for p in pieces], max_gap=0)
     needed_bytes = sum(span.end - span.start for span in needed)
-    spans = _join(needed, max_gap=min(_JOIN_GAP_BYTES, needed_bytes // 8))
-    ranges, slot_offset = [], 0
-    for span in spans:
-        start, end = align_down(span.start), align_up(span.end)
-        ranges.append(ReadRange(span.file, start, end - start, span.end - start, slot_offset))
-        slot_offset += end - start
+    ranges = read_ranges(needed)
     weight_bytes = sum(_num_items(p) * item_bytes[p.entry.format] for p in pieces)
     if needed_bytes > _MAX_READ_AMPLIFICATION * weight_bytes:
         raise UnsupportedModelError(
@@ -150,6 +145,17 @@ def _spec(key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes) -
         )
     built = tuple(_part(name, v, ranges, item_bytes) for name, v in parts.items())
     return ExpertSpec(key, built, tuple(ranges), weight_bytes)
+
+
+def read_ranges(needed: list[Span]) -> list[ReadRange]:
+    """How to read them into a slot: whole pages, and what lies close together at once."""
+    gap = min(_JOIN_GAP_BYTES, sum(span.end - span.start for span in needed) // 8)
+    ranges, end_offset = [], 0
+    for span in _join(needed, gap):
+        start, end = align_down(span.start), align_up(span.end)
+        ranges.append(ReadRange(span.file, start, end - start, span.end - start, end_offset))
+        end_offset += end - start
+    return ranges
 
 
 def _part(name: str, virtual: Virtual, ranges: list[ReadRange], item_bytes: ItemBytes) -> Part:
@@ -187,26 +193,30 @@ def _merge_blocks(blocks: list[Block], dim: int, item: int) -> list[Block]:
 
 
 def _slot_offset(piece: Piece, ranges: list[ReadRange], item: int) -> int:
-    start = piece.entry.offset + piece.offset * item
+    return slot_offset(ranges, piece.entry.file, piece.entry.offset + piece.offset * item)
+
+
+def slot_offset(ranges: list[ReadRange], file: int, start: int) -> int:
+    """Where byte ``start`` of a file lies in the slot."""
     for r in ranges:  # by what it needs: ranges that share a page overlap in what they read
-        if r.file == piece.entry.file and r.file_offset <= start < r.file_offset + r.needed_bytes:
+        if r.file == file and r.file_offset <= start < r.file_offset + r.needed_bytes:
             return r.slot_offset + start - r.file_offset
-    raise AssertionError(f"no range holds {piece.entry.name} at {start}")
+    raise AssertionError(f"no range holds byte {start} of file {file}")
 
 
-def _span(piece: Piece, item_bytes: ItemBytes) -> _Span:
+def _span(piece: Piece, item_bytes: ItemBytes) -> Span:
     item = item_bytes[piece.entry.format]
     start = piece.entry.offset + piece.offset * item
     extent = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.strides, strict=True))
-    return _Span(piece.entry.file, start, start + extent * item)
+    return Span(piece.entry.file, start, start + extent * item)
 
 
-def _join(spans: list[_Span], max_gap: int) -> list[_Span]:
-    joined: list[_Span] = []
+def _join(spans: list[Span], max_gap: int) -> list[Span]:
+    joined: list[Span] = []
     for span in sorted(spans, key=lambda s: (s.file, s.start)):
         last = joined[-1] if joined else None
         if last and last.file == span.file and span.start <= last.end + max_gap:
-            joined[-1] = _Span(span.file, last.start, max(last.end, span.end))
+            joined[-1] = Span(span.file, last.start, max(last.end, span.end))
         else:
             joined.append(span)
     return joined

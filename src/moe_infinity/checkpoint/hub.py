@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub  # loads its parts on first use: commands that need no hub do not pay
 
 from moe_infinity.checkpoint.download import Progress, extend, num_bytes_of, sha256_of
+from moe_infinity.checkpoint.gguf import is_gguf
 from moe_infinity.checkpoint.hub_errors import explained
 from moe_infinity.checkpoint.hub_names import (
     INDEX,
@@ -56,7 +57,7 @@ def resolve(model: str | Path) -> Path:
     be reached and read, DiskSpaceError before a download that would not fit.
     """
     local = local_path(model)
-    if local is not None and local.is_dir():
+    if local is not None and (local.is_dir() or is_gguf(local)):
         return local
     with explained(model):
         found = ask(*parse_id(model))
@@ -82,7 +83,7 @@ def unless_downloaded(model: str | Path, folder: Path) -> Path | Listing:
     """The folder of a model that is here, or was downloaded before as a whole; else what the hub
     lists, and in ``folder``, which is made, its description (see headers_only) and tokenizer."""
     local = local_path(model)
-    if local is not None and local.is_dir():
+    if local is not None and (local.is_dir() or is_gguf(local)):
         return local
     with explained(model):
         found = ask(*parse_id(model))

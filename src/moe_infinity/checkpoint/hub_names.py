@@ -54,7 +54,8 @@ def local_path(model: str | Path) -> Path | None:
 def parse_id(model: str | Path) -> tuple[str, str | None]:
     if local_path(model) is not None:
         raise CheckpointNotFoundError(
-            f"{model}: got a file, expected a checkpoint's folder; name the folder it is in"
+            f"{model}: got a file, expected a checkpoint's folder, or a .gguf file; name the "
+            f"folder it is in"
         )
     match = _HUB_ID.fullmatch(str(model))
     if match is None:

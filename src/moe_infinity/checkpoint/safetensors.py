@@ -10,7 +10,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,14 +89,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     @cached_property
     def identity(self) -> str:
-        digest = hashlib.sha256(self.fingerprint.encode())
-        page = memoryview(allocate(ALIGNMENT_BYTES))
-        for opened in self._opened:
-            start = align_down(opened.num_bytes // 2)
-            needed = min(ALIGNMENT_BYTES, opened.num_bytes - start)
-            opened.read_into(page, start, needed)
-            digest.update(page[:needed])
-        return digest.hexdigest()
+        return sampled(self.fingerprint, self._opened)
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         read_through(self._opened[entry.file], entry.offset, into, self._scratch)
@@ -105,10 +98,22 @@ class SafetensorsCheckpoint(Checkpoint):
         return FileStore(specs, self._opened)
 
 
+def sampled(fingerprint: str, files: Sequence[OpenedFile]) -> str:
+    """A digest of the fingerprint and of a page in the middle of each file."""
+    digest = hashlib.sha256(fingerprint.encode())
+    page = memoryview(allocate(ALIGNMENT_BYTES))
+    for opened in files:
+        start = align_down(opened.num_bytes // 2)
+        needed = min(ALIGNMENT_BYTES, opened.num_bytes - start)
+        opened.read_into(page, start, needed)
+        digest.update(page[:needed])
+    return digest.hexdigest()
+
+
 class FileStore(ExpertStore):
     """Experts in open files; the checkpoint that opened them closes them."""
 
-    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec], files: list[OpenedFile]) -> None:
+    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec], files: Sequence[OpenedFile]) -> None:
         self.specs = specs
         self._files = files
 

@@ -27,6 +27,7 @@ native: ModuleType | None = _native
 
 # Numbers and layouts are those of native/matrix.hpp and native/engine.hpp.
 _FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
+_FORMATS |= {"Q4_K": 6, "Q5_K": 7, "Q6_K": 8}
 TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
 _MATRIX = struct.Struct("<QQQIIII")
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
@@ -58,7 +59,7 @@ class _Prepared(NamedTuple):
 
     call: bytes | None
     cols: int  # of the tokens
-    is_grouped: bool  # Q8_0 or Q4_0
+    is_grouped: bool  # in groups with scales, as torch has no product of
 
 
 class Kernel(ExpertKernel):
@@ -269,7 +270,7 @@ def _gate_and_up(blocks: Blocks) -> tuple[bytes | None, bytes]:
 
 def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> bool:
     if isinstance(block, PackedMatrix):
-        return True
+        return block.format in _FORMATS
     is_row_major = block.ndim == 2 and block.stride(1) == 1
     return is_row_major and block.dtype in TYPES and dtype in (block.dtype, torch.float32)
 

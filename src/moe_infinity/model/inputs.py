@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.errors import CheckpointNotFoundError, ConfigError
+from moe_infinity.model.gguf_tokenizer import gguf_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
 
@@ -77,10 +78,13 @@ def tokens_left(ids: torch.Tensor, cache: Any) -> int:
     return max(1, ids.shape[1] - (cache.get_seq_length() if cache is not None else 0))
 
 
-def load_tokenizer(path: Path) -> Any:
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises CheckpointNotFoundError if it has none to load."""
     import transformers
 
+    path = checkpoint.path
+    if checkpoint.tokenizer_values is not None:
+        return gguf_tokenizer(path, checkpoint.tokenizer_values)
     # Without any file the library makes up an empty tokenizer of the model's type.
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointNotFoundError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import CheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PACKED, PackedMatrix
 
 _STORED_DTYPES = {
     **DTYPES,
@@ -23,6 +25,8 @@ _STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 _LARGE_BYTES = 2 * 1024**2
+DECODED = tuple(name for name in PACKED if name != "EXACT12")  # dense tensors may be stored so
+_DECODED_AT_ONCE = 4 * 1024**2  # numbers
 
 
 class LazyTensor:
@@ -36,14 +40,8 @@ class LazyTensor:
         self._failures = failures
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        dtype = _STORED_DTYPES.get(self._entry.format)
         try:
-            if dtype is None:
-                raise UnsupportedModelError(
-                    f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, "
-                    f"expected one of {', '.join(_STORED_DTYPES)}"
-                )
-            tensor = read_tensor(self._checkpoint, self._entry, dtype)
+            tensor = self._read()
         except CheckpointError as error:
             self._failures.append(error)
             raise
@@ -54,6 +52,52 @@ class LazyTensor:
 
     def get_dtype(self) -> str:
         return self._entry.format
+
+    def _read(self) -> torch.Tensor:
+        dtype = _STORED_DTYPES.get(self._entry.format)
+        if dtype is None:
+            raise UnsupportedModelError(
+                f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, expected "
+                f"one of {', '.join((*_STORED_DTYPES, *DECODED))}"
+            )
+        return read_tensor(self._checkpoint, self._entry, dtype)
+
+
+class DecodedTensor(LazyTensor):
+    """A tensor that is stored coded, as numbers of ``dtype``."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        entry: TensorEntry,
+        failures: list[CheckpointError],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(checkpoint, entry, failures)
+        self._dtype = dtype
+
+    def get_dtype(self) -> str:
+        return _name_of(self._dtype)
+
+    def _read(self) -> torch.Tensor:
+        entry, (*_, cols) = self._entry, self._entry.shape
+        coded = read_tensor(self._checkpoint, _as_bytes(entry), torch.uint8)
+        decoded = torch.empty(entry.shape, dtype=self._dtype)
+        rows = decoded.view(-1, cols)
+        whole = PackedMatrix(entry.format, len(rows), cols, coded)
+        step = max(1, _DECODED_AT_ONCE // cols)  # as float32 it may be in no budget
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            some.copy_(whole.some_rows(start, len(some)).decode())
+        return decoded
+
+
+def _as_bytes(entry: TensorEntry) -> TensorEntry:
+    return replace(entry, format="U8", shape=(entry.num_bytes,))
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known is dtype)
 
 
 class Placeholder:
@@ -71,7 +115,7 @@ class Placeholder:
         return list(self._shape)
 
     def get_dtype(self) -> str:
-        return next(name for name, dtype in DTYPES.items() if dtype is self._dtype)
+        return _name_of(self._dtype)
 
 
 def read_tensor(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:

@@ -38,7 +38,13 @@ from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, read_tensor
+from moe_infinity.model.lazy_tensors import (
+    DECODED,
+    DecodedTensor,
+    LazyTensor,
+    Placeholder,
+    read_tensor,
+)
 from moe_infinity.model.packed_linears import attach_packed
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
@@ -85,9 +91,21 @@ def read_config(path: Path) -> Any:
     return config
 
 
+def _config_of(checkpoint: Checkpoint) -> Any:
+    """Of a checkpoint that has no config.json, from its own values."""
+    if checkpoint.config_values is None:
+        return read_config(checkpoint.path)
+    try:
+        return transformers.AutoConfig.for_model(**checkpoint.config_values)
+    except Exception as error:  # of any kind: the library checks values with errors of its own
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: its values make no config ({_in_one_line(error)})"
+        ) from error
+
+
 def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
-    config = read_config(checkpoint.path)
+    config = _config_of(checkpoint)
     meta = _build(checkpoint.path, config)
     adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
@@ -123,7 +141,9 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     failures: list[CheckpointError] = []
     coded = checkpoint.packed_dense
     lazy: dict[str, LazyTensor | Placeholder] = {
-        e.name: LazyTensor(checkpoint, e, failures) for e in anatomy.dense if e.name not in coded
+        e.name: _lazy(checkpoint, e, failures, anatomy.dtype)
+        for e in anatomy.dense
+        if e.name not in coded
     }
     own = dict(anatomy.meta.named_parameters())  # without those that are another one's
     lazy |= {n: Placeholder(shape, anatomy.dtype) for n, shape in coded.items() if n in own}
@@ -150,6 +170,17 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+def _lazy(
+    checkpoint: Checkpoint,
+    entry: TensorEntry,
+    failures: list[CheckpointError],
+    dtype: torch.dtype,
+) -> LazyTensor:
+    if entry.format in DECODED:
+        return DecodedTensor(checkpoint, entry, failures, dtype)
+    return LazyTensor(checkpoint, entry, failures)
 
 
 def _require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:

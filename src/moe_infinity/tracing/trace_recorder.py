@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from moe_infinity.tracing.trace import MISSING, PHASES, Trace
 from moe_infinity.types import ExpertShape, Phase
 
+_MOST_LONE = 256
+
 
 @dataclass
 class _Pass:
@@ -18,14 +21,20 @@ class _Pass:
 
     step: int
     phase: Phase
+    first_request: int  # of row 0
     rows: NDArray[np.int64]  # [T] row of the batch
-    real: NDArray[np.bool_]  # [T]
-    token_ids: NDArray[np.int32]  # [T]
+    real: NDArray[np.bool_] | None  # [T]; None: all
+    token_ids: NDArray[np.int64] | None  # [T]
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)  # [T, L, ...]
     # Of a lone token, kept as they come: layers, and what each routed, [1, K].
     layers: list[int] = field(default_factory=list)
     ids: list[NDArray[np.int64]] = field(default_factory=list)
     weights: list[NDArray[np.float32]] = field(default_factory=list)
+
+    @property
+    def is_lone(self) -> bool:
+        """Whether nothing was recorded but a lone token's routing."""
+        return bool(self.layers) and not self.arrays and self.real is None
 
 
 class TraceRecorder:
@@ -38,6 +47,8 @@ class TraceRecorder:
         self._is_new = True
         self._running: _Pass | None = None
         self._parts: list[dict[str, NDArray[Any]]] = []
+        # Passes of a lone token, to be made a part together: in decode every microsecond counts.
+        self._lone: list[_Pass] = []
         self._num_requests = 0
         self._first_request = 0
         self._positions: dict[int, int] = {}
@@ -60,9 +71,7 @@ class TraceRecorder:
         count = len(rows)
         if self._is_new:
             self._number_requests(int(rows.max()) + 1 if count else 0)
-        ids = np.full(count, -1) if token_ids is None else token_ids
-        real = np.ones(count, dtype=bool) if real is None else real
-        self._running = _Pass(step, phase, rows, real, ids.astype(np.int32))
+        self._running = _Pass(step, phase, self._first_request, rows, real, token_ids)
         if embeddings is not None:
             self._running.arrays["embeddings"] = embeddings.astype(np.float16)
 
@@ -83,43 +92,80 @@ class TraceRecorder:
     ) -> None:
         """The routing of a pass's only token, ids and weights [1, K], which are kept."""
         run = self._running
-        if run is not None and len(run.rows) == 1:
-            run.layers.append(layer)
-            run.ids.append(ids)
-            run.weights.append(weights)
+        if run is None or len(run.rows) != 1:
+            return
+        if ids.shape[1] != self._shape.top_k:  # a layer that chooses fewer
+            self.record("ids", layer, 0, ids)
+            self.record("weights", layer, 0, weights)
+            return
+        run.layers.append(layer)
+        run.ids.append(ids)
+        run.weights.append(weights)
 
     def end_pass(self) -> None:
-        if self._running is not None and self._running.layers:
-            self._take_lone(self._running)
-        run, self._running = self._running, None
-        if run is None or "ids" not in run.arrays or not run.real.any():
+        run = self._running
+        if run is None:
             return
-        keep = run.real
-        requests = self._first_request + run.rows[keep]
-        part = {name: array[keep] for name, array in run.arrays.items()}
-        part["step"] = np.full(len(requests), run.step, dtype=np.int32)
-        part["request"] = requests.astype(np.int32)
-        part["position"] = self._next_positions(requests)
-        part["phase"] = np.full(len(requests), PHASES.index(run.phase), dtype=np.int8)
-        part["token_ids"] = run.token_ids[keep]
-        self._parts.append(part)
+        if run.is_lone:
+            self._running = None
+            self._lone.append(run)
+            if len(self._lone) == _MOST_LONE:
+                self._join_lone()
+            return
+        self._join_lone()
+        self._spread(run)
+        self._running = None
+        real = np.ones(len(run.rows), dtype=bool) if run.real is None else run.real
+        if "ids" in run.arrays and real.any():
+            ids = np.full(len(run.rows), -1) if run.token_ids is None else run.token_ids
+            arrays = {name: array[real] for name, array in run.arrays.items()}
+            steps = np.full(int(real.sum()), run.step)
+            self._add(run, arrays, run.rows[real], steps, ids[real])
 
-    def _take_lone(self, run: _Pass) -> None:
-        """At once what each layer said: in decode every microsecond of a layer counts."""
-        if len({each.shape for each in run.ids}) > 1:
-            for layer, ids, weights in zip(run.layers, run.ids, run.weights, strict=True):
-                self.record("ids", layer, 0, ids)
-                self.record("weights", layer, 0, weights)
-            return
-        found: tuple[tuple[str, list[Any]], ...] = (("ids", run.ids), ("weights", run.weights))
-        for name, values in found:
-            joined = np.concatenate(values)
-            if name not in run.arrays:
-                run.arrays[name] = self._empty(name, 1, joined.shape[1:])
-            run.arrays[name][0, run.layers, : joined.shape[1]] = joined
+    def _add(
+        self,
+        run: _Pass,
+        arrays: dict[str, NDArray[Any]],
+        rows: NDArray[np.int64],
+        steps: NDArray[np.int64],
+        token_ids: NDArray[np.int64],
+    ) -> None:
+        requests = run.first_request + rows
+        self._parts.append(
+            {
+                **arrays,
+                "step": steps.astype(np.int32),
+                "request": requests.astype(np.int32),
+                "position": self._next_positions(requests),
+                "phase": np.full(len(rows), PHASES.index(run.phase), dtype=np.int8),
+                "token_ids": token_ids.astype(np.int32),
+            }
+        )
+
+    def _join_lone(self) -> None:
+        """Make parts of the passes that wait, of as many at a time as are alike."""
+        runs, self._lone = self._lone, []
+        for _, group in itertools.groupby(runs, _likeness):
+            alike = list(group)
+            count, first = len(alike), alike[0]
+            arrays = {}
+            for name in ("ids", "weights"):
+                joined = np.concatenate([x for run in alike for x in getattr(run, name)])
+                arrays[name] = self._empty(name, count, joined.shape[1:])
+                arrays[name][:, first.layers] = joined.reshape(count, -1, self._shape.top_k)
+            known = [-1 if run.token_ids is None else int(run.token_ids[0]) for run in alike]
+            rows = np.concatenate([run.rows for run in alike])
+            self._add(first, arrays, rows, np.array([run.step for run in alike]), np.array(known))
+
+    def _spread(self, run: _Pass) -> None:
+        """Put a lone token's routing where that of other tokens is."""
+        for layer, ids, weights in zip(run.layers, run.ids, run.weights, strict=True):
+            self.record("ids", layer, 0, ids)
+            self.record("weights", layer, 0, weights)
 
     def trace(self) -> Trace:
         """Everything recorded so far."""
+        self._join_lone()
         names = sorted({name for part in self._parts for name in part})
         joined: dict[str, Any] = {name: self._join(name) for name in names}
         foresight = {
@@ -172,11 +218,6 @@ class TraceRecorder:
         )
 
     def _next_positions(self, requests: NDArray[np.int64]) -> NDArray[np.int32]:
-        if len(requests) == 1:
-            (request,) = requests.tolist()
-            start = self._positions.get(request, 0)
-            self._positions[request] = start + 1
-            return np.array([start], dtype=np.int32)
         positions = np.zeros(len(requests), dtype=np.int32)
         for request in np.unique(requests):
             mine = requests == request
@@ -184,3 +225,8 @@ class TraceRecorder:
             positions[mine] = start + np.arange(mine.sum())
             self._positions[int(request)] = start + int(mine.sum())
         return positions
+
+
+def _likeness(run: _Pass) -> tuple[int, Phase, list[int]]:
+    """Passes of a lone token can be joined where this is equal."""
+    return run.first_request, run.phase, run.layers

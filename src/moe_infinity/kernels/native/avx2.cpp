@@ -30,7 +30,7 @@ static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
 
 const Kernels *avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels = {"avx2", false, floating, grouped, nullptr, nullptr,
+    static const Kernels kernels = {"avx2", false, floating, grouped, nullptr, nullptr, nullptr,
                                     quantise, activate, round_to, widen, narrow, normalise,
                                     exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

@@ -16,11 +16,17 @@ constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupte
 
 bool is_grouped(Format format) { return format == Format::q8_0 || format == Format::q4_0; }
 
+// Whether some tokens are multiplied as int8 by what this format codes.
+bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
+    return is_grouped(format) || (is_super(format) && kernels.super && !is_many);
+}
+
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
 
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b) {
-    return a == b || (!is_grouped(a) && !is_grouped(b) && is_bf16(a) == is_bf16(b));
+    const bool is_floating = !is_grouped(a) && !is_grouped(b) && !is_super(a) && !is_super(b);
+    return a == b || (is_floating && is_bf16(a) == is_bf16(b));
 }
 
 // Tokens of a call that are computed together. Parts are of nearly the same size: a last one of a
@@ -97,7 +103,7 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
     room.tokens.num_tokens = static_cast<int>(num_tokens);
     room.tokens.stride = stride;
     room.tokens.is_many = is_many;
-    if (is_grouped(weights)) {
+    if (takes_int8(kernels_, weights, is_many)) {
         prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
     } else if (kernels_.dots_bf16 && type == Type::bf16 && is_bf16(weights)) {
         auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
@@ -142,9 +148,10 @@ void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const vo
 
 void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                       size_t out_stride) const {
-    const bool grouped = is_grouped(m.format);
-    const Product product = x.is_many ? (grouped ? kernels_.grouped_many : kernels_.floating_many)
-                                      : (grouped ? kernels_.grouped : kernels_.floating);
+    const bool grouped = is_grouped(m.format), int8 = takes_int8(kernels_, m.format, x.is_many);
+    const Product few = grouped ? kernels_.grouped : int8 ? kernels_.super : kernels_.floating;
+    const Product many = grouped ? kernels_.grouped_many : kernels_.floating_many;
+    const Product product = x.is_many ? many : few;
     product(m, x, first, last, out, out_stride);
 }
 

@@ -7,7 +7,14 @@
 namespace moe {
 
 // How a row of weights is coded; docs/packed_format.md gives the layouts byte by byte.
-enum class Format : uint32_t { bf16 = 0, f16 = 1, f32 = 2, q8_0 = 3, q4_0 = 4, exact12 = 5 };
+// Those of llama.cpp's with a K have two levels of scales; they come in GGUF files only.
+enum class Format : uint32_t {
+    bf16 = 0, f16 = 1, f32 = 2, q8_0 = 3, q4_0 = 4, exact12 = 5, q4_k = 6, q5_k = 7, q6_k = 8
+};
+
+inline bool is_super(Format format) {
+    return format == Format::q4_k || format == Format::q5_k || format == Format::q6_k;
+}
 
 // Type of activations: what comes in, what is rounded to after every step, what goes out.
 enum class Type : uint32_t { bf16 = 0, f16 = 1, f32 = 2 };
@@ -32,6 +39,7 @@ static_assert(sizeof(Matrix) == 40, "Python packs it so");
 constexpr int kGroup = 32;        // weights per scale of q8_0 and q4_0
 constexpr int kQ8Bytes = 34;      // f16 scale, 32 int8
 constexpr int kQ4Bytes = 18;      // f16 scale, 16 bytes: element i low, element i + 16 high
+constexpr int kSuper = 256;       // weights of a block of q4_k, q5_k and q6_k
 constexpr int kUnit = 128;        // weights per unit of exact12
 constexpr int kUnitBytes = 192;   // 128 bytes of sign and mantissa, 64 bytes of codes
 constexpr int kPadding = 128;     // tokens are padded with zeros to a multiple of this
@@ -53,7 +61,9 @@ struct Tokens {
     const float *f32 = nullptr;
     const int8_t *q8 = nullptr;     // groups of 32 with a scale each
     const float *scale = nullptr;   // [T, stride / 32]
-    const int32_t *sum = nullptr;   // [T, stride / 4] what to add for weights stored with an offset
+    // [T, stride / 4] what to add for weights stored with an offset; for q4_k and q5_k floats, of
+    // which the first [T, stride / 32] of each token are the sums of its groups.
+    const int32_t *sum = nullptr;
     bool is_many = false;           // made ready for the products of many tokens
 };
 
@@ -68,10 +78,12 @@ struct Kernels {
     bool dots_bf16;                  // bf16 tokens are multiplied as they are
     Product floating;                // bf16, f16, f32, exact12
     Product grouped;                 // q8_0, q4_0
-    // The same for many tokens, summed in another order; null: there is nothing better.
+    Product super;                   // q4_k, q5_k, q6_k of int8 tokens; null: floating does them
+    // The same for many tokens, summed in another order; null: there is nothing better. Formats
+    // with a K go the floating way then.
     Product floating_many, grouped_many;
-    // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for q8_0 or q4_0.
-    // For many tokens always as for q8_0.
+    // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for what is
+    // multiplied as int8. For many tokens always as for q8_0.
     void (*quantise)(Format weights, const float *x, size_t n, int8_t *q, float *scale,
                      int32_t *sum);
     void (*activate)(Activation which, float *x, size_t count);  // in place

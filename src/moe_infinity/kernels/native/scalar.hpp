@@ -54,6 +54,51 @@ inline uint16_t load_u16(const uint8_t *at) {
     return value;
 }
 
+// Scale and minimum number j of 8 in a block of q4_k or q5_k: 6 bits each, in 12 bytes.
+inline void six_bits(const uint8_t *at, int j, uint8_t &scale, uint8_t &minimum) {
+    if (j < 4) {
+        scale = at[j] & 63;
+        minimum = at[j + 4] & 63;
+    } else {
+        scale = static_cast<uint8_t>((at[j + 4] & 15) | (at[j - 4] >> 6) << 4);
+        minimum = static_cast<uint8_t>(at[j + 4] >> 4 | (at[j] >> 6) << 4);
+    }
+}
+
+// Half a block (0 or 1) of a format with two levels of scales: 128 weights.
+inline void unpack_super(Format format, const uint8_t *block, int half, float *out) {
+    if (format == Format::q6_k) {
+        const uint8_t *low = block + half * 64, *high = block + 128 + half * 32;
+        const auto *scales = reinterpret_cast<const int8_t *>(block + 192 + half * 8);
+        const float scale = f16_to_float(load_u16(block + 208));
+        for (int g = 0; g < 4; ++g) {
+            for (int i = 0; i < kGroup; ++i) {
+                const int nibble = low[(g & 1) * 32 + i] >> (g / 2 * 4) & 15;
+                const int q = nibble | (high[i] >> (2 * g) & 3) << 4;
+                const float both = scale * static_cast<float>(scales[2 * g + i / 16]);
+                out[g * kGroup + i] = both * static_cast<float>(q - 32);
+            }
+        }
+        return;
+    }
+    const float scale = f16_to_float(load_u16(block)), least = f16_to_float(load_u16(block + 2));
+    const uint8_t *high = block + 16, *low = block + (format == Format::q5_k ? 48 : 16) + half * 64;
+    for (int g = 0; g < 4; ++g) {
+        uint8_t s, m;
+        six_bits(block + 4, half * 4 + g, s, m);
+        const float both = scale * static_cast<float>(s), minimum = least * static_cast<float>(m);
+        for (int i = 0; i < kGroup; ++i) {
+            int q = low[g / 2 * 32 + i] >> ((g & 1) * 4) & 15;
+            if (format == Format::q5_k) q |= (high[i] >> (half * 4 + g) & 1) << 4;
+            out[g * kGroup + i] = both * static_cast<float>(q) - minimum;
+        }
+    }
+}
+
+inline int super_bytes(Format format) {
+    return format == Format::q4_k ? 144 : format == Format::q5_k ? 176 : 210;
+}
+
 // The exceptions of one row of an exact12 matrix, in ascending columns.
 struct Exceptions {
     const uint32_t *next = nullptr, *end = nullptr;
