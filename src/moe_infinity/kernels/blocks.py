@@ -48,7 +48,7 @@ class Router(NamedTuple):
 
 class BlockSpec(NamedTuple):
     """What a block of the usual kind does beside its experts. All of one dtype, but for linear
-    layers that are packed; q, k and v then in the same form."""
+    layers that are packed."""
 
     q: Linear
     k: Linear

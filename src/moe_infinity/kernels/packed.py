@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 
 from moe_infinity.errors import UnsupportedModelError
-from moe_infinity.kernels.super_blocks import decode_super
+from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
 
 GROUP = 32  # weights per scale of Q8_0 and Q4_0
 UNIT = 128  # weights per unit of EXACT12
 _UNIT_BYTES = 192
 _GROUP_BYTES = {"Q8_0": 34, "Q4_0": 18}
-SUPER = 256  # weights per block of llama.cpp's formats with two levels of scales
-_SUPER_BYTES = {"Q4_K": 144, "Q5_K": 176, "Q6_K": 210}
-PACKED = ("Q8_0", "Q4_0", "EXACT12", *_SUPER_BYTES)
+PACKED = ("Q8_0", "Q4_0", "EXACT12", "Q4_K", "Q5_K", "Q6_K")
+# Formats that can be decoded; those beyond the above have no product of their own.
+DECODED = (*PACKED, *(name for name in BLOCKS if name not in PACKED))
 _WINDOW = 15  # exponents that a code of 4 bits can name; the sixteenth marks an exception
 _MAX_COLUMNS = 2**16
 MAX_EXCEPTIONS = 0.01  # of a matrix; with more it does not pay
@@ -50,10 +50,10 @@ class PackedMatrix:
             bits = _decode_exact12(self.data.numpy(), self.rows, self.cols)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         num_bytes = self.rows * row_bytes(self.format, self.cols)
-        if self.format in _SUPER_BYTES:
-            size = _SUPER_BYTES[self.format]
-            blocks = self.data[:num_bytes].numpy().reshape(-1, size)
-            return torch.from_numpy(decode_super(blocks, self.format).reshape(self.rows, self.cols))
+        if self.format in BLOCKS:
+            blocks = self.data[:num_bytes].numpy().reshape(-1, BLOCKS[self.format][1])
+            decoded = decode_blocks(blocks, self.format)
+            return torch.from_numpy(decoded.reshape(self.rows, self.cols))
         groups = self.data[:num_bytes].numpy().reshape(self.rows, -1, _GROUP_BYTES[self.format])
         decode = _decode_q8 if self.format == "Q8_0" else _decode_q4
         return torch.from_numpy(decode(groups).reshape(self.rows, self.cols))
@@ -63,8 +63,9 @@ def row_bytes(number_format: str, cols: int) -> int:
     """Bytes of one row of a packed matrix."""
     if number_format == "EXACT12":
         return -(-cols // UNIT) * _UNIT_BYTES
-    if number_format in _SUPER_BYTES:
-        return cols // SUPER * _SUPER_BYTES[number_format]
+    if number_format in BLOCKS:
+        weights, num_bytes = BLOCKS[number_format]
+        return cols // weights * num_bytes
     return cols // GROUP * _GROUP_BYTES[number_format]
 
 

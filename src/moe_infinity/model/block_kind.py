@@ -103,8 +103,6 @@ def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     sizes = (attention.head_dim, rotary_dim, attention.scaling)
     spec = BlockSpec(q, k, v, o, before, q_norm, k_norm, after, *sizes)
     linears = (q, k, v, o)
-    if len({getattr(x.weight, "format", "") for x in (q, k, v)}) > 1:
-        return None  # tokens are made ready once for the three
     weights = [x.weight for x in linears if isinstance(x.weight, torch.Tensor)]
     weights += [x.weight for x in (before, q_norm, k_norm, after) if x is not None]
     weights += [x.bias for x in linears if x.bias is not None]

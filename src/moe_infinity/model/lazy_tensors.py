@@ -12,7 +12,7 @@ from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import CheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import PACKED, PackedMatrix
+from moe_infinity.kernels.packed import DECODED, PackedMatrix
 
 _STORED_DTYPES = {
     **DTYPES,
@@ -25,7 +25,6 @@ _STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 _LARGE_BYTES = 2 * 1024**2
-DECODED = tuple(name for name in PACKED if name != "EXACT12")  # dense tensors may be stored so
 _DECODED_AT_ONCE = 4 * 1024**2  # numbers
 
 

@@ -34,17 +34,11 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
-from moe_infinity.kernels.packed import PackedMatrix
+from moe_infinity.kernels.packed import DECODED, PackedMatrix
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.lazy_tensors import (
-    DECODED,
-    DecodedTensor,
-    LazyTensor,
-    Placeholder,
-    read_tensor,
-)
+from moe_infinity.model.lazy_tensors import DecodedTensor, LazyTensor, Placeholder, read_tensor
 from moe_infinity.model.packed_linears import attach_packed
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec

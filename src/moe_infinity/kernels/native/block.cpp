@@ -94,11 +94,17 @@ void Engine::products(const Matrix *const *matrices, const void *const *biases, 
     const uint32_t cols = matrices[0]->cols;
     void *narrow = w.narrow.reserve(cols * 4);
     kernels_.narrow(type, x, narrow, cols);
-    prepare(prepared_, matrices[0]->format, type, narrow, 1, cols);
+    size_t ready[kTogether];  // which of prepared_ a matrix is given
     rows_.clear();
-    for (size_t i = 0; i < count; ++i) rows_.push_back(matrices[i]->rows);
+    for (size_t i = 0; i < count; ++i) {
+        ready[i] = i;
+        for (size_t j = 0; j < i && ready[i] == i; ++j)
+            if (same_kind(matrices[i]->format, matrices[j]->format)) ready[i] = ready[j];
+        if (ready[i] == i) prepare(prepared_[i], matrices[i]->format, type, narrow, 1, cols);
+        rows_.push_back(matrices[i]->rows);
+    }
     share(count, rows_, false, [&](size_t i, uint32_t first, uint32_t last) {
-        multiply(*matrices[i], prepared_.tokens, first, last, outs[i], matrices[i]->rows);
+        multiply(*matrices[i], prepared_[ready[i]].tokens, first, last, outs[i], matrices[i]->rows);
     });
     for (size_t i = 0; i < count; ++i) {
         const size_t rows = matrices[i]->rows;

@@ -15,7 +15,7 @@ static_assert(sizeof(Norm) == 16, "Python packs it so");
 
 // h = x + o(attention(q, k, v of norm(x))); normed = norm(h); the router's choice of experts for it.
 // Values are rounded to `type` wherever the model's own code holds them. Plain data, written by
-// Python with struct. q, k and v are stored in the same format.
+// Python with struct.
 struct Block {
     Matrix q, k, v, o, router;
     const void *q_bias, *k_bias, *v_bias, *o_bias;  // of the model's type, or null

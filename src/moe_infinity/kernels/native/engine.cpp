@@ -23,12 +23,6 @@ bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
 
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
 
-// Whether tokens made ready for one format serve the other.
-bool same_kind(Format a, Format b) {
-    const bool is_floating = !is_grouped(a) && !is_grouped(b) && !is_super(a) && !is_super(b);
-    return a == b || (is_floating && is_bf16(a) == is_bf16(b));
-}
-
 // Tokens of a call that are computed together. Parts are of nearly the same size: a last one of a
 // few tokens would be computed in another way than the others.
 class Parts {
@@ -67,6 +61,11 @@ std::vector<Call> in_parts(const Call *calls, size_t count) {
 }
 
 }  // namespace
+
+bool same_kind(Format a, Format b) {
+    const bool is_floating = !is_grouped(a) && !is_grouped(b) && !is_super(a) && !is_super(b);
+    return a == b || (is_floating && is_bf16(a) == is_bf16(b));
+}
 
 void *Scratch::reserve(size_t num_bytes) {
     if (num_bytes > size_) {
@@ -277,13 +276,13 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
     const Parts parts(num_tokens, m.rows);
     for (uint32_t part = 0; part < parts.count(); ++part) {
         const uint32_t start = parts.start(part), count = parts.size(part);
-        prepare(prepared_, m.format, type, static_cast<const uint8_t *>(x) + start * item * m.cols,
+        prepare(prepared_[0], m.format, type, static_cast<const uint8_t *>(x) + start * item * m.cols,
                 count, m.cols);
         auto *values = static_cast<float *>(result_.reserve(size_t(count) * m.rows * 4));
         auto *to = static_cast<uint8_t *>(out) + size_t(start) * m.rows * item;
         rows_.assign(1, m.rows);
-        share(1, rows_, prepared_.tokens.is_many, [&](size_t, uint32_t first, uint32_t last) {
-            multiply(m, prepared_.tokens, first, last, values, m.rows);
+        share(1, rows_, prepared_[0].tokens.is_many, [&](size_t, uint32_t first, uint32_t last) {
+            multiply(m, prepared_[0].tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;
                 if (biases)

@@ -58,6 +58,9 @@ struct BlockWork {
     void make_room(const Block &block);
 };
 
+// Whether tokens made ready for one format serve the other.
+bool same_kind(Format a, Format b);
+
 class Engine {
 public:
     Engine(int num_threads, const Kernels &kernels);
@@ -106,7 +109,8 @@ private:
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
     BlockWork block_work_;
-    Prepared prepared_;
+    static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v
+    Prepared prepared_[kTogether];
     Scratch result_, bias_;
     std::vector<uint32_t> rows_;
 };

@@ -1,4 +1,4 @@
-"""llama.cpp's formats with two levels of scales, decoded plainly. B: blocks of 256 weights."""
+"""llama.cpp's number formats that come in GGUF files only, decoded plainly. B: blocks."""
 
 from __future__ import annotations
 
@@ -9,9 +9,31 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 
-def decode_super(blocks: Bytes, number_format: str) -> Floats:
-    """[B, bytes of a block] of Q4_K, Q5_K or Q6_K -> [B, 256]."""
-    return _decode_q6(blocks) if number_format == "Q6_K" else _decode_q4_or_q5(blocks)
+# Weights and bytes of a block.
+BLOCKS = {"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+BLOCKS |= {"Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24)}
+
+
+def decode_blocks(blocks: Bytes, number_format: str) -> Floats:
+    """[B, bytes of a block] of a format of BLOCKS -> [B, weights of a block]."""
+    if number_format == "Q6_K":
+        return _decode_q6(blocks)
+    if number_format.endswith("_K"):
+        return _decode_q4_or_q5(blocks)
+    return _decode_group(blocks, number_format)
+
+
+def _decode_group(blocks: Bytes, number_format: str) -> Floats:
+    """d float16, of the second kind m float16; of five bits the fifth, 4 bytes; 16 bytes of four
+    bits, low halves first."""
+    numbers = np.concatenate([blocks[:, -16:] & 15, blocks[:, -16:] >> 4], axis=1)
+    if number_format.startswith("Q5"):
+        bits = np.unpackbits(blocks[:, -20:-16], axis=1, bitorder="little")
+        numbers = numbers | bits << 4
+    scaled = _half(blocks[:, :2])
+    if number_format.endswith("_1"):
+        return scaled * numbers.astype(np.float32) + _half(blocks[:, 2:4])
+    return scaled * (numbers.astype(np.int8) - np.int8(16)).astype(np.float32)
 
 
 def _decode_q4_or_q5(blocks: Bytes) -> Floats:

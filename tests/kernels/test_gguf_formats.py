@@ -1,5 +1,5 @@
-"""Formats with two levels of scales: decoded as llama.cpp's own package does, to the bit, and
-multiplied by every instruction set that this processor has."""
+"""Formats of GGUF files: decoded as llama.cpp's own package does, to the bit, and those with two
+levels of scales multiplied by every instruction set that this processor has."""
 
 import gguf
 import numpy as np
@@ -8,9 +8,9 @@ import torch
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertMath, Job, Views
+from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.kernels.reference import Kernel as Reference
-from moe_infinity.kernels.super_blocks import decode_super
 from support.super_blocks import BLOCK_BYTES, random_blocks
 
 FORMATS = sorted(BLOCK_BYTES)
@@ -34,15 +34,17 @@ def product(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torc
     return kernel.linear(native.describe(block), block.rows, x.contiguous())
 
 
-@pytest.mark.parametrize("number_format", FORMATS)
+@pytest.mark.parametrize("number_format", sorted(BLOCKS))
 def test_decoded_as_by_the_public_package(number_format: str) -> None:
     rng = np.random.default_rng(0)
-    any_bits = rng.integers(0, 256, (4096, BLOCK_BYTES[number_format]), dtype=np.uint8)
-    kind = gguf.GGMLQuantizationType[number_format]
-    for blocks in (any_bits, random_blocks(64, 1024, number_format).reshape(-1, any_bits.shape[1])):
+    cases = [rng.integers(0, 256, (4096, BLOCKS[number_format][1]), dtype=np.uint8)]
+    if number_format in FORMATS:
+        cases.append(random_blocks(64, 1024, number_format).reshape(-1, BLOCKS[number_format][1]))
+    for blocks in cases:
         with np.errstate(all="ignore"):  # scales that are no numbers
+            kind = gguf.GGMLQuantizationType[number_format]
             expected = gguf.quants.dequantize(blocks, kind)
-            found = decode_super(blocks, number_format)
+            found = decode_blocks(blocks, number_format)
         same = found.view(np.uint32) == expected.view(np.uint32)
         assert (same | (np.isnan(found) & np.isnan(expected))).all()
 
