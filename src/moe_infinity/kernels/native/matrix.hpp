@@ -61,8 +61,8 @@ struct Tokens {
     const float *f32 = nullptr;
     const int8_t *q8 = nullptr;     // groups of 32 with a scale each
     const float *scale = nullptr;   // [T, stride / 32]
-    // [T, stride / 4] what to add for weights stored with an offset; for q4_k and q5_k floats, of
-    // which the first [T, stride / 32] of each token are the sums of its groups.
+    // [T, stride / 4] what to add for weights stored with an offset; for q4_k and q5_k each token
+    // begins with floats: of eight groups the scales, then the sums, and so on.
     const int32_t *sum = nullptr;
     bool is_many = false;           // made ready for the products of many tokens
 };
