@@ -63,6 +63,22 @@ struct PairSource {
     inline void read(uint32_t c, __m512i *w, float *) { row.load64(0, c, w[0], w[1]); }
 };
 
+// Rows of floats, rounded.
+template <class Row>
+struct RoundedSource {
+    static constexpr uint32_t kColumns = 64, kRegisters = 2;
+    Row row;
+
+    RoundedSource(const Matrix &m, uint32_t r) : row(m, r) {}
+
+    inline void read(uint32_t c, __m512i *w, float *) {
+        __m512 values[4];
+        row.load64(0, c, values);
+        w[0] = (__m512i)_mm512_cvtne2ps_pbh(values[1], values[0]);
+        w[1] = (__m512i)_mm512_cvtne2ps_pbh(values[3], values[2]);
+    }
+};
+
 struct PairPanels {
     static constexpr int kTokens = 12;
     static constexpr uint32_t kWordColumns = 2;
@@ -76,6 +92,7 @@ struct PairPanels {
 static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                         size_t out_stride) {
     const auto run = !x.bf16                    ? floating_many
+                     : is_super(m.format)       ? panels<PairPanels, RoundedSource<SuperRows<1>>>
                      : m.format == Format::bf16 ? panels<PairPanels, PairSource<Bf16Rows<1>>>
                                                 : panels<PairPanels, PairSource<Exact12Rows<1>>>;
     run(m, x, first, last, out, out_stride);

@@ -104,7 +104,7 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
     room.tokens.is_many = is_many;
     if (takes_int8(kernels_, weights, is_many)) {
         prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
-    } else if (kernels_.dots_bf16 && type == Type::bf16 && is_bf16(weights)) {
+    } else if (kernels_.dots_bf16 && type == Type::bf16 && (is_bf16(weights) || is_super(weights))) {
         auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
         for (uint32_t t = 0; t < num_tokens; ++t) {
             std::memcpy(to + t * stride, from + t * token_bytes, token_bytes);

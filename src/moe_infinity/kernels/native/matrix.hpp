@@ -80,7 +80,7 @@ struct Kernels {
     Product grouped;                 // q8_0, q4_0
     Product super;                   // q4_k, q5_k, q6_k of int8 tokens; null: floating does them
     // The same for many tokens, summed in another order; null: there is nothing better. Formats
-    // with a K go the floating way then.
+    // with a K go the floating way then, in bf16 where tokens are.
     Product floating_many, grouped_many;
     // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for what is
     // multiplied as int8. For many tokens always as for q8_0.
