@@ -38,7 +38,9 @@ _PROFILE = (
 
 
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, .gguf file or hub id.")
+    ] = None,
     ram: common.Ram = str(DEFAULTS.ram),
     ram_slots: common.RamSlots = None,
     kernel: common.Kernel = DEFAULTS.kernel,

@@ -15,7 +15,9 @@ _HELP = "/stats: report of the last answer   /reset: forget the conversation   /
 
 
 def chat(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, .gguf file or hub id.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     ram: common.Ram = str(DEFAULTS.ram),
     ram_slots: common.RamSlots = None,

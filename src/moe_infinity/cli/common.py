@@ -60,7 +60,8 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
 
 def _is_folder(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_dir()
+        path = Path(text).expanduser()
+        return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
     except (OSError, RuntimeError):  # too long for a path, or a home that nobody has
         return False
 

@@ -19,7 +19,9 @@ from moe_infinity.config import EngineConfig, format_bytes, parse_size
 
 
 def plan(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, .gguf file or hub id.")
+    ] = None,
     ram: common.Ram = str(DEFAULTS.ram),
     ram_slots: common.RamSlots = None,
     max_context: common.MaxContext = None,

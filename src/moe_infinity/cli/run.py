@@ -17,7 +17,10 @@ _DEFAULT_PROMPT = "def main():\n"
 
 def run(
     model: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder or hub id; alone, it may be the prompt.")
+        str | None,
+        typer.Argument(
+            help="Checkpoint folder, .gguf file or hub id; alone, it may be the prompt."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Argument(help="Text, or - to read it from stdin.")] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids: 1,2,3.")] = None,

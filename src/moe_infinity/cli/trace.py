@@ -18,7 +18,9 @@ from moe_infinity.tracing.trace_file import save_trace
 
 
 def trace(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint folder or hub id.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, .gguf file or hub id.")
+    ] = None,
     prompts: Annotated[
         Path, typer.Option(help='Lines {"prompt": ..., "task": ...}; the task is optional.')
     ] = ...,  # type: ignore[assignment]
