@@ -85,6 +85,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     path = checkpoint.path
     if checkpoint.tokenizer_values is not None:
         return gguf_tokenizer(path, checkpoint.tokenizer_values)
+    if path.is_file():
+        raise CheckpointNotFoundError(
+            f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; pass token ids "
+            f"instead"
+        )
     # Without any file the library makes up an empty tokenizer of the model's type.
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointNotFoundError(
