@@ -45,6 +45,8 @@ def small_model(name: str, size: int = 32, dtype: torch.dtype = torch.float32) -
         max_position_embeddings=256,
         tie_word_embeddings=name == "olmoe",
         pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
