@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from moe_infinity.cache.ram import RamHierarchy
@@ -102,13 +103,15 @@ def build_hierarchy(
         miss_rule.load if miss_rule.lossy else None,
     )
     tries = config.prefetch == "auto" and predictor_class.foresight is not None
-    return RamHierarchy(
-        store,
-        runner,
-        SlotArena(plan.slots_per_class, plan.slot_bytes),
-        TransferEngine(store, *reading),
-        PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None,
-    )
+    pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
+    with contextlib.ExitStack() as undo:
+        arena = SlotArena(plan.slots_per_class, plan.slot_bytes)
+        undo.callback(arena.close)
+        engine = TransferEngine(store, *reading)
+        undo.callback(engine.close)
+        hierarchy = RamHierarchy(store, runner, arena, engine, pays)
+        undo.pop_all()
+    return hierarchy
 
 
 def _refuse_oracles(predictor: type[ExpertPredictor]) -> None:

@@ -85,6 +85,7 @@ class MoE:
             undo.callback(self._hierarchy.close)
             self.model: Any
             self.model, modules = load(self.checkpoint, anatomy)
+            self._hierarchy.get_ready()
             routing, kernel = self._rules[0], self.config.kernel
             self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, routing, kernel)
             undo.callback(self._wiring.close)

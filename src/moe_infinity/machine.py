@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import platform
@@ -66,9 +67,8 @@ def measure(files: Sequence[Path], read_bytes: int) -> Bandwidths:
 def best_reading(files: Sequence[Path], expert_bytes: int) -> tuple[float, int, int]:
     """The disk's speed in 1e9 bytes per second, and the fewest threads and smallest chunks that
     come near it: what is asked for meanwhile then waits least."""
-    chunks = [c for c in _CHUNKS_BYTES if c < expert_bytes] or [
-        align_down(expert_bytes) or ALIGNMENT_BYTES
-    ]
+    whole = align_down(expert_bytes) or ALIGNMENT_BYTES
+    chunks = [chunk for chunk in _CHUNKS_BYTES if chunk < expert_bytes] or [whole]
     tried = [
         (disk_gbps(files, num_threads, chunk_bytes, _TRY_S), num_threads, chunk_bytes)
         for num_threads, chunk_bytes in itertools.product(_THREADS, chunks)
@@ -84,7 +84,8 @@ def disk_gbps(files: Sequence[Path], num_threads: int, chunk_bytes: int, seconds
     """Direct reads of ``chunk_bytes`` (whole pages) at random places, on several threads."""
     from concurrent.futures import ThreadPoolExecutor
 
-    opened = [DirectFile(path) for path in files]
+    paths = [path for path in files if path.stat().st_size] or list(files[:1])
+    weights = torch.tensor([float(max(1, path.stat().st_size)) for path in paths])
     size = chunk_bytes
     deadline = time.perf_counter() + seconds
 
@@ -92,22 +93,22 @@ def disk_gbps(files: Sequence[Path], num_threads: int, chunk_bytes: int, seconds
         generator = torch.Generator().manual_seed(seed + time.perf_counter_ns() % 2**31)
         buffer = memoryview(allocate(size))
         done = 0
-        while not done or time.perf_counter() < deadline:
-            file = opened[int(torch.randint(len(opened), (1,), generator=generator))]
+        while True:
+            file = opened[int(torch.multinomial(weights, 1, generator=generator))]
             room = max(1, (file.num_bytes - size) // 4096)
             place = int(torch.randint(room, (1,), generator=generator)) * 4096
             needed = min(size, file.num_bytes - place)
             file.read_into(buffer[:size], place, needed)
             done += needed
-        return done
+            if time.perf_counter() >= deadline:
+                return done
 
-    start = time.perf_counter()
-    with ThreadPoolExecutor(num_threads) as pool:
-        total = sum(pool.map(read, range(num_threads)))
-    elapsed = time.perf_counter() - start
-    for file in opened:
-        file.close()
-    return total / elapsed / 1e9
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(contextlib.closing(DirectFile(path))) for path in paths]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(num_threads) as pool:
+            total = sum(pool.map(read, range(num_threads)))
+        return total / (time.perf_counter() - start) / 1e9
 
 
 def measure_memory_gbps() -> float:

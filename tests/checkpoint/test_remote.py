@@ -1,13 +1,17 @@
 """Packing straight from the hub, against a stand-in on localhost: nothing of it stays here."""
 
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moe_infinity import bundled_model_path
-from moe_infinity.checkpoint import download
+from moe_infinity.checkpoint import download, packing, remote
+from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.checkpoint.packing import pack
 from moe_infinity.errors import (
@@ -17,10 +21,12 @@ from moe_infinity.errors import (
     ReadError,
 )
 from moe_infinity.preparation import opened_source, packing_job, require_forms
+from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 from support.hub import StandInHub, serving
 
 ID = "someone/bundled"
 WEIGHTS = "model.safetensors"
+PATIENCE_S = 60
 
 
 @pytest.fixture
@@ -89,6 +95,45 @@ def test_a_hub_that_goes_away_and_comes_back(
     hub.forget()
     assert packed(ID, tmp_path / "out") == expected
     assert hub.body_bytes(WEIGHTS) < 0.6 * weight_bytes(), "what was done was done again"
+
+
+class Stuck(ExpertStore):
+    """Gives its first expert at once, and waits for whoever reads others to be given up."""
+
+    def __init__(self, specs: Mapping[ExpertKey, ExpertSpec]) -> None:
+        self.specs = specs
+        self.given_up = threading.Event()
+
+    def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
+        if key != min(self.specs):
+            assert self.given_up.wait(PATIENCE_S)
+            raise ReadError("given up")
+
+    def give_up(self) -> None:
+        self.given_up.set()
+
+
+def test_who_stops_waits_for_no_other_read(tmp_path: Path) -> None:
+    with opened_source(bundled_model_path()) as source:
+        specs = packing_job(source, tmp_path / "out", "int4", "int8").specs
+    store = Stuck(specs)
+    reads = packing._read(store, sorted(specs))
+    assert next(reads)[0] == min(specs)
+    reads.close()
+    assert store.given_up.is_set()
+
+
+def test_a_read_that_is_given_up_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(*asked: Any) -> None:
+        asked[-1].pause(PATIENCE_S)  # a connection that says nothing
+
+    monkeypatch.setattr(remote, "fetch", fetch)
+    file = remote.RemoteFile("http://nowhere", 100)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(file.read_into, memoryview(bytearray(100)), 0, 100)
+        file.give_up()
+        with pytest.raises(CancelledError):
+            reading.result(PATIENCE_S)
 
 
 def test_another_commit_starts_anew(

@@ -3,7 +3,9 @@
 Knows nothing about this project.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -57,22 +59,32 @@ def small_model(name: str, size: int = 32, dtype: torch.dtype = torch.float32) -
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, kind: Kind, down: Kind | None = None, **values: Any
+    model: PreTrainedModel,
+    path: Path,
+    kind: Kind,
+    kinds: Mapping[str, Kind] = MappingProxyType({}),
+    more: Mapping[str, np.ndarray] = MappingProxyType({}),
+    **values: Any,
 ) -> PreTrainedModel:
-    """Write ``model`` with matrices in one number format (``down``: the experts' last ones in
-    another), give it the numbers that were written, and return it. values: more metadata. What the
-    package cannot encode is random."""
+    """Write ``model`` with matrices in one number format, give it the numbers that were written,
+    and return it.
+
+    kinds: other formats, by a part of a tensor's name. more: tensors that are not the model's.
+    values: more metadata. What the package cannot encode is random.
+    """
     architecture = ARCHITECTURES[model.config.model_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _describe(writer, model.config)
     for key, value in values.items():
+        writer.kv_data[0].pop(key, None)  # described already, otherwise
         _add(writer, key, value)
     names = gguf.get_tensor_name_map(architecture, model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         for part, source in _parts(name, tensor):
-            chosen = _kind_of(part, source, down if down and "down_proj" in part else kind)
+            special = (other for name, other in kinds.items() if name in part)
+            chosen = _kind_of(part, source, next(special, kind))
             written, decoded = _coded(source, chosen)
             source.copy_(decoded)
             stem, _, suffix = part.rpartition(".")
@@ -81,6 +93,8 @@ def write_gguf(
             theirs = names.get_name(stem)
             assert theirs is not None, part
             _add_tensor(writer, f"{theirs}.{suffix}", written, chosen)
+    for name, data in more.items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

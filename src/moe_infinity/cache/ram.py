@@ -84,6 +84,10 @@ class RamHierarchy(Hierarchy, Carrier):
         found = (getattr(member, "fault", None) for member in members)
         return tuple(fault for fault in found if fault)
 
+    def get_ready(self) -> None:
+        """Everything else of the model is in memory: slots may be made ready."""
+        self._arena.touch_ahead()
+
     def begin_request(self) -> None:
         self.runner.begin_request()
 

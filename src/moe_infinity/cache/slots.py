@@ -23,7 +23,8 @@ class _Place(NamedTuple):
 class SlotArena:
     """Page-aligned slots, numbered through all size classes, of which low ones are used first.
 
-    Pages are touched, and so cost memory, only shortly before something is first loaded into them.
+    Pages are touched, and so cost memory, only when something is first loaded into them, or shortly
+    before (``touch_ahead``).
     """
 
     def __init__(self, slots_per_class: tuple[int, ...], slot_bytes: tuple[int, ...]) -> None:
@@ -40,7 +41,11 @@ class SlotArena:
         self._tensors = [whole[each.start : each.start + each.size] for each in self._places]
         at = whole.data_ptr()
         regions = [(at + start, end - start) for start, end in itertools.pairwise(starts)]
-        self._toucher = Toucher(regions)
+        self._toucher = Toucher(memory, regions)
+
+    def touch_ahead(self) -> None:
+        """From now on make pages ready in a thread of its own, which ``close`` ends."""
+        self._toucher.start()
 
     def close(self) -> None:
         """Let go of the memory; it is freed when the last view of a slot is. Idempotent."""

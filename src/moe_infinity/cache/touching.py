@@ -19,10 +19,17 @@ _POPULATE_WRITE = 23  # madvise of Linux 5.14; Python's own would hold up all ot
 class Toucher:
     """Walks ahead through regions of memory, each used from its beginning on, and stays ahead.
 
-    regions: addresses and bytes. Touches nothing where the system has no call for it.
+    memory: what the regions, addresses and bytes, are part of; it is held until ``close``. Nothing
+    is touched before ``start``, nor where the system has no call for it.
     """
 
-    def __init__(self, regions: Sequence[tuple[int, int]], lead_bytes: int = LEAD_BYTES) -> None:
+    def __init__(
+        self,
+        memory: object,
+        regions: Sequence[tuple[int, int]],
+        lead_bytes: int = LEAD_BYTES,
+    ) -> None:
+        self._memory: object = memory
         self._regions = list(regions)
         self._lead_bytes = lead_bytes
         self._done = [0] * len(regions)  # bytes that were touched, or used
@@ -30,6 +37,9 @@ class Toucher:
         self._changed = threading.Condition()
         self._is_over = False
         self._thread = threading.Thread(target=self._walk, name="moe-infinity-touch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to walk. Once."""
         if sys.platform == "linux":
             self._thread.start()
 
@@ -51,6 +61,7 @@ class Toucher:
             self._changed.notify()
         if self._thread.ident is not None:
             self._thread.join()
+        self._memory = None
 
     def _walk(self) -> None:
         madvise = ctypes.CDLL(None).madvise

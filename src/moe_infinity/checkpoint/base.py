@@ -93,6 +93,9 @@ class ExpertStore(ABC):
         Raises ReadError on a short or failed read, CheckpointChangedError if the file changed.
         """
 
+    def give_up(self) -> None:
+        """Nobody waits for reads that are under way: they may fail now, and all later ones."""
+
     def chunks(self, key: ExpertKey, chunk_bytes: int) -> list[ReadRange]:
         """The expert's read ranges, cut into pieces of at most ``chunk_bytes`` (page multiple)."""
         return [piece for r in self.specs[key].ranges for piece in _cut(r, chunk_bytes)]

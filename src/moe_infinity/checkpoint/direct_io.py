@@ -49,6 +49,9 @@ class OpenedFile(Protocol):
         """Fill ``buffer`` from ``offset``; at least ``needed_bytes`` have to arrive. Offset and
         buffer are multiples of ALIGNMENT_BYTES. Thread-safe. Raises ReadError."""
 
+    def give_up(self) -> None:
+        """Nobody waits for reads that are under way: they may fail now, and all later ones."""
+
     def version(self) -> str:
         """Changes when the content does, as far as can be told without reading it."""
 
@@ -103,6 +106,9 @@ class DirectFile:
                 f"{self.path} changed on disk since it was opened (size {self.num_bytes} -> "
                 f"{stat.st_size} bytes); open the model again"
             )
+
+    def give_up(self) -> None:
+        """A disk answers soon."""
 
     def version(self) -> str:
         return str(self._changed_ns)

@@ -15,8 +15,8 @@ import numpy as np
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import DirectFile, OpenedFile
-from moe_infinity.checkpoint.expert_layout import Span, read_ranges, slot_offset
-from moe_infinity.checkpoint.gguf_families import FAMILIES, IGNORED, config_values, model_name
+from moe_infinity.checkpoint.gguf_experts import CODED, EXPERTS, specs_of
+from moe_infinity.checkpoint.gguf_families import FAMILIES, config_values, model_name
 from moe_infinity.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from moe_infinity.checkpoint.safetensors import FileStore, read_through, sampled
 from moe_infinity.errors import (
@@ -25,13 +25,10 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import PACKED, row_bytes
-from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part
+from moe_infinity.types import ExpertKey, ExpertSpec
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
-_EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
 _OLD_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-_IN_MEMORY = tuple(name for name in PACKED if name != "EXACT12")  # linear layers that stay so
 _COMPUTED_IN = {"F32": "float32", "F16": "float16"}  # from the form of most; else bfloat16
 
 
@@ -62,9 +59,11 @@ class GgufCheckpoint(Checkpoint):
         stored = dict(_numbered(self.files, headers))
         self._architecture = self._require_family()
         self._family = FAMILIES[self._architecture]
-        experts = {name: stored.pop(name) for name in list(stored) if _EXPERTS.fullmatch(name)}
+        experts = {name: stored.pop(name) for name in list(stored) if EXPERTS.fullmatch(name)}
         self.config_values = self._config(stored, experts)
-        self.packed_specs = _specs(self.files[0], experts)
+        self.packed_specs = specs_of(
+            self.files[0], experts, self.config_values["num_hidden_layers"]
+        )
         self._sources: dict[str, TensorEntry] = {}
         self._describe_dense(stored)
         self.tokenizer_values = self._values if "tokenizer.ggml.tokens" in self._values else None
@@ -91,10 +90,14 @@ class GgufCheckpoint(Checkpoint):
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         read_through(self._opened[entry.file], entry.offset, into, self._scratch)
         if self._family.splits_rotary and re.search(r"\.(q|k)_proj\.", entry.name):
-            is_q = ".q_proj." in entry.name
-            heads = self.config_values["num_attention_heads" if is_q else "num_key_value_heads"]
-            rows = self._sources[entry.name].shape[0]
-            _unite_halves(np.frombuffer(into, dtype=np.uint8).reshape(rows, -1), heads)
+            source = self._sources[entry.name]
+            row_size = source.num_bytes // source.shape[0]
+            head = source.shape[0] // self._num_heads(entry.name)
+            _unite_halves(np.frombuffer(into, dtype=np.uint8).reshape(-1, row_size), head)
+
+    def _num_heads(self, name: str) -> int:
+        key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
+        return int(self.config_values[key])
 
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
@@ -131,7 +134,7 @@ class GgufCheckpoint(Checkpoint):
                 + (f"; {old!r} is of an old form: convert it again" if old else "")
             )
         formats = [entry.format for entry in experts.values()]
-        most = max(set(formats), key=formats.count)
+        most = max(dict.fromkeys(formats), key=formats.count)  # the first of those
         return found | {
             "vocab_size": embeddings.shape[0],
             "tie_word_embeddings": "output.weight" not in stored,
@@ -143,10 +146,10 @@ class GgufCheckpoint(Checkpoint):
         tensors: dict[str, TensorEntry] = {}
         packed: dict[str, PackedShape] = {}
         for name, entry in stored.items():
-            if IGNORED.fullmatch(name):
-                continue
             named = model_name(name)
-            if named is None:
+            if named is not None:
+                self._require_sound(named, entry)
+            else:
                 raise UnsupportedModelError(
                     f"{self.path}: got tensor {name!r}, expected only those known of "
                     f"{self._architecture!r}; is it of a newer model?"
@@ -156,12 +159,22 @@ class GgufCheckpoint(Checkpoint):
                 shape = (1, *shape)
             is_linear = named.endswith("_proj.weight") or named == "lm_head.weight"
             self._sources[named] = entry
-            if is_linear and entry.format in _IN_MEMORY:
+            if is_linear and entry.format in CODED:
                 packed[named] = PackedShape(entry.format, *shape)
                 tensors[named] = _entry(named, "U8", (entry.num_bytes,), entry)
             else:
                 tensors[named] = _entry(named, entry.format, shape, entry)
         self.tensors, self.packed_dense = tensors, packed
+
+    def _require_sound(self, name: str, entry: TensorEntry) -> None:
+        """What reading it takes for granted."""
+        is_matrix = len(entry.shape) == 2 or entry.format in DTYPES
+        is_turned = self._family.splits_rotary and re.search(r"\.(q|k)_proj\.", name)
+        if not is_matrix or (is_turned and entry.shape[0] % (2 * self._num_heads(name))):
+            raise CorruptCheckpointError(
+                f"{self.path}: tensor {entry.name!r} has the shape {list(entry.shape)} as "
+                f"{entry.format}, expected a matrix of whole heads"
+            )
 
 
 def _entry(name: str, number_format: str, shape: tuple[int, ...], at: TensorEntry) -> TensorEntry:
@@ -175,7 +188,11 @@ def _files_of(path: Path) -> list[Path]:
     match = _SPLIT.fullmatch(path.name)
     if match is None:
         return [path]
-    stem, _, count = match.groups()
+    stem, number, count = match.groups()
+    if not 1 <= int(number) <= int(count):
+        raise CheckpointNotFoundError(
+            f"{path}: is number {int(number)} of {int(count)} by its name, expected one of as many"
+        )
     files = [path.with_name(f"{stem}-{n:05}-of-{count}.gguf") for n in range(1, int(count) + 1)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -226,73 +243,8 @@ def _as_entry(tensor: GgufTensor, file: int) -> TensorEntry:
     return TensorEntry(tensor.name, tensor.format, tensor.shape, *place)
 
 
-def _specs(path: Path, experts: Mapping[str, TensorEntry]) -> dict[ExpertKey, ExpertSpec]:
-    """Of all experts; layers are counted from the first that has any."""
-    by_block: dict[int, dict[str, TensorEntry]] = {}
-    for name, entry in experts.items():
-        match = _EXPERTS.fullmatch(name)
-        assert match is not None
-        by_block.setdefault(int(match[1]), {})[match[2]] = entry
-    specs = {}
-    for layer, block in enumerate(sorted(by_block)):
-        entries = by_block[block]
-        _require_fitting(path, block, entries)
-        for expert in range(entries["gate"].shape[0]):
-            specs[ExpertKey(layer, expert)] = _spec(ExpertKey(layer, expert), entries)
-    return specs
-
-
-def _require_fitting(path: Path, block: int, entries: Mapping[str, TensorEntry]) -> None:
-    for name, entry in entries.items():
-        if entry.format not in (*DTYPES, *PACKED):
-            raise UnsupportedModelError(
-                f"{path}: block {block}: expert tensor {name!r} is stored as {entry.format}, "
-                f"expected one of {', '.join((*DTYPES, *PACKED))}; quantise the model otherwise"
-            )
-    shapes = {name: entry.shape for name, entry in entries.items()}
-    gate, up, down = (shapes.get(name, ()) for name in ("gate", "up", "down"))
-    if len(gate) != 3 or up != gate or down != (gate[0], gate[2], gate[1]):
-        raise CorruptCheckpointError(
-            f"{path}: block {block} has experts of shapes {shapes}, expected gate and up [E, I, H] "
-            f"and down [E, H, I]"
-        )
-    if entries["gate"].format != entries["up"].format:
-        raise UnsupportedModelError(
-            f"{path}: block {block} stores gate as {entries['gate'].format} and up as "
-            f"{entries['up'].format}, expected one form for both"
-        )
-
-
-def _spec(key: ExpertKey, entries: Mapping[str, TensorEntry]) -> ExpertSpec:
-    spans = {name: _span(entry, key.expert) for name, entry in entries.items()}
-    ranges = read_ranges(list(spans.values()))
-
-    def block(name: str, origin: int = 0) -> Block:
-        _, rows, cols = entries[name].shape
-        at = slot_offset(ranges, spans[name].file, spans[name].start)
-        return Block(at, (rows, cols), (cols, 1), origin)
-
-    _, rows, cols = entries["gate"].shape
-    first = (block("gate"), block("up", rows))
-    parts = (
-        Part("gate_up_proj", entries["gate"].format, (2 * rows, cols), 0, first),
-        Part("down_proj", entries["down"].format, (cols, rows), 0, (block("down"),)),
-    )
-    weight_bytes = sum(span.end - span.start for span in spans.values())
-    return ExpertSpec(key, parts, tuple(ranges), weight_bytes)
-
-
-def _span(entry: TensorEntry, expert: int) -> Span:
-    _, rows, cols = entry.shape
-    is_plain = entry.format in DTYPES
-    of_row = cols * DTYPES[entry.format].itemsize if is_plain else row_bytes(entry.format, cols)
-    size = rows * of_row
-    start = entry.offset + expert * size
-    return Span(entry.file, start, start + size)
-
-
-def _unite_halves(rows: np.ndarray[Any, np.dtype[np.uint8]], num_heads: int) -> None:
-    """Put rows [R, bytes] back, in their place, that were moved for a rotation of neighbours: the
-    first ones of all pairs are a head's first half."""
-    pairs = rows.reshape(num_heads, -1, 2, rows.shape[1])
+def _unite_halves(rows: np.ndarray[Any, np.dtype[np.uint8]], head: int) -> None:
+    """Put rows [R, bytes], heads of ``head`` rows, back in their place, that were moved for a
+    rotation of neighbours: the first ones of all pairs are a head's first half."""
+    pairs = rows.reshape(-1, head // 2, 2, rows.shape[1])
     rows[:] = pairs.swapaxes(1, 2).reshape(rows.shape)

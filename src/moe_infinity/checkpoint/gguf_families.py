@@ -33,8 +33,6 @@ _OF_BLOCK = {
 }
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
-# What a model computes or was trained with; nothing of it is a weight.
-IGNORED = re.compile(r"rope_freqs\.weight|.*\.attn_rot_embd\.weight")
 
 
 class Family(NamedTuple):
@@ -95,29 +93,39 @@ def model_name(name: str) -> str | None:
 def config_values(family: Family, key: Values, values: Values) -> dict[str, Any]:
     """What config.json would hold, but for vocabulary, tied embeddings and number format. key: the
     architecture's own keys, without its name; values: all. Raises KeyError for what is missing."""
-    heads = key["attention.head_count"]
+    heads = int(key["attention.head_count"])
     found = {
         "model_type": family.model_type,
-        "hidden_size": key["embedding_length"],
+        "hidden_size": int(key["embedding_length"]),
         "intermediate_size": key.get("feed_forward_length") or key["expert_feed_forward_length"],
-        "num_hidden_layers": key["block_count"],
+        "num_hidden_layers": int(key["block_count"]),
         "num_attention_heads": heads,
-        "num_key_value_heads": key.get("attention.head_count_kv", heads),
-        "head_dim": key.get("attention.key_length", key["embedding_length"] // heads),
+        "num_key_value_heads": int(key.get("attention.head_count_kv", heads)),
+        "head_dim": int(key.get("attention.key_length", key["embedding_length"] // heads)),
         "rms_norm_eps": key["attention.layer_norm_rms_epsilon"],
-        "max_position_embeddings": key["context_length"],
-        "num_experts_per_tok": key["expert_used_count"],
+        "max_position_embeddings": int(key["context_length"]),
+        "num_experts_per_tok": int(key["expert_used_count"]),
         "rope_parameters": _rope(key),
         **family.config(key),
     }
+    if not 0 < key["expert_used_count"] <= key["expert_count"]:
+        raise ValueError(f"{key['expert_used_count']} of {key['expert_count']} experts are used")
     for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         found[f"{name}_token_id"] = values.get(f"tokenizer.ggml.{theirs}_token_id")
     return found
 
 
+_KNOWN_SCALING = {
+    f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")
+}
+
+
 def _rope(key: Values) -> dict[str, Any]:
     found: dict[str, Any] = {"rope_type": "default", "rope_theta": key.get("rope.freq_base", 1e4)}
     kind = key.get("rope.scaling.type", "none")
+    unknown = {n for n in key if n.startswith("rope.scal")} - _KNOWN_SCALING
+    if kind not in ("none", "linear", "yarn") or unknown:
+        raise ValueError(f"rope scaling {kind} with {sorted(unknown)} is not known")
     if kind != "none":
         found |= {"rope_type": kind, "factor": key["rope.scaling.factor"]}
         original = key.get("rope.scaling.original_context_length")

@@ -1,5 +1,6 @@
 """The header of a GGUF file: what it says of itself, and where its tensors lie. Nothing is believed
-that the file's size does not bear out.
+that the file's size does not bear out, and a header has so many bytes and values at most: a file
+may be large and hold nothing.
 
 Versions 2 and 3, little-endian. A key's value is read as it is; tensors are described row-major, as
 everywhere else here, where the file counts its dimensions from the innermost on.
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 _MAGIC = b"GGUF"
@@ -21,6 +24,8 @@ _VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
 _MAX_DIMS = 4
 _MAX_DEPTH = 4  # of arrays in arrays
+_MAX_HEADER_BYTES = 100_000_000  # that of safetensors
+_MAX_VALUES = 4_000_000  # strings and arrays in arrays; vocabularies have a tenth
 
 # name, weights of a block, bytes of a block
 _TYPES = {
@@ -97,6 +102,7 @@ class _Reader:
         self._path = path
         self._file = file
         self._file_bytes = os.fstat(file.fileno()).st_size
+        self._num_values = 0
 
     def header(self) -> GgufHeader:
         magic = self._file.read(4)
@@ -130,6 +136,10 @@ class _Reader:
         start = -(-self._file.tell() // alignment) * alignment
         placed, end, last = [], 0, "the header"
         for each in sorted(described, key=lambda each: each.offset):
+            if each.offset % alignment:
+                raise self._wrong(
+                    f"has tensor {each.name!r} at {each.offset}", f"multiples of {alignment}"
+                )
             if each.offset < end:
                 raise self._wrong(f"has tensor {each.name!r} inside {last}", "them apart")
             end, last = each.offset + each.num_bytes, repr(each.name)
@@ -182,9 +192,12 @@ class _Reader:
             form = _SCALARS[inner]
             size = struct.calcsize(form)
             raw = self._bytes(self._count(count, size, f"numbers of {key!r}") * size)
-            return list(struct.unpack(f"<{count}{form[1]}", raw))
+            return np.frombuffer(raw, dtype=form)
         fewest = 8 if inner == _STRING else 12
         count = self._count(count, fewest, f"values of {key!r}")
+        self._num_values += count
+        if self._num_values > _MAX_VALUES:
+            raise self._wrong(f"has {self._num_values} values", f"at most {_MAX_VALUES}")
         return [self._value(inner, key, depth + 1) for _ in range(count)]
 
     def _string(self) -> str:
@@ -206,6 +219,10 @@ class _Reader:
             raise self._wrong(
                 f"ends {count - left} bytes too early in its header",
                 "all of it; download it again",
+            )
+        if self._file.tell() + count > _MAX_HEADER_BYTES:
+            raise self._wrong(
+                "has no end of its header", f"one of at most {_MAX_HEADER_BYTES} bytes"
             )
         return self._file.read(count)
 

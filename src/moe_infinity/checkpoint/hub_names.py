@@ -58,6 +58,8 @@ def parse_id(model: str | Path) -> tuple[str, str | None]:
             f"folder it is in"
         )
     match = _HUB_ID.fullmatch(str(model))
+    if str(model).endswith(".gguf"):
+        raise CheckpointNotFoundError(f"{model}: no such file, expected a GGUF file that is here")
     if match is None:
         raise CheckpointNotFoundError(
             f"{model}: got neither an existing folder nor a hub id, expected a checkpoint's folder "

@@ -1,7 +1,7 @@
 """Makes packed folders: expert by expert, resumable after any interruption, complete or not there.
 
 Everything is written to a folder beside the target, whose journal says what has safely arrived; the
-last step gives it its name. Memory: one expert, its coded form, and 64 MiB that are read ahead.
+last step gives it its name. Memory: an expert or two, their coded form, and 64 MiB read ahead.
 """
 
 from __future__ import annotations
@@ -162,6 +162,10 @@ def _read(store: ExpertStore, keys: Sequence[ExpertKey]) -> Iterator[tuple[Exper
                 for read in reads:
                     read.result()
                 yield key, slot
+                del slot
+        except BaseException:  # of whoever asked, too
+            store.give_up()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -36,11 +36,14 @@ class RemoteFile:
                 f"connection and run again: what is done stays"
             ) from error
 
+    def give_up(self) -> None:
+        self._progress.stop()
+
     def version(self) -> str:
         return self._url
 
     def close(self) -> None:
-        self._progress.stop()
+        self.give_up()
 
 
 def open_remote(listing: Listing, folder: Path) -> SafetensorsCheckpoint:

@@ -120,6 +120,10 @@ class FileStore(ExpertStore):
     def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
         self._files[chunk.file].read_into(buffer, chunk.file_offset, chunk.needed_bytes)
 
+    def give_up(self) -> None:
+        for file in self._files:
+            file.give_up()
+
 
 def read_through(
     file: OpenedFile, offset: int, into: memoryview, scratches: threading.local

@@ -64,8 +64,9 @@ class _Prepared(NamedTuple):
 
 class Kernel(ExpertKernel):
     """Experts by compiled code. What it computes does not depend on threads or addresses, nor on
-    the number of tokens but for this: many are summed in another order than few (architecture.md).
-    Where torch computes in its place, more may matter."""
+    the number of tokens but for this: many are summed in another order than few; and formats with a
+    K multiply few tokens in 8 bits, many by weights rounded to bf16 (architecture.md). Where torch
+    computes in its place, more may matter."""
 
     def __init__(self, num_threads: int, instruction_set: str | None = None) -> None:
         """Raises ConfigError where there is no compiled code, or not for this processor."""

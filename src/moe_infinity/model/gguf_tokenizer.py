@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import transformers
 
 from moe_infinity.errors import CheckpointNotFoundError
@@ -30,7 +31,7 @@ def _build(values: Mapping[str, Any]) -> Any:
 
     words = GGUF_TOKENIZER_MAPPING["tokenizer"]
     described = {
-        name: values[f"tokenizer.{key}"]
+        name: _plain(values[f"tokenizer.{key}"])
         for key, name in words.items()
         if f"tokenizer.{key}" in values
     }
@@ -52,3 +53,7 @@ def _build(values: Mapping[str, Any]) -> Any:
     found = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     found.chat_template = values.get("tokenizer.chat_template")
     return found
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, np.ndarray) else value

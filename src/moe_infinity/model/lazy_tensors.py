@@ -12,7 +12,7 @@ from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import CheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import DECODED, PackedMatrix
+from moe_infinity.kernels.packed import DECODED, PackedMatrix, row_bytes
 
 _STORED_DTYPES = {
     **DTYPES,
@@ -26,6 +26,7 @@ _STORED_DTYPES = {
 }
 _LARGE_BYTES = 2 * 1024**2
 _DECODED_AT_ONCE = 4 * 1024**2  # numbers
+_ROWS = 512  # read together at least: whole heads, whose rows may have to change places
 
 
 class LazyTensor:
@@ -79,24 +80,37 @@ class DecodedTensor(LazyTensor):
         return _name_of(self._dtype)
 
     def _read(self) -> torch.Tensor:
+        """Some rows at a time: the whole of it coded, or in float32, is in no budget."""
         entry, (*_, cols) = self._entry, self._entry.shape
-        coded = read_tensor(self._checkpoint, _as_bytes(entry), torch.uint8)
         decoded = torch.empty(entry.shape, dtype=self._dtype)
         rows = decoded.view(-1, cols)
-        whole = PackedMatrix(entry.format, len(rows), cols, coded)
-        step = max(1, _DECODED_AT_ONCE // cols)  # as float32 it may be in no budget
+        size = row_bytes(entry.format, cols)
+        step = max(_ROWS, _DECODED_AT_ONCE // cols // _ROWS * _ROWS)
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
-            some.copy_(whole.some_rows(start, len(some)).decode())
+            num_bytes, offset = len(some) * size, entry.offset + start * size
+            piece = replace(
+                entry, format="U8", shape=(num_bytes,), offset=offset, num_bytes=num_bytes
+            )
+            coded = read_tensor(self._checkpoint, piece, torch.uint8)
+            some.copy_(PackedMatrix(entry.format, len(some), cols, coded).decode())
         return decoded
-
-
-def _as_bytes(entry: TensorEntry) -> TensorEntry:
-    return replace(entry, format="U8", shape=(entry.num_bytes,))
 
 
 def _name_of(dtype: torch.dtype) -> str:
     return next(name for name, known in DTYPES.items() if known is dtype)
+
+
+def lazy_tensor(
+    checkpoint: Checkpoint,
+    entry: TensorEntry,
+    failures: list[CheckpointError],
+    dtype: torch.dtype,
+) -> LazyTensor:
+    """For a tensor as it is stored; coded ones become numbers of ``dtype``."""
+    if entry.format in DECODED:
+        return DecodedTensor(checkpoint, entry, failures, dtype)
+    return LazyTensor(checkpoint, entry, failures)
 
 
 class Placeholder:

@@ -34,13 +34,14 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
-from moe_infinity.kernels.packed import DECODED, PackedMatrix
+from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.lazy_tensors import DecodedTensor, LazyTensor, Placeholder, read_tensor
+from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, lazy_tensor, read_tensor
 from moe_infinity.model.packed_linears import attach_packed
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
+from moe_infinity.model.soundness import refuse_strays, require_complete, require_fitting
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
 
 # Where a config does not say in a known word: more than most models use.
@@ -100,11 +101,15 @@ def _config_of(checkpoint: Checkpoint) -> Any:
 def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
     config = _config_of(checkpoint)
-    meta = _build(checkpoint.path, config)
+    meta = _build(checkpoint, config)
     adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
     found = _sort(checkpoint, meta, adapter, experts)
+    if checkpoint.config_values is not None:
+        refuse_strays(checkpoint, found)
     specs = dict(checkpoint.packed_specs or _specs(experts, found))
+    if checkpoint.packed_specs is not None:
+        require_fitting(checkpoint.path, specs, experts)
     counts = tuple(module.num_experts for module in experts)
     top_k = min(adapter.top_k or _top_k(config), max(counts))
     shape = ExpertShape(len(experts), max(counts), top_k, counts)
@@ -135,7 +140,7 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     failures: list[CheckpointError] = []
     coded = checkpoint.packed_dense
     lazy: dict[str, LazyTensor | Placeholder] = {
-        e.name: _lazy(checkpoint, e, failures, anatomy.dtype)
+        e.name: lazy_tensor(checkpoint, e, failures, anatomy.dtype)
         for e in anatomy.dense
         if e.name not in coded
     }
@@ -158,37 +163,12 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
             raise
     if failures:
         raise failures[0]
-    _require_complete(checkpoint, info)
+    require_complete(checkpoint, info)
     _attach_coded(model, checkpoint, anatomy, own)
     # Of training, and some configs keep it: every pass would collect them and compute a loss.
     model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
-
-
-def _lazy(
-    checkpoint: Checkpoint,
-    entry: TensorEntry,
-    failures: list[CheckpointError],
-    dtype: torch.dtype,
-) -> LazyTensor:
-    if entry.format in DECODED:
-        return DecodedTensor(checkpoint, entry, failures, dtype)
-    return LazyTensor(checkpoint, entry, failures)
-
-
-def _require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
-    if info["mismatched_keys"]:
-        name, got, expected = min(info["mismatched_keys"], key=str)
-        raise CorruptCheckpointError(
-            f"{checkpoint.path}: tensor {name!r} has shape {list(got)} in the checkpoint, expected "
-            f"{list(expected)} from its config; is this the config of another model?"
-        )
-    if info["missing_keys"]:
-        raise CorruptCheckpointError(
-            f"{checkpoint.path}: lacks {len(info['missing_keys'])} tensors of its model (first: "
-            f"{min(info['missing_keys'])!r}); download the checkpoint again"
-        )
 
 
 def _attach_coded(
@@ -209,14 +189,16 @@ def _attach_coded(
         attach_packed(module, PackedMatrix(*shape, data))
 
 
-def _build(path: Path, config: Any) -> Any:
+def _build(checkpoint: Checkpoint, config: Any) -> Any:
+    path = checkpoint.path
+    source = path if checkpoint.config_values is not None else path / "config.json"
     try:
         return build_meta(config)
     except CheckpointError:
         raise
     except Exception as error:
         raise CorruptCheckpointError(
-            f"{path / 'config.json'}: got a config that {config.model_type!r} cannot be built from "
+            f"{source}: got a config that {config.model_type!r} cannot be built from "
             f"({_in_one_line(error)})"
         ) from error
 

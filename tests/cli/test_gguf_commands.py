@@ -34,4 +34,4 @@ def test_what_is_wrong_is_said(small: Path, tmp_path: Path) -> None:
     assert "has no tokenizer in its metadata" in refused("run", small, "hello")
     message = refused("pack", small, tmp_path / "out")
     assert "is packed already, or a GGUF file" in message
-    assert "nor a hub id" in refused("run", tmp_path / "none.gguf", *IDS)
+    assert "no such file, expected" in refused("run", tmp_path / "none.gguf", *IDS)

@@ -1,0 +1,56 @@
+"""Whether a checkpoint is the one of the model that its config makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_infinity.checkpoint.base import Checkpoint
+from moe_infinity.checkpoint.expert_layout import ExpertTensors
+from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.model.adapters.base import ExpertsModule
+from moe_infinity.types import ExpertKey, ExpertSpec
+
+
+def refuse_strays(checkpoint: Checkpoint, found: ExpertTensors) -> None:
+    """In a file that names its tensors itself each one changes what is computed."""
+    strays = sorted(checkpoint.tensors.keys() - set(found.dense))
+    if strays:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: got {len(strays)} tensors that its model has no place for (first: "
+            f"{strays[0]!r}), expected none; is it of a newer model?"
+        )
+
+
+def require_fitting(
+    path: Path, specs: Mapping[ExpertKey, ExpertSpec], experts: list[ExpertsModule]
+) -> None:
+    """Experts that were described beforehand have to be those of the model that is built."""
+    expected = {
+        ExpertKey(layer, number): {name: shape[1:] for name, shape in module.params.items()}
+        for layer, module in enumerate(experts)
+        for number in range(module.num_experts)
+    }
+    found = {key: {part.name: part.shape for part in spec.parts} for key, spec in specs.items()}
+    if found != expected:
+        key = min(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+        raise CorruptCheckpointError(
+            f"{path}: layer {key.layer} expert {key.expert}: got {found.get(key, 'nothing')}, "
+            f"expected {expected.get(key, 'nothing')} from its config"
+        )
+
+
+def require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
+    """Raise CorruptCheckpointError unless the library found every dense tensor, in its shape."""
+    if info["mismatched_keys"]:
+        name, got, expected = min(info["mismatched_keys"], key=str)
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: tensor {name!r} has shape {list(got)} in the checkpoint, expected "
+            f"{list(expected)} from its config; is this the config of another model?"
+        )
+    if info["missing_keys"]:
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: lacks {len(info['missing_keys'])} tensors of its model (first: "
+            f"{min(info['missing_keys'])!r}); download the checkpoint again"
+        )
