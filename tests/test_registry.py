@@ -80,8 +80,10 @@ class TestRegistry:
         for known in names():
             assert known in str(caught.value)
 
-    @pytest.mark.parametrize("broken", ["import no_such_package_at_all", "raise ImportError('x')"])
-    def test_an_import_error_inside_a_member_is_not_masked(
+    @pytest.mark.parametrize(
+        "broken", ["import no_such_package_at_all", "raise ImportError('x')", "1 / 0"]
+    )
+    def test_an_error_inside_a_member_is_told_with_its_line(
         self,
         package: Any,
         find: Find,
@@ -95,6 +97,8 @@ class TestRegistry:
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
         monkeypatch.syspath_prepend(tmp_path)
         for name in ("broken_member", "broken_member:Policy"):
-            with pytest.raises(ImportError) as caught:
+            with pytest.raises(
+                ConfigError, match=r"cannot be imported.*broken_member.py:1"
+            ) as caught:
                 find(name)
-            assert not isinstance(caught.value, ConfigError)
+            assert not isinstance(caught.value, UnknownNameError)

@@ -9,7 +9,8 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
 from moe_infinity.checkpoint.base import Checkpoint
-from moe_infinity.checkpoint.gguf import GgufCheckpoint, is_gguf
+from moe_infinity.checkpoint.gguf import GgufCheckpoint
+from moe_infinity.checkpoint.hub_names import is_gguf
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
@@ -25,6 +26,7 @@ from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.registry import make
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.planner import PrefetchPlanner
@@ -90,8 +92,8 @@ def build_hierarchy(
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started.
     reading: how many they are, and bytes of one read."""
     policy_class, predictor_class = find_policy(config.policy), find_predictor(prefetch)
-    policy = GuardedPolicy(policy_class(anatomy.shape, plan.num_slots, config.seed))
-    predictor = GuardedPredictor(predictor_class(anatomy.shape, config.seed))
+    policy = GuardedPolicy(make(policy_class, anatomy.shape, plan.num_slots, config.seed))
+    predictor = GuardedPredictor(make(predictor_class, anatomy.shape, config.seed))
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
     store = checkpoint.expert_store(anatomy.specs)
     layer_bytes = [0] * anatomy.shape.num_layers

@@ -135,7 +135,7 @@ class EngineConfig:
 
 def _choice(name: str, got: str | None, known: tuple[str | None, ...]) -> None:
     if got not in known:
-        raise ConfigError(f"{name}: got {got!r}, expected one of {', '.join(map(str, known))}")
+        raise ConfigError(f"{name}: got {got!r}, expected one of {', '.join(filter(None, known))}")
 
 
 def _positive(name: str, got: int | None) -> None:

@@ -34,10 +34,10 @@ class ConfigError(MoEInfinityError, ValueError):
 class UnknownNameError(ConfigError):
     """No member of a family has that name."""
 
-    def __init__(self, family: str, got: str, known: Iterable[str]) -> None:
+    def __init__(self, family: str, got: str, known: Iterable[str], why: str = "") -> None:
         choices = ", ".join(sorted(known))
         super().__init__(
-            f"unknown {family} {got!r}; there are: {choices}; "
+            f"unknown {family} {got!r}{why}; there are: {choices}; "
             f"your own goes in as 'package.module:Class'"
         )
 

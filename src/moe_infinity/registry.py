@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import traceback
 from types import ModuleType
 from typing import TypeVar
 
@@ -24,18 +25,20 @@ def member_names(package: ModuleType) -> list[str]:
 def find_class(package: ModuleType, name: str, class_name: str, base: type[_T]) -> type[_T]:
     """The class behind ``name``: ``package/<name>.py`` holds it, or it is 'module:Class'.
 
-    Raises UnknownNameError where there is none. An error inside the module itself is not masked.
+    Raises UnknownNameError where there is none, ConfigError for one that cannot be imported or is
+    no such class.
     """
     family = class_name.lower()
     module_name, _, attribute = name.partition(":")
     if attribute:
-        if _find_spec(module_name) is None:
-            raise UnknownNameError(family, name, member_names(package))
+        if not _is_module(module_name):
+            why = f" (no module {module_name!r} in this folder or installed)" if module_name else ""
+            raise UnknownNameError(family, name, member_names(package), why)
     elif name in member_names(package):
         module_name, attribute = f"{package.__name__}.{name}", class_name
     else:
         raise UnknownNameError(family, name, member_names(package))
-    found = getattr(importlib.import_module(module_name), attribute, None)
+    found = getattr(_imported(family, name, module_name), attribute, None)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(
             f"{family} {name!r}: got {found!r}, expected a subclass of "
@@ -44,15 +47,43 @@ def find_class(package: ModuleType, name: str, class_name: str, base: type[_T]) 
     return found
 
 
-def _find_spec(module_name: str) -> object:
-    if not module_name or module_name.startswith("."):
-        return None
-    if module_name in sys.modules:  # __main__ too, which has no spec
-        return sys.modules[module_name]
+def make(found: type[_T], *arguments: object) -> _T:
+    """An object of a member's class. Raises ConfigError that names what is wrong with it."""
     try:
-        return importlib.util.find_spec(module_name)
+        return found(*arguments)
+    except Exception as error:  # of any kind: it may be the user's own code
+        raise ConfigError(
+            f"{found.__module__}:{found.__name__}: cannot be made ({_reason(error)}), expected a "
+            f"class like those of moe_infinity.policies and predictors"
+        ) from error
+
+
+def _is_module(name: str) -> bool:
+    if not name or name.startswith("."):
+        return False
+    if name in sys.modules:  # __main__ too, which has no spec
+        return True
+    try:
+        return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError as error:
         # Only where a part of the name itself is missing; what a parent imports is its affair.
-        if error.name is not None and f"{module_name}.".startswith(f"{error.name}."):
-            return None
-        raise
+        return not (error.name is not None and f"{name}.".startswith(f"{error.name}."))
+    except Exception:  # its parent's own, which importing tells
+        return True
+
+
+def _imported(family: str, name: str, module_name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module_name)
+    except Exception as error:  # of any kind: it may be the user's own code
+        raise ConfigError(
+            f"{family} {name!r}: its module cannot be imported ({_reason(error)})"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """With the innermost line that is to blame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1] if frames else None
+    where = f", {last.filename}:{last.lineno}" if last else ""
+    return f"{type(error).__name__}: {error}{where}"

@@ -16,8 +16,9 @@ import torch
 import transformers
 
 from moe_infinity import MoE, bundled_model_path
-from moe_infinity.checkpoint.gguf import GgufCheckpoint, is_gguf
+from moe_infinity.checkpoint.gguf import GgufCheckpoint
 from moe_infinity.checkpoint.gguf_header import read_gguf_header
+from moe_infinity.checkpoint.hub_names import is_gguf
 from moe_infinity.errors import (
     CheckpointError,
     CheckpointNotFoundError,

@@ -63,6 +63,13 @@ def test_several_traces_are_fitted_together(tmp_path: Path) -> None:
     assert (tmp_path / "out.safetensors").is_file()
 
 
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    trace = written(tmp_path, by_hidden(40, 1))
+    (tmp_path / "file").write_text("no folder")
+    message = refused("fit", "popularity", trace, "-o", tmp_path / "file" / "out.safetensors")
+    assert "expected to write what is learned there; say where else with -o" in message
+
+
 def test_traces_of_two_models_are_refused(tmp_path: Path) -> None:
     one = written(tmp_path, by_hidden(20, 1), "one")
     smaller = written(tmp_path, random_trace(2, 4, 2, 20, seed=0), "two")

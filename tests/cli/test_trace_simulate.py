@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from moe_infinity.errors import ConfigError
+from moe_infinity.simulator import sweep
 from moe_infinity.tracing.trace_file import load_trace, save_trace
 from support.command_line import refused, run
 from support.traces import trace_of
@@ -80,6 +82,46 @@ def test_recorded_foresight_serves_the_simulator(recorded: Path) -> None:
     options = ("--policy", "lru", "--capacity", "0.25", "--phase", "all")
     (row,) = rows(recorded, *options, "--prefetch", "gate_lookahead")
     assert row["proactive_loads"] > 0
+
+
+def test_everything_is_drawn_as_far_as_it_is_there(made_up: Path, tmp_path: Path) -> None:
+    """Bounds have no time, and of some predictors the trace holds nothing."""
+    pytest.importorskip("matplotlib")
+    options = ("--policy", "all", "--prefetch", "none,gate_lookahead", "--capacity", "25%")
+    result = run("simulate", made_up, *options, "--load-ms", 1, "--plot", tmp_path / "all.png")
+    assert result.code == 0, result.both
+    assert "belady_bypass" in result.out
+    assert (tmp_path / "all.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_who_has_learned_nothing_is_named(made_up: Path) -> None:
+    options = ("--policy", "lru", "--capacity", "25%")
+    assert "fit it before" not in run("simulate", made_up, *options).err
+    result = run("simulate", made_up, *options, "--prefetch", "learned", "--phase", "all")
+    assert "holds no router inputs" in result.err or "moe-infinity fit learned" in result.err
+
+
+OWN = {
+    "abstract": "class Policy(CachePolicy): pass",
+    "raises": "class Policy(Lru):\n    def __init__(self, *args): raise RuntimeError('no')",
+    "few": "class Policy(Lru):\n    def __init__(self, shape, num_slots): pass",
+    "syntax": "class Policy(Lru:",
+}
+
+
+@pytest.mark.parametrize("fault", sorted(OWN))
+def test_a_policy_of_ones_own_that_is_wrong(
+    fault: str, made_up: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = "from moe_infinity.policies.base import CachePolicy\n"
+    head += "from moe_infinity.policies.lru import Policy as Lru\n"
+    (tmp_path / f"own_{fault}.py").write_text(head + OWN[fault])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"own_{fault}"):
+        sweep.run(
+            sweep.tasks_of([made_up], [f"own_{fault}:Policy"], ["none"], [0.25]), num_processes=1
+        )
 
 
 def test_a_table_for_people(made_up: Path) -> None:

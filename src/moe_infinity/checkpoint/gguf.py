@@ -32,13 +32,6 @@ _OLD_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _COMPUTED_IN = {"F32": "float32", "F16": "float16"}  # from the form of most; else bfloat16
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether a path names a GGUF file, or a folder of one model in no other form."""
-    if path.is_dir():
-        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
-
-
 class GgufCheckpoint(Checkpoint):
     """A model in a GGUF file, or in several that llama.cpp's tools split it into.
 

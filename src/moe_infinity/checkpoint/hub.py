@@ -15,13 +15,13 @@ from pathlib import Path
 import huggingface_hub  # loads its parts on first use: commands that need no hub do not pay
 
 from moe_infinity.checkpoint.download import Progress, extend, num_bytes_of, sha256_of
-from moe_infinity.checkpoint.gguf import is_gguf
 from moe_infinity.checkpoint.hub_errors import explained
 from moe_infinity.checkpoint.hub_names import (
     INDEX,
     Listing,
     ask,
     downloaded_before,
+    is_gguf,
     local_path,
     parse_id,
     weight_files,

@@ -37,6 +37,13 @@ class Listing:
         return huggingface_hub.hf_hub_url(self.repo, name, revision=self.commit)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path names a GGUF file, or a folder of one model in no other form."""
+    if path.is_dir():
+        return not (path / "config.json").exists() and any(path.glob("*.gguf"))
+    return path.suffix == ".gguf"
+
+
 def is_hub_id(model: str | Path) -> bool:
     """Whether this is no path here but has the form of a hub id, ``@revision`` included."""
     return local_path(model) is None and bool(_HUB_ID.fullmatch(str(model)))

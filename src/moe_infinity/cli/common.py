@@ -40,8 +40,10 @@ Kernel = Annotated[
 Policy = Annotated[
     str, typer.Option(help=f"Which experts stay: {', '.join(policy_names())}, or module:Class.")
 ]
+_LIVE = [name for name in predictor_names() if name != "oracle"]  # that is for recorded traces
 Prefetch = Annotated[
-    str, typer.Option(help=f"What is loaded ahead: auto, {', '.join(predictor_names())}.")
+    str,
+    typer.Option(help=f"What is loaded ahead: auto, {', '.join(_LIVE)}, or module:Class."),
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object instead of text.")]

@@ -76,6 +76,8 @@ def _examine(folder: Path) -> dict[str, Any]:
 
 
 def _readable_files(folder: Path) -> list[Path]:
+    if folder.is_file() and folder.stat().st_size > _PROBE_BYTES:
+        return [folder]
     files = sorted(f for f in folder.glob("*.safetensors")) if folder.is_dir() else []
     files = files or [
         f for f in folder.glob("*") if f.is_file() and f.stat().st_size > _PROBE_BYTES

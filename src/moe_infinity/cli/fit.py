@@ -60,7 +60,13 @@ def fit(
     path = output or learned_path(str(trace.fingerprint), name)
     if issubclass(member, CachePolicy):
         trace = _excerpt(trace)
-    measures = _fit(name, member, trace, path, share, seed)
+    try:
+        measures = _fit(name, member, trace, path, share, seed)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: got {error.strerror or error}, expected to write what is learned there; say "
+            f"where else with -o"
+        ) from error
     if json:
         common.print_json({"name": name, "path": str(path), "measures": measures})
         return

@@ -81,6 +81,8 @@ def _model_and_prompt(
         raise ConfigError(
             f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them"
         )
+    if model is not None and any(map(str.isspace, model)):
+        raise ConfigError(f"--ids: got a prompt as well ({model!r:.60}), expected only one of them")
     return model or str(bundled_model_path()), None
 
 
@@ -192,9 +194,14 @@ class _IdStreamer:
 
 
 def _say_plan(moe: Any) -> None:
+    import psutil
+
     from moe_infinity.config import format_bytes
 
     plan = moe.plan
+    total = psutil.virtual_memory().total
+    if plan.budget_bytes > total:
+        print(f"note: this machine has {format_bytes(total)} of memory", file=sys.stderr)
     print(
         f"[{moe.path.name}: {format_bytes(plan.budget_bytes)} of memory, {plan.num_slots} of "
         f"{plan.experts_total} experts fit, {plan.max_context} tokens of context]",

@@ -75,14 +75,14 @@ def simulate(
         )
     rows = _run_with_bar(tasks, processes, quiet=json)
     _say_notes(tasks, rows)
-    if plot is not None:
-        from moe_infinity.simulator.plots import plot_sweep
-
-        plot_sweep(rows, plot)
     if json:
         common.print_json(rows)
     else:
         _print_table(rows)
+    if plot is not None:
+        from moe_infinity.simulator.plots import plot_sweep
+
+        plot_sweep(rows, plot)
 
 
 def _run_with_bar(tasks: list[Any], processes: int | None, quiet: bool) -> list[Row]:

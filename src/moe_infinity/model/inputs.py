@@ -88,13 +88,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     if path.is_file():
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; pass token ids "
-            f"instead"
+            f"instead (run --ids)"
         )
     # Without any file the library makes up an empty tokenizer of the model's type.
     if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids "
-            f"instead"
+            f"instead (run --ids)"
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(path)

@@ -56,6 +56,7 @@ class ExpertPredictor(ABC):
     needs_router_logits: ClassVar[bool] = False  # observe reads event.router_logits
     needs_router_input: ClassVar[bool] = False  # observe reads event.router_input
     needs_embeddings: ClassVar[bool] = False  # begin_pass reads embeddings
+    needs_fit: ClassVar[bool] = False  # says nothing before ``moe-infinity fit``
     needs_future: ClassVar[bool] = False  # an oracle: set_future is called; simulator only
     foresight: ClassVar[Foresight | None] = None  # foresee is called
     is_silent: ClassVar[bool] = False  # never predicts anything

@@ -29,6 +29,7 @@ class Predictor(ExpertPredictor):
 
     memory = Memory(per_expert=4 * 128 * 2 * 2, per_layer_hidden=4 * 128 * 2)
     needs_router_input = True
+    needs_fit = True
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:
         super().__init__(shape, seed)

@@ -33,6 +33,7 @@ class Predictor(ExpertPredictor):
 
     memory = Memory(per_expert=4 * 128 * 2, per_hidden=4 * 128 * 2, other=8 * 1024**2)
     needs_embeddings = True
+    needs_fit = True
 
     def __init__(self, shape: ExpertShape, seed: int = 0) -> None:
         super().__init__(shape, seed)

@@ -74,6 +74,7 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows: what a sweep found, with trace, policy, prefetch, capacity (share of the experts),
     hit_rate, stall_s. The curves are without prefetching where that was tried. Raises ConfigError.
     """
+    rows = [row for row in rows if _is_number(row["hit_rate"])]  # else what the trace lacks
     traces = list(dict.fromkeys(str(row["trace"]) for row in rows))
     if not traces:
         raise ConfigError("got no rows to draw; expected a sweep's results")
@@ -229,11 +230,11 @@ def _draw_policies(axes: Axes, rows: list[Mapping[str, Any]], policies: list[str
 
 def _draw_stalls(axes: Axes, rows: list[Mapping[str, Any]], policies: list[str]) -> None:
     """At the middle capacity of the sweep: bars of all would hide the order among policies."""
-    timed = [row for row in rows if row["policy"] != "belady" and row["stall_s"] is not None]
+    timed = [row for row in rows if _is_number(row["stall_s"])]
     capacities = sorted({float(row["capacity"]) for row in timed})
     axes.set_xlabel("stall, s")
     _plain(axes)
-    if not capacities:
+    if not any(row["stall_s"] for row in timed):
         axes.set_title("no stalls were counted", loc="left")
         return
     middle = capacities[len(capacities) // 2]
@@ -249,6 +250,10 @@ def _draw_stalls(axes: Axes, rows: list[Mapping[str, Any]], policies: list[str])
     axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.margins(x=0.12, y=0.02)
     axes.set_title(f"Stall at {middle:.0%} capacity, policy / prefetch", loc="left")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _plain(axes: Axes) -> None:

@@ -17,6 +17,8 @@ from moe_infinity.policies import find_policy
 from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.predictors import find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
+from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.registry import make
 from moe_infinity.simulator.belady import accesses_of, optimal_misses
 from moe_infinity.simulator.cost_model import Cost
 from moe_infinity.simulator.replay import (
@@ -126,7 +128,7 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
                 f"moe-infinity trace --help)"
             ]
         }
-    policy = GuardedPolicy(policy_class(trace.shape, sum(slots), task.seed))
+    policy = GuardedPolicy(make(policy_class, trace.shape, sum(slots), task.seed))
     recall(policy, task.policy, trace.fingerprint)
     predictor = pickle.loads(
         _taught(task.prefetch, trace.shape, trace.fingerprint, task.history, task.seed)
@@ -136,11 +138,6 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
     result = replay(trace, policy, predictor, slots, task.cost)
     c = result.counters
     faults = [policy.fault, getattr(predictor, "fault", None)]
-    learned = [
-        f"{name} began with what it had learned of this model: {path}"
-        for name in (task.policy, task.prefetch)
-        if (path := learned_file(name, trace.fingerprint))
-    ]
     return {
         "hits": c.hits,
         "misses": c.misses,
@@ -151,8 +148,23 @@ def _replay(task: Task, trace: Trace, slots: Sequence[int]) -> Row:
         "wasted_loads": c.wasted_loads,
         "stall_s": result.stall_s,
         FAULTS: [fault for fault in faults if fault],
-        NOTES: learned,
+        NOTES: _notes(task, trace, predictor_class),
     }
+
+
+def _notes(task: Task, trace: Trace, predictor: type[ExpertPredictor]) -> list[str]:
+    """What policy and predictor began with, or should have."""
+    notes = [
+        f"{name} began with what it had learned of this model: {path}"
+        for name in (task.policy, task.prefetch)
+        if (path := learned_file(name, trace.fingerprint))
+    ]
+    if predictor.needs_fit and learned_file(task.prefetch, trace.fingerprint) is None:
+        notes.append(
+            f"{task.prefetch} has learned nothing of this model and says nothing; fit it before: "
+            f"moe-infinity fit {task.prefetch}"
+        )
+    return notes
 
 
 @functools.lru_cache(maxsize=2)
@@ -166,7 +178,7 @@ def _taught(
     prefetch: str, shape: ExpertShape, fingerprint: str | None, history: Path | None, seed: int
 ) -> bytes:
     """A predictor that has watched ``history``, pickled: many replays begin with the same one."""
-    predictor = find_predictor(prefetch)(shape, seed)
+    predictor = make(find_predictor(prefetch), shape, seed)
     recall(predictor, prefetch, fingerprint)
     if history is not None:
         teach(predictor, load_trace(history))
