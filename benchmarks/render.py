@@ -63,6 +63,15 @@ def _budget_row(result: dict, system: str, s: dict) -> str:
     )
 
 
+_LIMITED = {
+    "peers_widened16_int4": "widened16, 4 bit",
+    "peers_widened16_q4_k_m": "widened16, Q4_K_M",
+    "peers_widened16_f16": "widened16, 16 bit",
+    "peers_olmoe_int4": "OLMoE, 4 bit",
+    "peers_olmoe_f16": "OLMoE, 16 bit",
+}
+
+
 def peers_table() -> str:
     rows = [
         "| file | memory limit | system | tokens/s | over llama.cpp | hit rate | read/token | "
@@ -70,23 +79,21 @@ def peers_table() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
-    for name in ("peers_widened16_int4", "peers_widened16_f16"):
+    for name, file in _LIMITED.items():
         result = load(name)
-        form = "4 bit" if "int4" in name else "16 bit"
-        limited = [row for row in result["rows"] if row["share"] is not None]
-        rows += [_peers_row(form, row) for row in limited]
+        rows += [_peers_row(file, row) for row in result["rows"]]
         notes.append(_provenance(result))
-    return "\n".join(rows) + "\n\n" + "\n".join(notes) + "\n"
+    return "\n".join(rows) + "\n\n" + _folded(notes)
 
 
 def _peers_row(form: str, row: dict) -> str:
-    limit = f"{row['share']:.0%} of the file"
+    limit = "none" if row["share"] is None else f"{row['share']:.0%} of the file"
     if "tokens_per_s" not in row:
         return f"| {form} | {limit} | {row['system']} | failed | | | | |"
     is_ours = row.get("hit_rate") is not None
     cells = [
         f"{row['tokens_per_s']:.2f}",
-        f"{row['ratio']:.1f}x" if is_ours and row["ratio"] else "",
+        f"{row['ratio']:.2g}x" if is_ours and row["ratio"] else "",
         f"{row['hit_rate']:.0%}" if is_ours else "",
         f"{row['read_bytes_per_token'] / _GB:.2f} GB" if is_ours else "",
         f"{row['limit_fraction']:.0%}" if is_ours and row.get("limit_fraction") else "",
@@ -122,6 +129,15 @@ def _resident_row(form: str, length: int, row: dict) -> str:
         f"{row['ratio']:.2f}x" if is_ours else "",
     ]
     return f"| {form} | {length} | {row['system']} | " + " | ".join(cells) + " |"
+
+
+def gguf_text_note() -> str:
+    r = load("gguf_text")
+    ties = f", {r['near_ties']} up to a near-tie" if r["near_ties"] else ""
+    return (
+        f"Of {len(r['rows'])} greedy answers of {r['new_tokens']} tokens from the bundled model's "
+        f"F16 file {r['equal']} are llama.cpp's, token by token{ties}.\n\n{_provenance(r)}\n"
+    )
 
 
 def prefill_note() -> str:
@@ -234,6 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
     "peers": peers_table,
+    "gguf_text": gguf_text_note,
     "resident": resident_table,
     "prefill": prefill_note,
     "formats": formats_table,
