@@ -10,7 +10,7 @@ import transformers
 
 from moe_infinity import MoE
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
-from moe_infinity.errors import NotAnMoEError, UnsupportedModelError
+from moe_infinity.errors import ConfigError, NotAnMoEError, UnsupportedModelError
 from moe_infinity.model import adapters
 from moe_infinity.model.adapters import find_adapter
 from moe_infinity.model.adapters._interface import InterfaceAdapter
@@ -170,13 +170,13 @@ def test_adapters_are_found_by_model_type() -> None:
         assert type(find_adapter(name)) is InterfaceAdapter
 
 
-def test_an_import_error_inside_an_adapter_is_not_masked(
+def test_an_import_error_inside_an_adapter_is_told_with_its_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "broken_family.py").write_text("import no_such_module_at_all")
     monkeypatch.setattr(adapters, "__path__", [*adapters.__path__, str(tmp_path)])
     importlib.invalidate_caches()
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_at_all"):
+    with pytest.raises(ConfigError, match=r"no_such_module_at_all.*broken_family\.py:1"):
         find_adapter("broken-family")
 
 
