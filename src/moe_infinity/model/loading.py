@@ -94,7 +94,8 @@ def _config_of(checkpoint: Checkpoint) -> Any:
         return transformers.AutoConfig.for_model(**checkpoint.config_values)
     except Exception as error:  # of any kind: the library checks values with errors of its own
         raise CorruptCheckpointError(
-            f"{checkpoint.path}: its values make no config ({_in_one_line(error)})"
+            f"{checkpoint.path}: got values that make no config ({_in_one_line(error)}), expected "
+            f"those of a model"
         ) from error
 
 
@@ -199,7 +200,7 @@ def _build(checkpoint: Checkpoint, config: Any) -> Any:
     except Exception as error:
         raise CorruptCheckpointError(
             f"{source}: got a config that {config.model_type!r} cannot be built from "
-            f"({_in_one_line(error)})"
+            f"({_in_one_line(error)}), expected that of a model"
         ) from error
 
 
