@@ -15,8 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import provenance, save
+from prefetch_live import PROMPTS
 
-PROMPTS = Path(__file__).parent / "prompts" / "domains.jsonl"
 NEAR = 1e-2  # gap of logits
 
 

@@ -75,8 +75,9 @@ def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
 
 def reading_of(config: EngineConfig, speeds: Bandwidths | None) -> tuple[int, int]:
     """Reader threads and bytes of one read: as asked for, as measured, or what suits most disks."""
-    measured = (speeds.read_threads, speeds.read_chunk_bytes) if speeds else None
-    num_threads, chunk_bytes = measured or (READ_THREADS, CHUNK_BYTES)
+    num_threads, chunk_bytes = READ_THREADS, CHUNK_BYTES
+    if speeds is not None:
+        num_threads, chunk_bytes = speeds.read_threads, speeds.read_chunk_bytes
     return config.num_read_threads or num_threads, chunk_bytes
 
 
@@ -87,7 +88,7 @@ def build_hierarchy(
     config: EngineConfig,
     prefetch: str,
     miss_rule: MissRule,
-    reading: tuple[int, int] = (READ_THREADS, CHUNK_BYTES),
+    reading: tuple[int, int],
 ) -> RamHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started.
     reading: how many they are, and bytes of one read."""

@@ -124,8 +124,7 @@ class EngineConfig:
         _positive("ram_slots", self.ram_slots)
         _positive("max_context", self.max_context)
         _positive("max_batch", self.max_batch)
-        if self.num_read_threads is not None:
-            _positive("num_read_threads", self.num_read_threads)
+        _positive("num_read_threads", self.num_read_threads)
 
     @property
     def ram_bytes(self) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, DirectFile, align_down, allocate
+from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, align_down, allocate, open_all
 from moe_infinity.kernels import native
 from moe_infinity.kernels.choice import choose
 
@@ -84,27 +84,27 @@ def disk_gbps(files: Sequence[Path], num_threads: int, chunk_bytes: int, seconds
     """Direct reads of ``chunk_bytes`` (whole pages) at random places, on several threads."""
     from concurrent.futures import ThreadPoolExecutor
 
-    paths = [path for path in files if path.stat().st_size] or list(files[:1])
-    weights = torch.tensor([float(max(1, path.stat().st_size)) for path in paths])
-    size = chunk_bytes
+    opened = open_all(files)
+    weights = torch.tensor([float(max(1, file.num_bytes)) for file in opened])  # some are tiny
     deadline = time.perf_counter() + seconds
 
     def read(seed: int) -> int:
         generator = torch.Generator().manual_seed(seed + time.perf_counter_ns() % 2**31)
-        buffer = memoryview(allocate(size))
+        buffer = memoryview(allocate(chunk_bytes))
         done = 0
         while True:
             file = opened[int(torch.multinomial(weights, 1, generator=generator))]
-            room = max(1, (file.num_bytes - size) // 4096)
+            room = max(1, (file.num_bytes - chunk_bytes) // 4096)
             place = int(torch.randint(room, (1,), generator=generator)) * 4096
-            needed = min(size, file.num_bytes - place)
-            file.read_into(buffer[:size], place, needed)
+            needed = min(chunk_bytes, file.num_bytes - place)
+            file.read_into(buffer[:chunk_bytes], place, needed)
             done += needed
             if time.perf_counter() >= deadline:
                 return done
 
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(contextlib.closing(DirectFile(path))) for path in paths]
+        for file in opened:
+            stack.callback(file.close)
         start = time.perf_counter()
         with ThreadPoolExecutor(num_threads) as pool:
             total = sum(pool.map(read, range(num_threads)))

@@ -50,21 +50,6 @@ def packing_job(
     Raises ConfigError for an unknown form, CheckpointError if the model cannot be packed so.
     """
     require_forms(experts_format, dense_format)
-    return _job(source, target, experts_format, dense_format)
-
-
-def require_forms(experts_format: str, dense_format: str) -> None:
-    """Raise ConfigError for an unknown form."""
-    _choice("--experts", experts_format, FORMATS)
-    _choice("--dense", dense_format, DENSE_FORMATS)
-
-
-def _choice(option: str, got: str, known: Collection[str]) -> None:
-    if got not in known:
-        raise ConfigError(f"{option}: got {got!r}, expected one of {', '.join(known)}")
-
-
-def _job(source: Checkpoint, target: Path, experts_format: str, dense_format: str) -> Job:
     if source.packed_specs is not None:
         raise UnsupportedModelError(
             f"{source.path}: is packed already, or a GGUF file, expected a checkpoint in 16 or 32 "
@@ -86,6 +71,17 @@ def _job(source: Checkpoint, target: Path, experts_format: str, dense_format: st
         splits_gate_up=all(math.has_gate and not math.is_transposed for math in maths),
         target=target,
     )
+
+
+def require_forms(experts_format: str, dense_format: str) -> None:
+    """Raise ConfigError for an unknown form."""
+    _choice("--experts", experts_format, FORMATS)
+    _choice("--dense", dense_format, DENSE_FORMATS)
+
+
+def _choice(option: str, got: str, known: Collection[str]) -> None:
+    if got not in known:
+        raise ConfigError(f"{option}: got {got!r}, expected one of {', '.join(known)}")
 
 
 def _dense(anatomy: Anatomy, dense_format: str) -> Iterator[DenseTensor]:

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -148,6 +149,16 @@ class DirectFile:
             f"{self.path}: got {got} bytes at {offset}, expected {needed}; the file ends too "
             f"early: download it again"
         )
+
+
+def open_all(
+    paths: Iterable[Path], open_file: Callable[[Path], OpenedFile] = DirectFile
+) -> list[OpenedFile]:
+    """All of them; if one refuses, none stays open."""
+    with contextlib.ExitStack() as undo:
+        opened = [undo.enter_context(contextlib.closing(open_file(path))) for path in paths]
+        undo.pop_all()
+    return opened
 
 
 def _open(path: Path) -> tuple[int, bool]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
-from moe_infinity.checkpoint.direct_io import DirectFile, OpenedFile
+from moe_infinity.checkpoint.direct_io import open_all
 from moe_infinity.checkpoint.gguf_experts import CODED, EXPERTS, specs_of
 from moe_infinity.checkpoint.gguf_families import FAMILIES, config_values, model_name
-from moe_infinity.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from moe_infinity.checkpoint.safetensors import FileStore, read_through, sampled
+from moe_infinity.checkpoint.gguf_header import read_gguf_header
+from moe_infinity.checkpoint.safetensors import FileStore, by_name, read_through, sampled
 from moe_infinity.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -29,6 +28,8 @@ from moe_infinity.types import ExpertKey, ExpertSpec
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _OLD_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
+_TURNED = re.compile(r"\.(q|k)_proj\.")
+_TURNED_HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads"}
 _COMPUTED_IN = {"F32": "float32", "F16": "float16"}  # from the form of most; else bfloat16
 
 
@@ -46,10 +47,10 @@ class GgufCheckpoint(Checkpoint):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = tuple(_files_of(path))
-        headers = [read_gguf_header(file) for file in self.files]
+        headers = [read_gguf_header(file, number) for number, file in enumerate(self.files)]
         self._values = headers[0].values
         _require_all(self.files, self._values)
-        stored = dict(_numbered(self.files, headers))
+        stored = by_name(self.files, (each for header in headers for each in header.tensors))
         self._architecture = self._require_family()
         self._family = FAMILIES[self._architecture]
         experts = {name: stored.pop(name) for name in list(stored) if EXPERTS.fullmatch(name)}
@@ -60,11 +61,7 @@ class GgufCheckpoint(Checkpoint):
         self._sources: dict[str, TensorEntry] = {}
         self._describe_dense(stored)
         self.tokenizer_values = self._values if "tokenizer.ggml.tokens" in self._values else None
-        with contextlib.ExitStack() as undo:
-            self._opened: list[OpenedFile] = [
-                undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
-            ]
-            undo.pop_all()
+        self._opened = open_all(self.files)
         self._scratch = threading.local()
 
     @cached_property
@@ -82,15 +79,15 @@ class GgufCheckpoint(Checkpoint):
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         read_through(self._opened[entry.file], entry.offset, into, self._scratch)
-        if self._family.splits_rotary and re.search(r"\.(q|k)_proj\.", entry.name):
+        if num_heads := self._turned_heads(entry.name):
             source = self._sources[entry.name]
-            row_size = source.num_bytes // source.shape[0]
-            head = source.shape[0] // self._num_heads(entry.name)
+            row_size, head = source.num_bytes // source.shape[0], source.shape[0] // num_heads
             _unite_halves(np.frombuffer(into, dtype=np.uint8).reshape(-1, row_size), head)
 
-    def _num_heads(self, name: str) -> int:
-        key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads"
-        return int(self.config_values[key])
+    def _turned_heads(self, name: str) -> int:
+        """Heads of a tensor whose rows were moved for llama.cpp's rotation; 0: none were."""
+        match = _TURNED.search(name) if self._family.splits_rotary else None
+        return int(self.config_values[_TURNED_HEADS[match[1]]]) if match else 0
 
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
@@ -140,13 +137,12 @@ class GgufCheckpoint(Checkpoint):
         packed: dict[str, PackedShape] = {}
         for name, entry in stored.items():
             named = model_name(name)
-            if named is not None:
-                self._require_sound(named, entry)
-            else:
+            if named is None:
                 raise UnsupportedModelError(
                     f"{self.path}: got tensor {name!r}, expected only those known of "
                     f"{self._architecture!r}; is it of a newer model?"
                 )
+            self._require_sound(named, entry)
             shape = entry.shape
             if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
                 shape = (1, *shape)
@@ -162,8 +158,8 @@ class GgufCheckpoint(Checkpoint):
     def _require_sound(self, name: str, entry: TensorEntry) -> None:
         """What reading it takes for granted."""
         is_matrix = len(entry.shape) == 2 or entry.format in DTYPES
-        is_turned = self._family.splits_rotary and re.search(r"\.(q|k)_proj\.", name)
-        if not is_matrix or (is_turned and entry.shape[0] % (2 * self._num_heads(name))):
+        num_heads = self._turned_heads(name)
+        if not is_matrix or (num_heads and entry.shape[0] % (2 * num_heads)):
             raise CorruptCheckpointError(
                 f"{self.path}: tensor {entry.name!r} has the shape {list(entry.shape)} as "
                 f"{entry.format}, expected a matrix of whole heads"
@@ -214,26 +210,6 @@ def _require_all(files: tuple[Path, ...], values: Mapping[str, Any]) -> None:
             f"{files[0]}: is one of {count} files by its header and of {len(files)} by its name, "
             f"expected the names that the splitting tool gave"
         )
-
-
-def _numbered(
-    files: tuple[Path, ...], headers: list[GgufHeader]
-) -> Iterator[tuple[str, TensorEntry]]:
-    seen: dict[str, Path] = {}
-    for number, (file, header) in enumerate(zip(files, headers, strict=True)):
-        for each in header.tensors:
-            if each.name in seen:
-                raise CorruptCheckpointError(
-                    f"{file}: tensor {each.name!r} is also in {seen[each.name].name}; expected it "
-                    f"once"
-                )
-            seen[each.name] = file
-            yield each.name, _as_entry(each, number)
-
-
-def _as_entry(tensor: GgufTensor, file: int) -> TensorEntry:
-    place = (file, tensor.offset, tensor.num_bytes)
-    return TensorEntry(tensor.name, tensor.format, tensor.shape, *place)
 
 
 def _unite_halves(rows: np.ndarray[Any, np.dtype[np.uint8]], head: int) -> None:

@@ -10,7 +10,7 @@ from moe_infinity.checkpoint.base import TensorEntry
 from moe_infinity.checkpoint.expert_layout import Span, read_ranges, slot_offset
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import PACKED, row_bytes
+from moe_infinity.kernels.packed import PACKED
 from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part
 
 EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
@@ -80,9 +80,6 @@ def _spec(key: ExpertKey, entries: Mapping[str, TensorEntry]) -> ExpertSpec:
 
 
 def _span(entry: TensorEntry, expert: int) -> Span:
-    _, rows, cols = entry.shape
-    is_plain = entry.format in DTYPES
-    of_row = cols * DTYPES[entry.format].itemsize if is_plain else row_bytes(entry.format, cols)
-    size = rows * of_row
+    size = entry.num_bytes // entry.shape[0]
     start = entry.offset + expert * size
     return Span(entry.file, start, start + size)

@@ -32,6 +32,9 @@ _OF_BLOCK = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
 }
 _OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_KNOWN_SCALING = {
+    f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")
+}
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
 
 
@@ -113,11 +116,6 @@ def config_values(family: Family, key: Values, values: Values) -> dict[str, Any]
     for name, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         found[f"{name}_token_id"] = values.get(f"tokenizer.ggml.{theirs}_token_id")
     return found
-
-
-_KNOWN_SCALING = {
-    f"rope.scaling.{name}" for name in ("type", "factor", "original_context_length", "finetuned")
-}
 
 
 def _rope(key: Values) -> dict[str, Any]:

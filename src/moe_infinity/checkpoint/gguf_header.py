@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from moe_infinity.checkpoint.base import TensorEntry
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 _MAGIC = b"GGUF"
@@ -69,28 +70,17 @@ _FEWEST_BYTES = {"key": 13, "tensor": 24}  # of one
 
 
 @dataclass(frozen=True, slots=True)
-class GgufTensor:
-    """offset: from the start of the file."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class GgufHeader:
     values: dict[str, Any]
-    tensors: tuple[GgufTensor, ...]
+    tensors: tuple[TensorEntry, ...]
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
-    """Raises CorruptCheckpointError naming the file, what was got and what was expected, and
-    CheckpointNotFoundError if it cannot be opened."""
+def read_gguf_header(path: Path, number: int = 0) -> GgufHeader:
+    """Of file ``number`` of a checkpoint. Raises CorruptCheckpointError naming the file, what was
+    got and what was expected, and CheckpointNotFoundError if it cannot be opened."""
     try:
         with path.open("rb") as file:
-            return _Reader(path, file).header()
+            return _Reader(path, number, file).header()
     except OSError as error:
         raise CheckpointNotFoundError(
             f"{path}: got {error.strerror}, expected a readable GGUF file"
@@ -98,8 +88,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 class _Reader:
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, number: int, file: BinaryIO) -> None:
         self._path = path
+        self._file_number = number
         self._file = file
         self._file_bytes = os.fstat(file.fileno()).st_size
         self._num_values = 0
@@ -127,8 +118,8 @@ class _Reader:
         return GgufHeader(values, self._placed(values, described))
 
     def _placed(
-        self, values: dict[str, Any], described: list[GgufTensor]
-    ) -> tuple[GgufTensor, ...]:
+        self, values: dict[str, Any], described: list[TensorEntry]
+    ) -> tuple[TensorEntry, ...]:
         """With offsets from the start of the file, all inside of it and apart from one another."""
         alignment = values.get("general.alignment", _DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 1 << 20 or alignment % 8:
@@ -149,14 +140,14 @@ class _Reader:
                     f"at most the {self._file_bytes} bytes there are; it is truncated: download it "
                     f"again",
                 )
-            at = start + each.offset
-            placed.append(GgufTensor(each.name, each.format, each.shape, at, each.num_bytes))
+            placed.append(replace(each, offset=start + each.offset))
         names = {each.name for each in placed}
         if len(names) < len(placed):
             raise self._wrong("has two tensors of one name", "each name once")
         return tuple(placed)
 
-    def _tensor(self) -> GgufTensor:
+    def _tensor(self) -> TensorEntry:
+        """Its offset is from the end of the header."""
         name = self._string()
         num_dims = self._number("<I")
         if not 1 <= num_dims <= _MAX_DIMS:
@@ -176,9 +167,8 @@ class _Reader:
                 f"stores tensor {name!r} of shape {list(shape)} as {number_format}",
                 f"rows of a multiple of {block} numbers",
             )
-        return GgufTensor(
-            name, number_format, shape, offset, math.prod(shape) // block * block_bytes
-        )
+        num_bytes = math.prod(shape) // block * block_bytes
+        return TensorEntry(name, number_format, shape, self._file_number, offset, num_bytes)
 
     def _value(self, kind: int, key: str, depth: int = 0) -> Any:
         if kind in _SCALARS:

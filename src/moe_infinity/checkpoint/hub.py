@@ -21,8 +21,7 @@ from moe_infinity.checkpoint.hub_names import (
     Listing,
     ask,
     downloaded_before,
-    is_gguf,
-    local_path,
+    local_model,
     parse_id,
     weight_files,
 )
@@ -56,8 +55,8 @@ def resolve(model: str | Path) -> Path:
     Raises CheckpointNotFoundError for what is neither a folder nor a model on the hub that can
     be reached and read, DiskSpaceError before a download that would not fit.
     """
-    local = local_path(model)
-    if local is not None and (local.is_dir() or is_gguf(local)):
+    local = local_model(model)
+    if local is not None:
         return local
     with explained(model):
         found = ask(*parse_id(model))
@@ -82,8 +81,8 @@ def headers_only(model: str, folder: Path) -> Path:
 def unless_downloaded(model: str | Path, folder: Path) -> Path | Listing:
     """The folder of a model that is here, or was downloaded before as a whole; else what the hub
     lists, and in ``folder``, which is made, its description (see headers_only) and tokenizer."""
-    local = local_path(model)
-    if local is not None and (local.is_dir() or is_gguf(local)):
+    local = local_model(model)
+    if local is not None:
         return local
     with explained(model):
         found = ask(*parse_id(model))
@@ -94,9 +93,8 @@ def unless_downloaded(model: str | Path, folder: Path) -> Path | Listing:
             return complete
         folder.mkdir(parents=True, exist_ok=True)
         _describe(found, folder)
-        small = [name for name in found.sizes if _SMALL_FILE.fullmatch(name)]
         huggingface_hub.snapshot_download(
-            found.repo, revision=found.commit, allow_patterns=small, local_dir=folder
+            found.repo, revision=found.commit, allow_patterns=_small(found), local_dir=folder
         )
     return found
 
@@ -106,15 +104,18 @@ def unless_downloaded(model: str | Path, folder: Path) -> Path | Listing:
 
 def _download(listing: Listing) -> Path:
     """What is small by huggingface_hub alone, then the weights, each linked when it is whole."""
-    small = [name for name in listing.sizes if _SMALL_FILE.fullmatch(name)]
     snapshot = huggingface_hub.snapshot_download(
-        listing.repo, revision=listing.revision, allow_patterns=small
+        listing.repo, revision=listing.revision, allow_patterns=_small(listing)
     )
     folder = Path(snapshot)
     names = weight_files(listing, folder)
     if not all((folder / name).exists() for name in names):
         _download_weights(listing, names, folder)
     return folder
+
+
+def _small(listing: Listing) -> list[str]:
+    return [name for name in listing.sizes if _SMALL_FILE.fullmatch(name)]
 
 
 def _download_weights(listing: Listing, names: list[str], folder: Path) -> None:

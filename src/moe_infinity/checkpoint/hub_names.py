@@ -58,6 +58,12 @@ def local_path(model: str | Path) -> Path | None:
         return None
 
 
+def local_model(model: str | Path) -> Path | None:
+    """The folder or GGUF file that is here under this name."""
+    path = local_path(model)
+    return path if path is not None and (path.is_dir() or is_gguf(path)) else None
+
+
 def parse_id(model: str | Path) -> tuple[str, str | None]:
     if local_path(model) is not None:
         raise CheckpointNotFoundError(

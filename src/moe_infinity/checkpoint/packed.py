@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
-from moe_infinity.checkpoint.direct_io import DirectFile, OpenedFile, align_down, align_up, allocate
+from moe_infinity.checkpoint.direct_io import OpenedFile, align_down, align_up, allocate, open_all
 from moe_infinity.checkpoint.pack_format import (
     CHECKED_BYTES,
     DENSE,
@@ -46,9 +46,8 @@ class PackedCheckpoint(Checkpoint):
         require_same(path, {n: c for n, c in self.pack.files.items() if n != DENSE})
         self.files = (path / EXPERTS, path / DENSE)
         with contextlib.ExitStack() as undo:
-            self._opened: list[OpenedFile] = [
-                undo.enter_context(contextlib.closing(DirectFile(file))) for file in self.files
-            ]
+            self._opened = open_all(self.files)
+            undo.callback(self.close)
             self._require_size()
             self.tensors = {entry.name: entry for entry in self._dense_entries()}
             self.packed_dense = self._packed_dense()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -10,7 +9,7 @@ import math
 import os
 import struct
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from moe_infinity.checkpoint.direct_io import (
     align_down,
     align_up,
     allocate,
+    open_all,
 )
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
@@ -50,15 +50,8 @@ class SafetensorsCheckpoint(Checkpoint):
         self.path = path
         files, promised = _find_files(path)
         self.files = tuple(files)
-        tensors: dict[str, TensorEntry] = {}
-        for number, file in enumerate(self.files):
-            for entry in read_header(file, number):
-                if entry.name in tensors:
-                    raise CorruptCheckpointError(
-                        f"{file}: tensor {entry.name!r} is also in "
-                        f"{self.files[tensors[entry.name].file].name}; expected it once"
-                    )
-                tensors[entry.name] = entry
+        headers = (read_header(file, number) for number, file in enumerate(self.files))
+        tensors = by_name(self.files, itertools.chain.from_iterable(headers))
         absent = [name for name in promised if name not in tensors]
         if absent:
             raise CorruptCheckpointError(
@@ -66,11 +59,7 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{absent[0]!r}); download the checkpoint again"
             )
         self.tensors = tensors
-        with contextlib.ExitStack() as undo:  # a later one may refuse
-            self._opened: list[OpenedFile] = [
-                undo.enter_context(contextlib.closing(open_file(file))) for file in self.files
-            ]
-            undo.pop_all()
+        self._opened = open_all(self.files, open_file)
         self._scratch = threading.local()
 
     @cached_property
@@ -96,6 +85,19 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
+
+
+def by_name(files: Sequence[Path], entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
+    """The tensors of all ``files``. Raises CorruptCheckpointError for one that is there twice."""
+    tensors: dict[str, TensorEntry] = {}
+    for entry in entries:
+        if entry.name in tensors:
+            raise CorruptCheckpointError(
+                f"{files[entry.file]}: tensor {entry.name!r} is also in "
+                f"{files[tensors[entry.name].file].name}; expected it once"
+            )
+        tensors[entry.name] = entry
+    return tensors
 
 
 def sampled(fingerprint: str, files: Sequence[OpenedFile]) -> str:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from moe_infinity.checkpoint.hub import bundled_model_path
+from moe_infinity.checkpoint.hub_names import local_model
 from moe_infinity.config import EngineConfig, format_bytes
 from moe_infinity.errors import ConfigError
 from moe_infinity.policies import policy_names
@@ -53,19 +54,11 @@ def split_positionals(first: str | None, second: str | None) -> tuple[str, str |
     """MODEL and PROMPT. A lone positional is the prompt unless it is an existing folder."""
     if second is not None:
         return first or str(bundled_model_path()), second
-    if first and _is_folder(first):
+    if first and local_model(first) is not None:
         return first, None
     if first and first.startswith(("/", "./", "../", "~")) and not any(map(str.isspace, first)):
         print(f"note: no folder {first} here; taken as the prompt", file=sys.stderr)
     return str(bundled_model_path()), first
-
-
-def _is_folder(text: str) -> bool:
-    try:
-        path = Path(text).expanduser()
-        return path.is_dir() or (path.suffix == ".gguf" and path.is_file())
-    except (OSError, RuntimeError):  # too long for a path, or a home that nobody has
-        return False
 
 
 def progress(items: Sequence[_T], title: str, quiet: bool = False) -> Iterator[_T]:

@@ -77,12 +77,12 @@ def _model_and_prompt(
     if ids is None:
         path, text = common.split_positionals(model, prompt)
         return path, _as_text(_stdin() if text == "-" else text)
+    if prompt is None and model is not None and any(map(str.isspace, model)):
+        prompt = model
     if prompt is not None:
         raise ConfigError(
             f"--ids: got a prompt as well ({prompt!r:.60}), expected only one of them"
         )
-    if model is not None and any(map(str.isspace, model)):
-        raise ConfigError(f"--ids: got a prompt as well ({model!r:.60}), expected only one of them")
     return model or str(bundled_model_path()), None
 
 

@@ -17,7 +17,7 @@ from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
 GROUP = 32  # weights per scale of Q8_0 and Q4_0
 UNIT = 128  # weights per unit of EXACT12
 _UNIT_BYTES = 192
-_GROUP_BYTES = {"Q8_0": 34, "Q4_0": 18}
+_BLOCKS = {"Q8_0": (GROUP, 34), "Q4_0": (GROUP, 18), **BLOCKS}  # weights and bytes of one
 PACKED = ("Q8_0", "Q4_0", "EXACT12", "Q4_K", "Q5_K", "Q6_K")
 # Formats that can be decoded; those beyond the above have no product of their own.
 DECODED = (*PACKED, *(name for name in BLOCKS if name not in PACKED))
@@ -50,23 +50,21 @@ class PackedMatrix:
             bits = _decode_exact12(self.data.numpy(), self.rows, self.cols)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         num_bytes = self.rows * row_bytes(self.format, self.cols)
+        size = _BLOCKS[self.format][1]
+        blocks = self.data[:num_bytes].numpy().reshape(self.rows, -1, size)
         if self.format in BLOCKS:
-            blocks = self.data[:num_bytes].numpy().reshape(-1, BLOCKS[self.format][1])
-            decoded = decode_blocks(blocks, self.format)
-            return torch.from_numpy(decoded.reshape(self.rows, self.cols))
-        groups = self.data[:num_bytes].numpy().reshape(self.rows, -1, _GROUP_BYTES[self.format])
-        decode = _decode_q8 if self.format == "Q8_0" else _decode_q4
-        return torch.from_numpy(decode(groups).reshape(self.rows, self.cols))
+            decoded = decode_blocks(blocks.reshape(-1, size), self.format)
+        else:
+            decoded = (_decode_q8 if self.format == "Q8_0" else _decode_q4)(blocks)
+        return torch.from_numpy(decoded.reshape(self.rows, self.cols))
 
 
 def row_bytes(number_format: str, cols: int) -> int:
     """Bytes of one row of a packed matrix."""
     if number_format == "EXACT12":
         return -(-cols // UNIT) * _UNIT_BYTES
-    if number_format in BLOCKS:
-        weights, num_bytes = BLOCKS[number_format]
-        return cols // weights * num_bytes
-    return cols // GROUP * _GROUP_BYTES[number_format]
+    weights, num_bytes = _BLOCKS[number_format]
+    return cols // weights * num_bytes
 
 
 def side_offset(number_format: str, rows: int, cols: int) -> int:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
-from moe_infinity.model.observer import Observer, Seen
+from moe_infinity.model.observer import LONE, Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
 from moe_infinity.tracing.event import Event
@@ -20,7 +20,7 @@ from moe_infinity.types import ExpertKey
 
 # Tokens whose weighted outputs are held at once beside the outputs themselves.
 _COMBINE_TOKENS = 256
-_ONE, _FIRST_ROW = np.ones(1, dtype=np.bool_), np.zeros(1, dtype=np.int64)  # of a lone token
+_FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a lone token
 
 
 @dataclass
@@ -96,7 +96,7 @@ class ExpertsLayer:
         seen = Seen()
         if observer is not None:
             seen = observer.see_token(self.layer, x, logits, ids, weights)
-        event = self._event(ids, weights, _FIRST_ROW, _ONE, seen)
+        event = self._event(ids, weights, _FIRST_ROW, LONE, seen)
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
 

@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import transformers
 
-from moe_infinity.errors import CheckpointNotFoundError
-
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
-def gguf_tokenizer(path: Path, values: Mapping[str, Any]) -> Any:
-    """values: a file's own. Raises CheckpointNotFoundError for a kind that cannot be built."""
-    try:
-        return _build(values)
-    except Exception as error:  # tokenizers raises bare Exceptions
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointNotFoundError(
-            f"{path}: has no tokenizer that can be built ({reason[:200]}); pass token ids instead"
-        ) from error
-
-
-def _build(values: Mapping[str, Any]) -> Any:
+def gguf_tokenizer(values: Mapping[str, Any]) -> Any:
+    """values: a file's own. Raises whatever the library does for a kind that it cannot build."""
     from tokenizers.processors import TemplateProcessing
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
 

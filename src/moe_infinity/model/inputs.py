@@ -83,20 +83,21 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     import transformers
 
     path = checkpoint.path
-    if checkpoint.tokenizer_values is not None:
-        return gguf_tokenizer(path, checkpoint.tokenizer_values)
-    if path.is_file():
+    values = checkpoint.tokenizer_values
+    if values is None and path.is_file():
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; pass token ids "
             f"instead (run --ids)"
         )
     # Without any file the library makes up an empty tokenizer of the model's type.
-    if not any(file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)):
+    if values is None and not any(f for p in _TOKENIZER_FILES for f in path.glob(p)):
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids "
             f"instead (run --ids)"
         )
     try:
+        if values is not None:
+            return gguf_tokenizer(values)
         return transformers.AutoTokenizer.from_pretrained(path)
     except Exception as error:  # tokenizers raises bare Exceptions
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -33,7 +33,7 @@ class Seen(NamedTuple):
 
 
 _NOTHING = Seen()
-_REAL = np.ones(1, dtype=np.bool_)  # of a lone token
+LONE = np.ones(1, dtype=np.bool_)  # token of a pass, and real
 
 
 @dataclass
@@ -125,7 +125,7 @@ class Observer:
         weights [1, K]."""
         if self._taps is not None:
             self._taps.show(layer, x, logits)
-            return self.see(layer, 0, ids, weights, _REAL)
+            return self.see(layer, 0, ids, weights, LONE)
         if self.trace is not None:
             self.trace.record_token(layer, ids, weights)
         return _NOTHING
