@@ -16,6 +16,7 @@ import torch
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, align_down, allocate, open_all
 from moe_infinity.kernels import native
 from moe_infinity.kernels.choice import choose
+from moe_infinity.kernels.described import describe
 
 _MEASURE_S, _TRY_S = 0.3, 0.1  # the speed of the disk; each way of reading
 _THREADS = (1, 2, 4, 8)
@@ -127,7 +128,7 @@ def measure_matvec_gbps(expert_bytes: int) -> float:
 
     kernel = choose("auto")
     compiled = kernel if isinstance(kernel, native.Kernel) else None
-    described = [native.describe(weight) for weight in weights]
+    described = [describe(weight) for weight in weights]
 
     def products() -> None:
         for weight, matrix in zip(weights, described, strict=True):

@@ -229,7 +229,7 @@ def _dense_bytes(anatomy: Anatomy) -> int:
         for name, p in anatomy.meta.named_parameters()
         if id(p) not in owned and name not in anatomy.coded
     )
-    total: int = sum(plain) + sum(anatomy.coded.values())
+    total: int = sum(plain) + sum(linear.num_bytes for linear in anatomy.coded.values())
     return total
 
 

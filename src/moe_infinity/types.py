@@ -25,23 +25,41 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Plane:
+    """Numbers that a coded block keeps apart from its codes, as they lie in a slot.
+
+    shape, strides: in elements, [out, in] order. group: how many rows and columns of weights one
+    stands for.
+    """
+
+    offset_bytes: int
+    format: str
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    group: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """A strided rectangle of one part's matrix, as it lies in a slot.
 
     offset_bytes: from the start of the slot. shape, strides: in elements, [out, in] order of the
     part as the model sees it (one dimension for biases). origin: the rectangle's first row (or
-    column) along the dimension in which blocks follow one another.
+    column) along the dimension in which blocks follow one another. scales, zeros: of what is
+    coded, where they lie apart.
     """
 
     offset_bytes: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     origin: int
+    scales: Plane | None = None
+    zeros: Plane | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One tensor of an expert (``gate_up_proj``, ``down_proj``, a bias, later: scales).
+    """One tensor of an expert (``gate_up_proj``, ``down_proj``, a bias).
 
     Its blocks follow one another along ``concat_dim`` and cover it completely.
     """

@@ -12,6 +12,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
+from moe_infinity.kernels.packed import PACKED
 from moe_infinity.model.blocks import speed_up_blocks
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.linears import FewThreads, speed_up
@@ -59,7 +60,7 @@ class Wiring:
         step = Step(0, "decode", 1, 1)
         self.kernel = choose(kernel)
         maths = [anatomy.adapter.math(module) for module in modules]
-        compiled = not any(math.has_bias or math.is_transposed for math in maths)
+        compiled = _are_coded(anatomy) or not any(math.is_transposed for math in maths)
         has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
@@ -154,3 +155,8 @@ class Wiring:
         if self._runtime.observer is not None:
             self._runtime.observer.end_step()
         self.request.end_step(self._runtime.step, time.perf_counter())
+
+
+def _are_coded(anatomy: Anatomy) -> bool:
+    parts = (part for spec in anatomy.specs.values() for part in spec.parts)
+    return all(part.format in PACKED for part in parts if len(part.shape) == 2)

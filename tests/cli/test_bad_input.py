@@ -91,10 +91,10 @@ class TestNotAnMoE:
             assert "run a dense model with transformers" in message
 
     def test_quantised(self, tiny: Path) -> None:
-        edit_config(tiny, quantization_config={"quant_method": "gptq", "bits": 4})
+        edit_config(tiny, quantization_config={"quant_method": "bitsandbytes"})
         message = refused("run", tiny, *IDS)
-        assert "the weights are quantised (gptq)" in message
-        assert "bf16, fp16 and fp32" in message
+        assert "the weights are quantised by 'bitsandbytes', expected one of mxfp4, fp8" in message
+        assert "use the model's 16-bit checkpoint" in message
 
 
 def test_a_reader_that_leaves(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertMath, Job, Views
+from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.kernels.reference import Kernel as Reference
@@ -31,7 +32,7 @@ def tokens(count: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def product(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    return kernel.linear(native.describe(block), block.rows, x.contiguous())
+    return kernel.linear(describe(block), block.rows, x.contiguous())
 
 
 @pytest.mark.parametrize("number_format", sorted(BLOCKS))

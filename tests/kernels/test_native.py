@@ -12,6 +12,7 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertMath, Job, Views
 from moe_infinity.kernels.choice import choose
+from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.kernels.reference import Kernel as Reference
 
@@ -66,7 +67,7 @@ def random(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
 
 def product(kernel: native.Kernel, block: torch.Tensor | PackedMatrix, x: torch.Tensor):
     rows = block.rows if isinstance(block, PackedMatrix) else len(block)
-    return kernel.linear(native.describe(block), rows, x.contiguous())
+    return kernel.linear(describe(block), rows, x.contiguous())
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, number_format: str) -> None:

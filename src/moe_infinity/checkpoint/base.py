@@ -25,6 +25,26 @@ class TensorEntry:
     num_bytes: int
 
 
+class SidePlane(NamedTuple):
+    """Scales or zero points of a whole coded tensor, whose rows are counted through all of it.
+
+    shape, strides: in elements, [out, in] order. group: how many rows and columns of weights one
+    number stands for.
+    """
+
+    entry: TensorEntry
+    shape: tuple[int, int]
+    strides: tuple[int, int]
+    group: tuple[int, int]
+
+
+class Sides(NamedTuple):
+    """What a coded tensor keeps apart from its codes."""
+
+    scales: SidePlane
+    zeros: SidePlane | None = None
+
+
 class PackedShape(NamedTuple):
     """A coded matrix [rows, cols]."""
 
@@ -44,6 +64,8 @@ class Checkpoint(ABC):
     packed_specs: Mapping[ExpertKey, ExpertSpec] | None = None
     # Linear layers that were coded beforehand, by the model's name of their weight.
     packed_dense: Mapping[str, PackedShape] = MappingProxyType({})
+    # Of tensors whose scales lie apart, by name.
+    sides: Mapping[str, Sides] = MappingProxyType({})
     lossy: tuple[str, ...] = ()  # what was given up when it was made
     # What config.json would hold, and the tokenizer in llama.cpp's words, where there are no files.
     config_values: Mapping[str, Any] | None = None

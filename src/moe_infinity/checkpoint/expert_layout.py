@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
-from moe_infinity.checkpoint.base import TensorEntry
-from moe_infinity.checkpoint.direct_io import align_down, align_up
+from moe_infinity.checkpoint.base import Sides, TensorEntry
+from moe_infinity.checkpoint.coded_place import CodedPlace
+from moe_infinity.checkpoint.spans import Span, join, read_ranges, slot_offset
 from moe_infinity.checkpoint.virtual import Collected, Piece, Virtual, run_operations
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.kernels.planes import PLANES
 from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part, ReadRange
 
-# Reading this much for nothing costs less than a second request to the SSD.
-_JOIN_GAP_BYTES = 64 * 1024
 # An expert whose bytes lie scattered over more than this many times its size cannot be streamed.
 _MAX_READ_AMPLIFICATION = 2.0
 
@@ -104,7 +106,9 @@ def _refuse_incomplete(
             f"its config?"
         )
     for name, shape in expected.items():
-        if params[name].shape != shape:
+        found, is_coded = params[name].shape, params[name].pieces[0].entry.format in PLANES
+        swapped = (*shape[:-2], *reversed(shape[-2:]))  # coded matrices are always [out, in]
+        if found != shape and not (is_coded and found == swapped):
             raise CorruptCheckpointError(
                 f"expert parameter {name!r} has shape {list(params[name].shape)} in the "
                 f"checkpoint, expected {list(shape)} from its config"
@@ -112,53 +116,49 @@ def _refuse_incomplete(
 
 
 def build_specs(
-    layer: int, params: Mapping[str, Virtual], item_bytes: ItemBytes
+    layer: int,
+    params: Mapping[str, Virtual],
+    item_bytes: ItemBytes,
+    sides: Mapping[str, Sides] = MappingProxyType({}),
 ) -> list[ExpertSpec]:
-    """One spec per expert of a layer; params: its parameters by short name ([E, ...] each)."""
+    """One spec per expert of a layer; params: its parameters by short name ([E, ...] each).
+    sides: of coded tensors, by name."""
     rows = {name: virtual.unstack() for name, virtual in params.items()}
     num_experts = len(next(iter(rows.values())))
     return [
-        _spec(ExpertKey(layer, e), {name: row[e] for name, row in rows.items()}, item_bytes)
+        _spec(ExpertKey(layer, e), {name: row[e] for name, row in rows.items()}, item_bytes, sides)
         for e in range(num_experts)
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Bytes of one file that an expert needs."""
-
-    file: int
-    start: int
-    end: int
-
-
-def _spec(key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes) -> ExpertSpec:
-    pieces = [p for virtual in parts.values() for p in virtual.pieces]
-    needed = _join([_span(p, item_bytes) for p in pieces], max_gap=0)
+def _spec(
+    key: ExpertKey, parts: Mapping[str, Virtual], item_bytes: ItemBytes, sides: Mapping[str, Sides]
+) -> ExpertSpec:
+    places = {
+        name: [_place(piece, item_bytes, sides) for piece in virtual.pieces]
+        for name, virtual in parts.items()
+    }
+    spans = [span for found in places.values() for place in found for span in place.spans]
+    needed = join(spans, max_gap=0)
     needed_bytes = sum(span.end - span.start for span in needed)
-    ranges = read_ranges(needed)
-    weight_bytes = sum(_num_items(p) * item_bytes[p.entry.format] for p in pieces)
+    weight_bytes = sum(place.num_bytes for found in places.values() for place in found)
     if needed_bytes > _MAX_READ_AMPLIFICATION * weight_bytes:
         raise UnsupportedModelError(
             f"{key}: its {weight_bytes} bytes lie scattered over {needed_bytes}; experts that are "
             f"interleaved with one another cannot be streamed in place"
         )
-    built = tuple(_part(name, v, ranges, item_bytes) for name, v in parts.items())
+    ranges = read_ranges(needed)
+    built = tuple(_part(name, v, places[name], ranges, item_bytes) for name, v in parts.items())
     return ExpertSpec(key, built, tuple(ranges), weight_bytes)
 
 
-def read_ranges(needed: list[Span]) -> list[ReadRange]:
-    """How to read them into a slot: whole pages, and what lies close together at once."""
-    gap = min(_JOIN_GAP_BYTES, sum(span.end - span.start for span in needed) // 8)
-    ranges, end_offset = [], 0
-    for span in _join(needed, gap):
-        start, end = align_down(span.start), align_up(span.end)
-        ranges.append(ReadRange(span.file, start, end - start, span.end - start, end_offset))
-        end_offset += end - start
-    return ranges
-
-
-def _part(name: str, virtual: Virtual, ranges: list[ReadRange], item_bytes: ItemBytes) -> Part:
+def _part(
+    name: str,
+    virtual: Virtual,
+    places: list[Place],
+    ranges: list[ReadRange],
+    item_bytes: ItemBytes,
+) -> Part:
     moving = [
         d for d in range(len(virtual.shape)) if len({p.origin[d] for p in virtual.pieces}) > 1
     ]
@@ -169,12 +169,55 @@ def _part(name: str, virtual: Virtual, ranges: list[ReadRange], item_bytes: Item
             f"{sorted(formats)}; expected pieces of one format that follow one another"
         )
     dim = moving[0] if moving else 0
-    item = item_bytes[virtual.pieces[0].entry.format]
-    blocks = [
-        Block(_slot_offset(p, ranges, item), p.shape, p.strides, p.origin[dim])
-        for p in sorted(virtual.pieces, key=lambda p: p.origin[dim])
-    ]
-    return Part(name, formats.pop(), virtual.shape, dim, tuple(_merge_blocks(blocks, dim, item)))
+    placed = sorted(zip(virtual.pieces, places, strict=True), key=lambda each: each[0].origin[dim])
+    blocks = [place.block(piece.origin[dim], ranges) for piece, place in placed]
+    number_format = formats.pop()
+    if number_format in PLANES:
+        shape = (sum(block.shape[0] for block in blocks), blocks[0].shape[1])
+        return Part(name, number_format, shape, 0, tuple(blocks))
+    merged = _merge_blocks(blocks, dim, item_bytes[number_format])
+    return Part(name, number_format, virtual.shape, dim, tuple(merged))
+
+
+class Place(Protocol):
+    """A piece's bytes: where they are, and how they lie in a slot."""
+
+    @property
+    def spans(self) -> Sequence[Span]: ...
+
+    @property
+    def num_bytes(self) -> int:
+        """That the computation uses."""
+
+    def block(self, origin: int, ranges: list[ReadRange]) -> Block: ...
+
+
+def _place(piece: Piece, item_bytes: ItemBytes, sides: Mapping[str, Sides]) -> Place:
+    if piece.entry.format in PLANES:
+        return CodedPlace.of(piece, sides)
+    return _PlainPlace(piece, item_bytes[piece.entry.format])
+
+
+@dataclass(frozen=True, slots=True)
+class _PlainPlace:
+    piece: Piece
+    item: int
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        piece = self.piece
+        start = piece.entry.offset + piece.offset * self.item
+        extent = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.strides, strict=True))
+        return (Span(piece.entry.file, start, start + extent * self.item),)
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.piece.shape) * self.item
+
+    def block(self, origin: int, ranges: list[ReadRange]) -> Block:
+        (span,) = self.spans
+        at = slot_offset(ranges, span.file, span.start)
+        return Block(at, self.piece.shape, self.piece.strides, origin)
 
 
 def _merge_blocks(blocks: list[Block], dim: int, item: int) -> list[Block]:
@@ -190,40 +233,3 @@ def _merge_blocks(blocks: list[Block], dim: int, item: int) -> list[Block]:
         else:
             merged.append(block)
     return merged
-
-
-def _slot_offset(piece: Piece, ranges: list[ReadRange], item: int) -> int:
-    return slot_offset(ranges, piece.entry.file, piece.entry.offset + piece.offset * item)
-
-
-def slot_offset(ranges: list[ReadRange], file: int, start: int) -> int:
-    """Where byte ``start`` of a file lies in the slot."""
-    for r in ranges:  # by what it needs: ranges that share a page overlap in what they read
-        if r.file == file and r.file_offset <= start < r.file_offset + r.needed_bytes:
-            return r.slot_offset + start - r.file_offset
-    raise AssertionError(f"no range holds byte {start} of file {file}")
-
-
-def _span(piece: Piece, item_bytes: ItemBytes) -> Span:
-    item = item_bytes[piece.entry.format]
-    start = piece.entry.offset + piece.offset * item
-    extent = 1 + sum((n - 1) * s for n, s in zip(piece.shape, piece.strides, strict=True))
-    return Span(piece.entry.file, start, start + extent * item)
-
-
-def _join(spans: list[Span], max_gap: int) -> list[Span]:
-    joined: list[Span] = []
-    for span in sorted(spans, key=lambda s: (s.file, s.start)):
-        last = joined[-1] if joined else None
-        if last and last.file == span.file and span.start <= last.end + max_gap:
-            joined[-1] = Span(span.file, last.start, max(last.end, span.end))
-        else:
-            joined.append(span)
-    return joined
-
-
-def _num_items(piece: Piece) -> int:
-    count = 1
-    for size in piece.shape:
-        count *= size
-    return count

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from moe_infinity.checkpoint.base import TensorEntry
-from moe_infinity.checkpoint.expert_layout import Span, read_ranges, slot_offset
+from moe_infinity.checkpoint.spans import Span, read_ranges, slot_offset
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import PACKED

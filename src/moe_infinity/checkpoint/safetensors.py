@@ -24,6 +24,7 @@ from moe_infinity.checkpoint.direct_io import (
     allocate,
     open_all,
 )
+from moe_infinity.checkpoint.quantised import gather, quantisation_of
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
@@ -58,6 +59,9 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{path / _INDEX}: promises {len(absent)} tensors that its shards lack (first: "
                 f"{absent[0]!r}); download the checkpoint again"
             )
+        quantisation = quantisation_of(path)
+        if quantisation is not None:
+            tensors, self.sides = gather(path, tensors, quantisation)
         self.tensors = tensors
         self._opened = open_all(self.files, open_file)
         self._scratch = threading.local()
@@ -72,7 +76,7 @@ class SafetensorsCheckpoint(Checkpoint):
             ) from error
         for file, opened in zip(self.files, self._opened, strict=True):
             digest.update(f"{file.name} {opened.num_bytes}\n".encode())
-        for entry in self.tensors.values():
+        for entry in (*self.tensors.values(), *self.sides.values()):
             digest.update(repr(entry).encode())
         return digest.hexdigest()
 

@@ -27,13 +27,16 @@ class ExpertMath:
 
     T: tokens, H: hidden, I: intermediate. gate: [T, 2I] -> [T, I] where has_gate, else the
     activation [T, I] -> [T, I]. post: applied to the [T, H] result, if the model has it.
+    is_transposed: the model's weights are [in, out], not [out, in]; coded ones never are.
+    is_interleaved: rows of gate and up take turns; where they come in two blocks, they are apart.
     """
 
     has_gate: bool
     has_bias: bool
-    is_transposed: bool  # weights are [in, out], not [out, in]
+    is_transposed: bool
     gate: Callable[[torch.Tensor], torch.Tensor]
     post: Callable[[torch.Tensor], torch.Tensor] | None = None
+    is_interleaved: bool = False
 
 
 class Job(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_infinity.kernels.native import NO_MATRIX, TYPES, describe, num_cols, num_rows
+from moe_infinity.kernels.described import NO_MATRIX, TYPES, describe, num_cols, num_rows
 from moe_infinity.kernels.packed import PackedMatrix
 
 _BIASES = struct.Struct("<4Q")

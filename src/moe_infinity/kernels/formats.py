@@ -7,18 +7,19 @@ import torch
 from moe_infinity.errors import UnsupportedModelError
 from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.packed import PACKED, PackedMatrix
-from moe_infinity.types import Block, ExpertSpec, Part
+from moe_infinity.kernels.planes import PLANES, Scales
+from moe_infinity.types import Block, ExpertSpec, Part, Plane
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+_SIDE_DTYPES = {**DTYPES, "U8": torch.uint8, "F8_E8M0": torch.uint8, "I32": torch.int32}
 
 
 def require_supported(name: str, number_format: str) -> None:
-    """Raise UnsupportedModelError unless expert weights of this format can be computed."""
-    if number_format not in DTYPES:
+    """Raise UnsupportedModelError unless expert weights of a safetensors file can be computed."""
+    if number_format not in (*DTYPES, *PLANES):
         raise UnsupportedModelError(
             f"expert tensor {name!r} is stored as {number_format}, expected one of "
-            f"{', '.join(DTYPES)}; quantised experts cannot be run by this version: use the "
-            f"model's 16-bit checkpoint"
+            f"{', '.join((*DTYPES, *PLANES))}; use the model's 16-bit checkpoint"
         )
 
 
@@ -36,19 +37,46 @@ def part_views(spec: ExpertSpec, slot: torch.Tensor) -> Views:
 def is_viewable(spec: ExpertSpec) -> bool:
     """Whether part_views copies nothing of this expert."""
     return all(
-        part.format in PACKED or block.offset_bytes % DTYPES[part.format].itemsize == 0
+        offset % (1 if number_format in PACKED else _SIDE_DTYPES[number_format].itemsize) == 0
         for part in spec.parts
         for block in part.blocks
+        for offset, number_format in _places(part, block)
     )
 
 
+def _places(part: Part, block: Block) -> list[tuple[int, str]]:
+    planes = [plane for plane in (block.scales, block.zeros) if plane is not None]
+    return [(block.offset_bytes, part.format)] + [(p.offset_bytes, p.format) for p in planes]
+
+
 def _view(part: Part, block: Block, slot: torch.Tensor) -> torch.Tensor | PackedMatrix:
-    if part.format in PACKED:
-        rows, cols = block.shape
-        return PackedMatrix(part.format, rows, cols, slot[block.offset_bytes :])
-    dtype = DTYPES[part.format]
-    extent = 1 + sum((n - 1) * s for n, s in zip(block.shape, block.strides, strict=True))
-    raw = slot[block.offset_bytes : block.offset_bytes + extent * dtype.itemsize]
+    if part.format not in PACKED:
+        dtype = DTYPES[part.format]
+        return _strided(slot, block.offset_bytes, dtype, block.shape, block.strides)
+    rows, cols = block.shape
+    scales = zeros = None
+    if block.scales is not None:
+        scales = Scales(_plane_view(block.scales, slot), block.scales.group)
+    if block.zeros is not None:
+        zeros = _plane_view(block.zeros, slot)
+    data = slot[block.offset_bytes :]
+    return PackedMatrix(part.format, rows, cols, data, scales, zeros)
+
+
+def _plane_view(plane: Plane, slot: torch.Tensor) -> torch.Tensor:
+    dtype = _SIDE_DTYPES[plane.format]
+    return _strided(slot, plane.offset_bytes, dtype, plane.shape, plane.strides)
+
+
+def _strided(
+    slot: torch.Tensor,
+    offset_bytes: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+) -> torch.Tensor:
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    raw = slot[offset_bytes : offset_bytes + extent * dtype.itemsize]
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
-    return raw.view(dtype).as_strided(block.shape, block.strides)
+    return raw.view(dtype).as_strided(shape, strides)

@@ -11,13 +11,16 @@ Floats = NDArray[np.float32]
 
 # Weights and bytes of a block.
 BLOCKS = {"Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
-BLOCKS |= {"Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24)}
+BLOCKS |= {"Q4_1": (32, 20), "Q5_0": (32, 22), "Q5_1": (32, 24), "MXFP4": (32, 17)}
+_FP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.int8)
 
 
 def decode_blocks(blocks: Bytes, number_format: str) -> Floats:
     """[B, bytes of a block] of a format of BLOCKS -> [B, weights of a block]."""
     if number_format == "Q6_K":
         return _decode_q6(blocks)
+    if number_format == "MXFP4":
+        return _decode_mxfp4(blocks)
     if number_format.endswith("_K"):
         return _decode_q4_or_q5(blocks)
     return _decode_group(blocks, number_format)
@@ -72,6 +75,16 @@ def _decode_q6(blocks: Bytes) -> Floats:
     scaled = _half(blocks[:, 208:210]) * scales
     decoded: Floats = scaled[..., None] * (numbers - np.int8(32)).astype(np.float32)
     return decoded.reshape(-1, 256)
+
+
+def _decode_mxfp4(blocks: Bytes) -> Floats:
+    """An exponent, 16 bytes of four bits, low halves first: numbers held doubled."""
+    codes = np.concatenate([blocks[:, 1:] & 15, blocks[:, 1:] >> 4], axis=1)
+    exponents = blocks[:, :1].astype(np.uint32)
+    small, usual = np.uint32(0x00200000) << np.minimum(exponents, 1), (exponents - 1) << 23
+    halves = np.where(exponents < 2, small, usual).astype(np.uint32).view(np.float32)
+    decoded: Floats = halves * _FP4_DOUBLED[codes].astype(np.float32)
+    return decoded
 
 
 def _half(raw: Bytes) -> Floats:

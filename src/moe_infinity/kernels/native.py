@@ -1,6 +1,6 @@
 """The compiled kernels: whole experts and dense products over a few threads of their own.
 
-What they cannot do (transposed weights, biases, mixed types) the reference does. T: tokens, H:
+What they cannot do (transposed weights, mixed types) the reference does. T: tokens, H:
 hidden size, I: intermediate size.
 """
 
@@ -9,14 +9,22 @@ from __future__ import annotations
 import struct
 import time
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
-from moe_infinity.kernels.packed import PackedMatrix, row_bytes, side_offset
+from moe_infinity.kernels.described import (
+    TYPES,
+    Blocks,
+    Kind,
+    Prepared,
+    describe,
+    num_rows,
+    prepare,
+)
 from moe_infinity.kernels.reference import Kernel as Reference
 
 try:
@@ -25,41 +33,11 @@ except ImportError:
     _native = None  # installed without a compiler
 native: ModuleType | None = _native
 
-# Numbers and layouts are those of native/matrix.hpp and native/engine.hpp.
-_FORMATS = {"BF16": 0, "F16": 1, "F32": 2, "Q8_0": 3, "Q4_0": 4, "EXACT12": 5}
-_FORMATS |= {"Q4_K": 6, "Q5_K": 7, "Q6_K": 8}
-TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # of plain formats too
-_MATRIX = struct.Struct("<QQQIIII")
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
-_KIND = struct.Struct("<III")  # type, activation, has_gate; then the matrices
-NO_MATRIX = bytes(_MATRIX.size)
 # In float32 the order of a sum shows: there stock's own results are kept, to its own spread.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
 MOST_TOKENS = 32
-Blocks = list[torch.Tensor | PackedMatrix]
-
-
-class _Kind(NamedTuple):
-    """What of an ExpertMath shows in how its experts are prepared: layers have it in common.
-
-    is_plain: no biases, weights [out, in]. activation: None where torch does the gate.
-    """
-
-    has_gate: bool
-    is_plain: bool
-    activation: int | None
-
-
-class _Prepared(NamedTuple):
-    """One expert as the compiled code reads it.
-
-    call: what follows a call's addresses and number of tokens; None where torch does the gate.
-    """
-
-    call: bytes | None
-    cols: int  # of the tokens
-    is_grouped: bool  # in groups with scales, as torch has no product of
 
 
 class Kernel(ExpertKernel):
@@ -85,7 +63,7 @@ class Kernel(ExpertKernel):
         self.name = f"native ({self.instruction_set})"
         self._engine: Any = native.open(num_threads, self.instruction_set)
         self._reference = Reference()
-        self._kinds: dict[int, tuple[ExpertMath, _Kind]] = {}  # by id of the first
+        self._kinds: dict[int, tuple[ExpertMath, Kind]] = {}  # by id of the first
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         expert = self._expert(math, views, x)
@@ -177,15 +155,15 @@ class Kernel(ExpertKernel):
         expert = self._expert(math, views, x)
         return None if expert is None or math.post else expert.call
 
-    def _expert(self, math: ExpertMath, views: Views, x: torch.Tensor) -> _Prepared | None:
+    def _expert(self, math: ExpertMath, views: Views, x: torch.Tensor) -> Prepared | None:
         """The expert for the compiled code; None where the reference computes these tokens."""
         kept, kind = views.prepared, self._kind_of(math)
         if kept is None or kept[0] != kind or kept[1] is not x.dtype:
-            kept = views.prepared = (kind, x.dtype, self._prepare(kind, views, x.dtype))
-        expert: _Prepared | None = kept[2]
+            kept = views.prepared = (kind, x.dtype, prepare(kind, views, x.dtype))
+        expert: Prepared | None = kept[2]
         return expert if expert is not None and self._takes(expert, x) else None
 
-    def _takes(self, expert: _Prepared, x: torch.Tensor) -> bool:
+    def _takes(self, expert: Prepared, x: torch.Tensor) -> bool:
         """Whether these tokens are computed here. Not by how the weights are stored, unless torch
         has no such products: exact12 and bf16 must go the same way. In float32 the order of a sum
         shows, and stock's own is kept."""
@@ -211,74 +189,15 @@ class Kernel(ExpertKernel):
         found = [self.linear(describe(block), num_rows(block), x) for block in blocks]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
-    def _prepare(self, kind: _Kind, views: Views, dtype: torch.dtype) -> _Prepared | None:
-        first, last = views["gate_up_proj" if kind.has_gate else "up_proj"], views["down_proj"]
-        blocks = [*first, *last]
-        if not kind.is_plain or dtype not in TYPES:
-            return None
-        if not all(_can_multiply(block, dtype) for block in blocks):
-            return None
-        rows, cols = sum(map(num_rows, first)) // (2 if kind.has_gate else 1), num_cols(first[0])
-        if set(map(num_cols, first)) != {cols} or set(map(num_cols, last)) != {rows}:
-            return None  # the reference says what is wrong
-        if sum(map(num_rows, last)) != cols:
-            return None  # its results are not of the tokens' size
-        is_grouped = any(isinstance(b, PackedMatrix) and b.format != "EXACT12" for b in blocks)
-        return _Prepared(_whole(kind, first, last, dtype), cols, is_grouped)
-
-    def _kind_of(self, math: ExpertMath) -> _Kind:
+    def _kind_of(self, math: ExpertMath) -> Kind:
         found = self._kinds.get(id(math))
         if found is None:
-            is_plain = not math.has_bias and not math.is_transposed
-            activation = recognise(math) if is_plain else None
-            found = self._kinds[id(math)] = (math, _Kind(math.has_gate, is_plain, activation))
+            kind = Kind(
+                math.has_gate,
+                math.has_bias,
+                math.is_transposed,
+                math.is_interleaved,
+                recognise(math),
+            )
+            found = self._kinds[id(math)] = (math, kind)
         return found[1]
-
-
-def _whole(kind: _Kind, first: Blocks, last: Blocks, dtype: torch.dtype) -> bytes | None:
-    """An expert that the compiled code can do in one call."""
-    gate, up = _gate_and_up(first) if kind.has_gate else (NO_MATRIX, describe(first[0]))
-    is_one = len(last) == 1 and (kind.has_gate or len(first) == 1)
-    if gate is None or kind.activation is None or not is_one:
-        return None
-    head = _KIND.pack(TYPES[dtype], kind.activation, kind.has_gate)
-    return head + gate + up + describe(last[0])
-
-
-def describe(block: torch.Tensor | PackedMatrix) -> bytes:
-    """A matrix [out, in] for the compiled code, by address: it must outlive what is made of it."""
-    if isinstance(block, PackedMatrix):
-        at = block.data.data_ptr()
-        side = at + side_offset(block.format, block.rows, block.cols)
-        stride = row_bytes(block.format, block.cols)
-        return _MATRIX.pack(at, side, stride, block.rows, block.cols, _FORMATS[block.format], 0)
-    rows, cols = block.shape
-    assert block.stride(1) == 1, "rows are contiguous"
-    stride = block.stride(0) * block.element_size()
-    number = TYPES[block.dtype]
-    return _MATRIX.pack(block.data_ptr(), 0, stride, rows, cols, number, 0)
-
-
-def _gate_and_up(blocks: Blocks) -> tuple[bytes | None, bytes]:
-    """The two halves of gate_up: two blocks, or the two halves of one; None if neither."""
-    if len(blocks) == 2 and num_rows(blocks[0]) == num_rows(blocks[1]):
-        return describe(blocks[0]), describe(blocks[1])
-    if len(blocks) == 1 and isinstance(blocks[0], torch.Tensor) and num_rows(blocks[0]) % 2 == 0:
-        gate, up = blocks[0].chunk(2)
-        return describe(gate), describe(up)
-    return None, NO_MATRIX
-
-
-def _can_multiply(block: torch.Tensor | PackedMatrix, dtype: torch.dtype) -> bool:
-    if isinstance(block, PackedMatrix):
-        return block.format in _FORMATS
-    is_row_major = block.ndim == 2 and block.stride(1) == 1
-    return is_row_major and block.dtype in TYPES and dtype in (block.dtype, torch.float32)
-
-
-def num_rows(block: torch.Tensor | PackedMatrix) -> int:
-    return block.rows if isinstance(block, PackedMatrix) else block.shape[0]
-
-
-def num_cols(block: torch.Tensor | PackedMatrix) -> int:
-    return block.cols if isinstance(block, PackedMatrix) else block.shape[-1]

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from moe_infinity.errors import UnsupportedModelError
 from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
+from moe_infinity.kernels.planes import PLANES, Scales, decode_planes
 
 GROUP = 32  # weights per scale of Q8_0 and Q4_0
 UNIT = 128  # weights per unit of EXACT12
 _UNIT_BYTES = 192
 _BLOCKS = {"Q8_0": (GROUP, 34), "Q4_0": (GROUP, 18), **BLOCKS}  # weights and bytes of one
-PACKED = ("Q8_0", "Q4_0", "EXACT12", "Q4_K", "Q5_K", "Q6_K")
-# Formats that can be decoded; those beyond the above have no product of their own.
-DECODED = (*PACKED, *(name for name in BLOCKS if name not in PACKED))
+PACKED = (*_BLOCKS, "EXACT12", *PLANES)
 _WINDOW = 15  # exponents that a code of 4 bits can name; the sixteenth marks an exception
 _MAX_COLUMNS = 2**16
 MAX_EXCEPTIONS = 0.01  # of a matrix; with more it does not pay
@@ -31,24 +30,41 @@ Bytes = NDArray[np.uint8]
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """A coded [rows, cols] matrix. data: uint8, the rows one after the other and, from the next
-    multiple of 64 on, what the format keeps beside them."""
+    multiple of 64 on, what the format keeps beside them. Formats of PLANES have scales apart, and
+    some of them zero points (kernels/planes.py)."""
 
     format: str
     rows: int
     cols: int
     data: torch.Tensor
+    scales: Scales | None = None
+    zeros: torch.Tensor | None = None
 
-    def some_rows(self, first: int, count: int) -> PackedMatrix:
-        """Rows of a matrix of any format but EXACT12: nothing lies beside them."""
+    def decode_rows(self, first: int, count: int) -> torch.Tensor:
+        """[count, cols] of ``decode``, of any format but EXACT12."""
+        if self.scales is not None:
+            rows = range(first, first + count)
+            shape = (self.rows, self.cols)
+            decoded = decode_planes(
+                self.format, shape, self.data[: self.num_bytes], self.scales, self.zeros, rows
+            )
+            return torch.from_numpy(decoded)
         size = row_bytes(self.format, self.cols)
         data = self.data[first * size : (first + count) * size]
-        return PackedMatrix(self.format, count, self.cols, data)
+        return PackedMatrix(self.format, count, self.cols, data).decode()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the codes."""
+        return self.rows * row_bytes(self.format, self.cols)
 
     def decode(self) -> torch.Tensor:
         """[rows, cols]: bfloat16 of EXACT12, else float32."""
         if self.format == "EXACT12":
             bits = _decode_exact12(self.data.numpy(), self.rows, self.cols)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
+        if self.scales is not None:
+            return self.decode_rows(0, self.rows)
         num_bytes = self.rows * row_bytes(self.format, self.cols)
         size = _BLOCKS[self.format][1]
         blocks = self.data[:num_bytes].numpy().reshape(self.rows, -1, size)
@@ -60,9 +76,11 @@ class PackedMatrix:
 
 
 def row_bytes(number_format: str, cols: int) -> int:
-    """Bytes of one row of a packed matrix."""
+    """Bytes of one row of a packed matrix; of formats in planes of its codes."""
     if number_format == "EXACT12":
         return -(-cols // UNIT) * _UNIT_BYTES
+    if number_format in PLANES:
+        return cols * PLANES[number_format] // 8
     weights, num_bytes = _BLOCKS[number_format]
     return cols // weights * num_bytes
 

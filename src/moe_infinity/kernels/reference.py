@@ -22,11 +22,18 @@ class Kernel(ExpertKernel):
 
 
 def _project(math: ExpertMath, views: Views, name: str, x: torch.Tensor) -> torch.Tensor:
-    products = [_product(math, plain(block).to(x.dtype), x) for block in views[name]]
-    out = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    out = _joined(math, name, [_product(math, block, x) for block in views[name]])
     if math.has_bias:
-        out = out + _whole([plain(block) for block in views[f"{name}_bias"]]).to(x.dtype)
+        biases = [plain(block) for block in views[f"{name}_bias"]]
+        out = out + _joined(math, name, biases).to(x.dtype)
     return out
+
+
+def _joined(math: ExpertMath, name: str, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """What belongs to blocks of a part, [..., rows] each, as the model would have it."""
+    if len(blocks) == 2 and name == "gate_up_proj" and math.is_interleaved:
+        return torch.stack(blocks, dim=-1).flatten(-2)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=-1)
 
 
 def plain(block: torch.Tensor | PackedMatrix) -> torch.Tensor:
@@ -34,9 +41,8 @@ def plain(block: torch.Tensor | PackedMatrix) -> torch.Tensor:
     return block.decode() if isinstance(block, PackedMatrix) else block
 
 
-def _product(math: ExpertMath, block: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return x @ block if math.is_transposed else functional.linear(x, block)
-
-
-def _whole(blocks: list[torch.Tensor]) -> torch.Tensor:
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+def _product(math: ExpertMath, block: torch.Tensor | PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    weight = plain(block).to(x.dtype)
+    if math.is_transposed and not isinstance(block, PackedMatrix):
+        return x @ weight
+    return functional.linear(x, weight)

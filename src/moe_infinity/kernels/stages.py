@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from moe_infinity.kernels.blocks import Choice
-from moe_infinity.kernels.native import TYPES, Kernel
+from moe_infinity.kernels.described import TYPES
+from moe_infinity.kernels.native import Kernel
 
-_CALL_BYTES = 152
+_CALL_BYTES = 296
 # Words of a stage: the block; a token's x, cos, sin, keys, values, room, position, h, normed,
 # logits, ids, weights; a sum's outs, weights, h, out, sizes, types; calls, known, num_experts; a
 # time.

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
+from moe_infinity.checkpoint.base import Checkpoint, PackedShape, SidePlane, TensorEntry
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import CheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import DECODED, PackedMatrix, row_bytes
+from moe_infinity.kernels.packed import PACKED, PackedMatrix, row_bytes
+from moe_infinity.kernels.planes import PLANES, Scales
 
 _STORED_DTYPES = {
     **DTYPES,
@@ -22,6 +23,7 @@ _STORED_DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "F8_E8M0": torch.uint8,
     "BOOL": torch.bool,
 }
 _LARGE_BYTES = 2 * 1024**2
@@ -58,7 +60,7 @@ class LazyTensor:
         if dtype is None:
             raise UnsupportedModelError(
                 f"dense tensor {self._entry.name!r} is stored as {self._entry.format}, expected "
-                f"one of {', '.join((*_STORED_DTYPES, *DECODED))}"
+                f"one of {', '.join((*_STORED_DTYPES, *PACKED))}"
             )
         return read_tensor(self._checkpoint, self._entry, dtype)
 
@@ -84,8 +86,15 @@ class DecodedTensor(LazyTensor):
         entry, (*_, cols) = self._entry, self._entry.shape
         decoded = torch.empty(entry.shape, dtype=self._dtype)
         rows = decoded.view(-1, cols)
-        size = row_bytes(entry.format, cols)
         step = max(_ROWS, _DECODED_AT_ONCE // cols // _ROWS * _ROWS)
+        if entry.format in PLANES:
+            shape = PackedShape(entry.format, len(rows), cols)
+            whole = read_packed(self._checkpoint, entry, shape)
+            for start in range(0, len(rows), step):
+                some = rows[start : start + step]
+                some.copy_(whole.decode_rows(start, len(some)))
+            return decoded
+        size = row_bytes(entry.format, cols)
         for start in range(0, len(rows), step):
             some = rows[start : start + step]
             num_bytes, offset = len(some) * size, entry.offset + start * size
@@ -108,7 +117,7 @@ def lazy_tensor(
     dtype: torch.dtype,
 ) -> LazyTensor:
     """For a tensor as it is stored; coded ones become numbers of ``dtype``."""
-    if entry.format in DECODED:
+    if entry.format in PACKED:
         return DecodedTensor(checkpoint, entry, failures, dtype)
     return LazyTensor(checkpoint, entry, failures)
 
@@ -137,6 +146,22 @@ def read_tensor(checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype) 
         raw = memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         checkpoint.read_tensor(entry, raw)
     return tensor
+
+
+def read_packed(checkpoint: Checkpoint, entry: TensorEntry, shape: PackedShape) -> PackedMatrix:
+    """A coded tensor as it is stored, as one matrix of all its rows."""
+    sides = checkpoint.sides.get(entry.name)
+    if sides is None:
+        return PackedMatrix(*shape, read_tensor(checkpoint, entry, torch.uint8))
+    raw = replace(entry, format="U8", shape=(entry.num_bytes,))
+    scales = Scales(_read_plane(checkpoint, sides.scales), sides.scales.group)
+    zeros = None if sides.zeros is None else _read_plane(checkpoint, sides.zeros)
+    return PackedMatrix(*shape, read_tensor(checkpoint, raw, torch.uint8), scales, zeros)
+
+
+def _read_plane(checkpoint: Checkpoint, plane: SidePlane) -> torch.Tensor:
+    tensor = read_tensor(checkpoint, plane.entry, _STORED_DTYPES[plane.entry.format])
+    return tensor.as_strided(plane.shape, plane.strides)
 
 
 def _empty(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.kernels.described import describe
 from moe_infinity.model.packed_linears import packed_of
 from moe_infinity.model.taps import Step
 
@@ -98,7 +99,7 @@ class _Linear:
         self._module = module
         self._weight, self._bias = module.weight, bias
         self._rows, self._cols = module.weight.shape
-        self._matrix = native.describe(module.weight.detach())
+        self._matrix = describe(module.weight.detach())
         self._address = module.weight.data_ptr()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

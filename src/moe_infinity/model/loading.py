@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
+from moe_infinity.checkpoint.base import Checkpoint, Sides, TensorEntry
 from moe_infinity.checkpoint.expert_layout import (
     ExpertTensors,
     NameRule,
@@ -34,12 +34,11 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
-from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
+from moe_infinity.model.coded_linears import CodedLinear, attach_coded, coded_linears
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, lazy_tensor, read_tensor
-from moe_infinity.model.packed_linears import attach_packed
+from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, lazy_tensor
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.model.soundness import refuse_strays, require_complete, require_fitting
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
@@ -60,7 +59,7 @@ class Anatomy:
     dense: list[TensorEntry]
     specs: dict[ExpertKey, ExpertSpec]
     dtype: torch.dtype  # of the computation
-    coded: Mapping[str, int]  # bytes of linear layers' packed weights, by name
+    coded: Mapping[str, CodedLinear]  # linear layers whose weights stay coded, by the weight's name
 
 
 def read_config(path: Path) -> Any:
@@ -71,18 +70,15 @@ def read_config(path: Path) -> Any:
     if not file.exists():
         raise CheckpointNotFoundError(f"{path}: has no config.json, expected a model's folder")
     try:
-        raw = json.loads(file.read_text())
+        json.loads(file.read_text())
         config = transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # of any kind: the library checks values with errors of its own
         unknown = "model_type" in str(error) or "does not recognize" in str(error)
         kind = UnsupportedModelError if unknown else CorruptCheckpointError
         raise kind(f"{file}: got no config that can be read ({_in_one_line(error)})") from error
-    quantisation = raw.get("quantization_config")
-    if quantisation:
-        raise UnsupportedModelError(
-            f"{path}: the weights are quantised ({quantisation.get('quant_method')}); this version "
-            f"runs bf16, fp16 and fp32 checkpoints"
-        )
+    for each in {id(c): c for c in (config, config.get_text_config())}.values():
+        if getattr(each, "quantization_config", None) is not None:
+            del each.quantization_config  # the checkpoint sees to it: no layer of the library's own
     return config
 
 
@@ -108,7 +104,7 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     found = _sort(checkpoint, meta, adapter, experts)
     if checkpoint.config_values is not None:
         refuse_strays(checkpoint, found)
-    specs = dict(checkpoint.packed_specs or _specs(experts, found))
+    specs = dict(checkpoint.packed_specs or _specs(experts, found, checkpoint.sides))
     if checkpoint.packed_specs is not None:
         require_fitting(checkpoint.path, specs, experts)
     counts = tuple(module.num_experts for module in experts)
@@ -116,11 +112,13 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     shape = ExpertShape(len(experts), max(counts), top_k, counts)
     dense = [checkpoint.tensors[name] for name in found.dense]
     computed = _compute_dtype(config, dense, dtype)
-    coded = {name: checkpoint.tensors[name].num_bytes for name in checkpoint.packed_dense}
+    coded = coded_linears(checkpoint, meta, naming(meta, adapter), dense)
     return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded)
 
 
-def _specs(experts: list[ExpertsModule], found: ExpertTensors) -> dict[ExpertKey, ExpertSpec]:
+def _specs(
+    experts: list[ExpertsModule], found: ExpertTensors, sides: Mapping[str, Sides]
+) -> dict[ExpertKey, ExpertSpec]:
     """Of all experts, from the checkpoint's tensors."""
     specs: dict[ExpertKey, ExpertSpec] = {}
     for layer, module in enumerate(experts):
@@ -128,7 +126,8 @@ def _specs(experts: list[ExpertsModule], found: ExpertTensors) -> dict[ExpertKey
         for virtual_name, virtual in params.items():
             for piece in virtual.pieces:
                 require_supported(f"{module.name}.{virtual_name}", piece.entry.format)
-        specs |= {spec.key: spec for spec in build_specs(layer, params, ITEM_BYTES)}
+        built = build_specs(layer, params, ITEM_BYTES, sides)
+        specs |= {spec.key: spec for spec in built}
     return specs
 
 
@@ -139,14 +138,14 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     """
     _interface.register()
     failures: list[CheckpointError] = []
-    coded = checkpoint.packed_dense
+    coded = {linear.entry.name for linear in anatomy.coded.values()}
+    plain = (entry for entry in anatomy.dense if entry.name not in coded)
     lazy: dict[str, LazyTensor | Placeholder] = {
-        e.name: lazy_tensor(checkpoint, e, failures, anatomy.dtype)
-        for e in anatomy.dense
-        if e.name not in coded
+        e.name: lazy_tensor(checkpoint, e, failures, anatomy.dtype) for e in plain
     }
     own = dict(anatomy.meta.named_parameters())  # without those that are another one's
-    lazy |= {n: Placeholder(shape, anatomy.dtype) for n, shape in coded.items() if n in own}
+    hidden = {name: linear.shape for name, linear in anatomy.coded.items() if name in own}
+    lazy |= {name: Placeholder(shape, anatomy.dtype) for name, shape in hidden.items()}
     with without_expert_weights(anatomy.adapter, anatomy.experts), _quiet():
         try:
             model, info = type(anatomy.meta).from_pretrained(
@@ -165,29 +164,11 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
     if failures:
         raise failures[0]
     require_complete(checkpoint, info)
-    _attach_coded(model, checkpoint, anatomy, own)
+    attach_coded(model, checkpoint, anatomy.coded, anatomy.dtype, own)
     # Of training, and some configs keep it: every pass would collect them and compute a loss.
     model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
-
-
-def _attach_coded(
-    model: nn.Module, checkpoint: Checkpoint, anatomy: Anatomy, own: Container[str]
-) -> None:
-    for name, shape in checkpoint.packed_dense.items():
-        data = read_tensor(checkpoint, checkpoint.tensors[name], torch.uint8)
-        module: Any = dict(model.named_modules()).get(name.removesuffix(".weight"))
-        if type(module) is not nn.Linear or module.weight.shape != (shape.rows, shape.cols):
-            raise CorruptCheckpointError(
-                f"{checkpoint.path}: tensor {name!r} is a packed matrix of {shape.rows} rows and "
-                f"{shape.cols} columns, expected a linear layer of this size in the model; pack "
-                f"the model again"
-            )
-        if name in own:  # the library may have made room for it
-            placeholder = Placeholder(shape, anatomy.dtype)[...]
-            module.weight = nn.Parameter(placeholder, requires_grad=False)
-        attach_packed(module, PackedMatrix(*shape, data))
 
 
 def _build(checkpoint: Checkpoint, config: Any) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.kernels.described import TYPES, describe
 from moe_infinity.kernels.packed import PackedMatrix
 
 _NAME = "_moe_infinity_packed"
@@ -48,11 +49,11 @@ class _PackedLinear:
         self._kernel: Any = kernel
         self._bias: torch.Tensor | None = module.bias
         self._weight = weight
-        self._matrix = native.describe(weight)
+        self._matrix = describe(weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., cols] -> [..., rows]"""
-        is_known = isinstance(self._kernel, native.Kernel) and x.dtype in native.TYPES
+        is_known = isinstance(self._kernel, native.Kernel) and x.dtype in TYPES
         has_types = self._bias is None or self._bias.dtype == x.dtype
         if not is_known or not has_types or not x.numel():
             return self._plain(x)
@@ -66,6 +67,6 @@ class _PackedLinear:
         out = x.new_empty(*x.shape[:-1], weight.rows)
         step = max(1, _DECODED_AT_ONCE // weight.cols)
         for start in range(0, weight.rows, step):
-            some = weight.some_rows(start, min(step, weight.rows - start))
-            out[..., start : start + step] = nn.functional.linear(x, some.decode().to(x.dtype))
+            some = weight.decode_rows(start, min(step, weight.rows - start))
+            out[..., start : start + step] = nn.functional.linear(x, some.to(x.dtype))
         return out if self._bias is None else out + self._bias

@@ -29,7 +29,7 @@ struct Block {
     uint32_t rounds;       // weights are rounded to `type`
     uint32_t unused;
 };
-static_assert(sizeof(Block) == 336, "Python packs it so");
+static_assert(sizeof(Block) == 496, "Python packs it so");
 
 // Of one token: where things come from and go to, all contiguous.
 struct Token {

@@ -4,17 +4,15 @@
 #include <cstring>
 #include <new>
 
+#include "parts.hpp"
+
 namespace moe {
 
 namespace {
 
-// Bound scratch memory; weights are read again beyond.
-constexpr uint32_t kTokensAtOnce = 192, kValuesAtOnce = 4 << 20;
 constexpr uint32_t kRowsAtOnce = 4;      // ranges begin at multiples of a tile,
 constexpr uint32_t kManyRowsAtOnce = 32;  // or of a panel
 constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
-
-bool is_grouped(Format format) { return format == Format::q8_0 || format == Format::q4_0; }
 
 // Whether some tokens are multiplied as int8 by what this format codes.
 bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
@@ -23,48 +21,11 @@ bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
 
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
 
-// Tokens of a call that are computed together. Parts are of nearly the same size: a last one of a
-// few tokens would be computed in another way than the others.
-class Parts {
-public:
-    Parts(uint32_t num_tokens, uint32_t most_rows) : num_tokens_(num_tokens) {
-        const uint32_t bearable = std::max(2 * kManyFloating, kValuesAtOnce / std::max(1u, most_rows));
-        const uint32_t at_once = std::min(kTokensAtOnce, bearable);
-        count_ = (num_tokens + at_once - 1) / at_once;
-    }
-
-    uint32_t count() const { return count_; }
-    uint32_t start(uint32_t part) const {
-        return static_cast<uint32_t>(uint64_t(num_tokens_) * part / count_);
-    }
-    uint32_t size(uint32_t part) const { return start(part + 1) - start(part); }
-
-private:
-    uint32_t num_tokens_, count_;
-};
-
-// The same calls, each in its parts.
-std::vector<Call> in_parts(const Call *calls, size_t count) {
-    std::vector<Call> all;
-    for (size_t i = 0; i < count; ++i) {
-        const Parts parts(calls[i].num_tokens, std::max(calls[i].up.rows, calls[i].down.rows));
-        for (uint32_t p = 0; p < parts.count(); ++p) {
-            Call part = calls[i];
-            const size_t item = size_of(part.type), start = parts.start(p);
-            part.x = static_cast<const uint8_t *>(part.x) + start * item * part.up.cols;
-            part.out = static_cast<uint8_t *>(part.out) + start * item * part.down.rows;
-            part.num_tokens = parts.size(p);
-            all.push_back(part);
-        }
-    }
-    return all;
-}
-
 }  // namespace
 
 bool same_kind(Format a, Format b) {
-    const bool is_floating = !is_grouped(a) && !is_grouped(b) && !is_super(a) && !is_super(b);
-    return a == b || (is_floating && is_bf16(a) == is_bf16(b));
+    const auto is_plain = [](Format f) { return !is_grouped(f) && !is_super(f) && !is_decoded(f); };
+    return a == b || (is_plain(a) && is_plain(b) && is_bf16(a) == is_bf16(b));
 }
 
 void *Scratch::reserve(size_t num_bytes) {
@@ -77,19 +38,6 @@ void *Scratch::reserve(size_t num_bytes) {
     }
     return data_;
 }
-
-// What one call holds between its two products.
-struct Engine::Work {
-    Prepared x, x_gate, inner;
-    Scratch gate, up, narrow, out;
-    float *gate_values, *up_values, *out_values;  // [T, I] twice, [T, H]
-    size_t stride;
-    bool gate_apart;
-};
-
-Engine::Engine(int num_threads, const Kernels &kernels) : kernels_(kernels), pool_(num_threads) {}
-
-Engine::~Engine() = default;
 
 void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                      uint32_t cols) {
@@ -104,7 +52,8 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
     room.tokens.is_many = is_many;
     if (takes_int8(kernels_, weights, is_many)) {
         prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
-    } else if (kernels_.dots_bf16 && type == Type::bf16 && (is_bf16(weights) || is_super(weights))) {
+    } else if (kernels_.dots_bf16 && type == Type::bf16 &&
+               (is_bf16(weights) || is_super(weights) || (is_decoded(weights) && is_many))) {
         auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
         for (uint32_t t = 0; t < num_tokens; ++t) {
             std::memcpy(to + t * stride, from + t * token_bytes, token_bytes);
@@ -171,97 +120,6 @@ void Engine::share(size_t count, const std::vector<uint32_t> &rows, bool is_many
         body(i, static_cast<uint32_t>(first),
              static_cast<uint32_t>(std::min<uint64_t>(rows[i], first + each)));
     });
-}
-
-void Engine::run(const Call *calls, size_t count) {
-    std::lock_guard<std::mutex> turn(turn_);
-    const std::vector<Call> parts = in_parts(calls, count);
-    // Parts of one call one after the other, or scratch memory would grow with the prompt.
-    if (parts.size() == count) {
-        run_group(parts.data(), parts.size());
-    } else {
-        for (const Call &part : parts) run_group(&part, 1);
-    }
-}
-
-void Engine::run_group(const Call *calls, size_t count) {
-    bool is_many = false;
-    while (works_.size() < count) works_.push_back(std::make_unique<Work>());
-    rows_.resize(count);
-    for (size_t i = 0; i < count; ++i) {
-        prepare_call(calls[i], *works_[i]);
-        is_many = is_many || works_[i]->x.tokens.is_many;
-        rows_[i] = calls[i].up.rows;
-    }
-    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
-        inner(calls[i], *works_[i], first, last);
-    });
-    for (size_t i = 0; i < count; ++i) {
-        prepare_inner(calls[i], *works_[i]);
-        rows_[i] = calls[i].down.rows;
-    }
-    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
-        outer(calls[i], *works_[i], first, last);
-    });
-}
-
-// What the first product needs, and room for what comes after it.
-void Engine::prepare_call(const Call &call, Work &work) {
-    prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
-    work.gate_apart = call.has_gate && !same_kind(call.gate.format, call.up.format);
-    if (work.gate_apart)
-        prepare(work.x_gate, call.gate.format, call.type, call.x, call.num_tokens, call.gate.cols);
-    work.stride = call.up.rows;
-    const size_t bytes = call.num_tokens * work.stride * 4;
-    work.up_values = static_cast<float *>(work.up.reserve(bytes));
-    work.gate_values = call.has_gate ? static_cast<float *>(work.gate.reserve(bytes)) : nullptr;
-    work.out_values =
-        static_cast<float *>(work.out.reserve(size_t(call.num_tokens) * call.down.rows * 4));
-}
-
-void Engine::inner(const Call &call, Work &work, uint32_t first, uint32_t last) const {
-    multiply(call.up, work.x.tokens, first, last, work.up_values, work.stride);
-    if (call.has_gate) {
-        const Tokens &x = work.gate_apart ? work.x_gate.tokens : work.x.tokens;
-        multiply(call.gate, x, first, last, work.gate_values, work.stride);
-    }
-    const size_t count = last - first;
-    for (uint32_t t = 0; t < call.num_tokens; ++t) {
-        float *up = work.up_values + t * work.stride + first;
-        kernels_.round(call.type, up, count);
-        if (!call.has_gate) {
-            kernels_.activate(call.activation, up, count);
-            kernels_.round(call.type, up, count);
-            continue;
-        }
-        float *gate = work.gate_values + t * work.stride + first;
-        kernels_.round(call.type, gate, count);
-        kernels_.activate(call.activation, gate, count);
-        kernels_.round(call.type, gate, count);
-        for (size_t i = 0; i < count; ++i) up[i] *= gate[i];
-        kernels_.round(call.type, up, count);
-    }
-}
-
-void Engine::prepare_inner(const Call &call, Work &work) {
-    const size_t count = call.num_tokens * work.stride;
-    if (call.type == Type::f32) {
-        prepare(work.inner, call.down.format, call.type, work.up_values, call.num_tokens,
-                call.down.cols);
-        return;
-    }
-    // They are rounded to the model's type already: narrowing them loses nothing.
-    auto *narrow = static_cast<uint16_t *>(work.narrow.reserve(count * 2));
-    kernels_.narrow(call.type, work.up_values, narrow, count);
-    prepare(work.inner, call.down.format, call.type, narrow, call.num_tokens, call.down.cols);
-}
-
-void Engine::outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const {
-    const size_t stride = call.down.rows, item = size_of(call.type);
-    multiply(call.down, work.inner.tokens, first, last, work.out_values, stride);
-    for (uint32_t t = 0; t < call.num_tokens; ++t)
-        kernels_.narrow(call.type, work.out_values + t * stride + first,
-                        static_cast<uint8_t *>(call.out) + (t * stride + first) * item, last - first);
 }
 
 void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,

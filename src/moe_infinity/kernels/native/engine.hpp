@@ -14,6 +14,13 @@
 
 namespace moe {
 
+// What is added to a product, one number for each row; null: nothing.
+struct Bias {
+    const uint8_t *data;
+    uint32_t stride_bytes;
+    Type type;
+};
+
 // One expert over some tokens: out = down(activation(gate x) * (up x)), or down(activation(up x)).
 // After every step values are rounded to `type`, as the model's own code does. Plain data, written
 // by Python with struct; x and out are [num_tokens, cols] and [num_tokens, rows], contiguous.
@@ -25,8 +32,9 @@ struct Call {
     Activation activation;
     uint32_t has_gate;
     Matrix gate, up, down;
+    Bias gate_bias, up_bias, down_bias;
 };
-static_assert(sizeof(Call) == 152, "Python packs it so");
+static_assert(sizeof(Call) == 296, "Python packs it so");
 
 // Memory that only grows, aligned to cache lines.
 class Scratch {
@@ -99,6 +107,8 @@ private:
     void multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                   size_t out_stride) const;
     void prepare_inner(const Call &call, Work &work);
+    void add_bias(const Bias &bias, Type type, float *x, uint32_t first, size_t count) const;
+    void clamp(Type type, float *gate, float *up, size_t count) const;
     void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
     void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
     using Rows = std::function<void(size_t matrix, uint32_t first, uint32_t last)>;

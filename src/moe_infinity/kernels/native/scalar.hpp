@@ -95,6 +95,95 @@ inline void unpack_super(Format format, const uint8_t *block, int half, float *o
     }
 }
 
+// Half of 2 to the (exponent - 127): what mxfp4's numbers, held doubled, are scaled by.
+inline float half_of_power(uint8_t exponent) {
+    return bits_to_float(exponent < 2 ? 0x00200000u << exponent
+                                      : static_cast<uint32_t>(exponent - 1) << 23);
+}
+
+constexpr int8_t kFp4Doubled[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+// A group of q4_1 or q5_1: 32 weights.
+inline void unpack_with_minimum(Format format, const uint8_t *group, float *out) {
+    const bool has_fifth = format == Format::q5_1;
+    const float scale = f16_to_float(load_u16(group)), least = f16_to_float(load_u16(group + 2));
+    uint32_t fifth = 0;
+    if (has_fifth) std::memcpy(&fifth, group + 4, 4);
+    const uint8_t *codes = group + (has_fifth ? 8 : 4);
+    for (int i = 0; i < kGroup; ++i) {
+        const int low = i < 16 ? codes[i] & 15 : codes[i - 16] >> 4;
+        out[i] = scale * static_cast<float>(low | (fifth >> i & 1) << 4) + least;
+    }
+}
+
+inline float f8_to_float(uint8_t byte) {  // 4 bits of exponent, 3 of mantissa, no infinities
+    if ((byte & 0x7f) == 0x7f) return bits_to_float(0x7fc00000);
+    const auto half = static_cast<uint16_t>((byte & 0x80) << 8 | (byte & 0x7f) << 7);
+    return f16_to_float(half) * 256.0f;
+}
+
+// The scale of a weight, where scales lie apart.
+inline float scale_of(const Matrix &m, uint32_t row, uint32_t col) {
+    const uint8_t *at = m.side + size_t(row / m.group_rows) * m.side_row_bytes +
+                        size_t(col / m.group_cols) * m.side_col_bytes;
+    if (m.side_type == kE8m0) return bits_to_float(*at ? static_cast<uint32_t>(*at) << 23 : 0x00400000u);
+    if (m.side_type == static_cast<uint32_t>(Type::f32)) {
+        float value;
+        std::memcpy(&value, at, 4);
+        return value;
+    }
+    const uint16_t bits = load_u16(at);
+    return m.side_type == static_cast<uint32_t>(Type::bf16) ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+// Where awq puts the eight rows of a word.
+constexpr int kAwqPlace[8] = {0, 4, 1, 5, 2, 6, 3, 7};
+
+// What is taken from a code of int4 and later formats.
+inline int zero_of(const Matrix &m, uint32_t row, uint32_t col) {
+    if (!m.zeros) return 8;
+    uint32_t word;
+    std::memcpy(&word, m.zeros + size_t(row / 8) * m.zero_row_bytes +
+                           size_t(col / m.group_cols) * m.zero_col_bytes, 4);
+    const int place = m.format == Format::awq ? kAwqPlace[row % 8] : static_cast<int>(row % 8);
+    const auto zero = static_cast<int>(word >> (4 * place) & 15);
+    return m.format == Format::gptq ? (zero + 1) & 15 : zero;
+}
+
+// The code of a weight of int4 and later formats.
+inline int code_of(const Matrix &m, uint32_t row, uint32_t col) {
+    uint32_t word;
+    switch (m.format) {
+    case Format::int4:
+        return m.data[row * m.row_bytes + col / 2] >> (col % 2 * 4) & 15;
+    case Format::awq:
+        std::memcpy(&word, m.data + col * m.row_bytes + row / 8 * 4, 4);
+        return word >> (4 * kAwqPlace[row % 8]) & 15;
+    default:
+        std::memcpy(&word, m.data + col / 8 * m.row_bytes + size_t(row) * 4, 4);
+        return word >> (col % 8 * 4) & 15;
+    }
+}
+
+// Weights first..first+count-1 of a row of what is decoded; both are multiples of a group's size or
+// reach the end of the row.
+inline void decode_weights(const Matrix &m, uint32_t row, uint32_t first, uint32_t count, float *out) {
+    if (m.format == Format::q4_1 || m.format == Format::q5_1) {
+        const int bytes = m.format == Format::q4_1 ? 20 : 24;
+        const uint8_t *start = m.data + row * m.row_bytes;
+        for (uint32_t i = 0; i < count; i += kGroup)
+            unpack_with_minimum(m.format, start + (first + i) / kGroup * bytes, out + i);
+        return;
+    }
+    for (uint32_t i = 0; i < count; ++i) {
+        const float scale = scale_of(m, row, first + i);
+        if (m.format == Format::f8)
+            out[i] = f8_to_float(m.data[row * m.row_bytes + first + i]) * scale;
+        else
+            out[i] = static_cast<float>(code_of(m, row, first + i) - zero_of(m, row, first + i)) * scale;
+    }
+}
+
 inline int super_bytes(Format format) {
     return format == Format::q4_k ? 144 : format == Format::q5_k ? 176 : 210;
 }

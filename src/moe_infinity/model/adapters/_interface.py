@@ -46,6 +46,7 @@ class InterfaceAdapter(Adapter):
             is_transposed=module.is_transposed,
             gate=module._apply_gate if module.has_gate else module.act_fn,
             post=module.post_expert_norm if has_post else None,
+            is_interleaved=module.has_gate and not module.is_concatenated,
         )
 
     def attach(self, module: nn.Module, forward: ExpertsForward) -> None:

@@ -1,0 +1,176 @@
+"""Quantised safetensors run as they are stored, and agree with stock on the decoded weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from moe_infinity import MoE
+from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
+from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.kernels import native
+from support.checkpoints import TINY, edit_config, tiny_checkpoint
+from support.quantised import METHODS, quantise
+
+IDS = torch.arange(3, 47)[None]
+SIZES = TINY | {"hidden_size": 64, "moe_intermediate_size": 32, "num_key_value_heads": 4}
+SIZES |= {"head_dim": 16, "intermediate_size": 64, "tie_word_embeddings": False}
+
+
+def build(name: str) -> Any:
+    """A random model of which everything that is quantised has sides of 32 and more."""
+    torch.manual_seed(0)
+    if name == "gpt_oss":
+        config = transformers.GptOssConfig(
+            **SIZES | {"intermediate_size": 32, "num_local_experts": 8, "sliding_window": 16}
+        )
+        return transformers.GptOssForCausalLM(config)
+    if name == "deepseek_v3":
+        config = transformers.DeepseekV3Config(
+            **SIZES | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+            first_k_dense_replace=1,
+            q_lora_rank=32,
+            kv_lora_rank=32,
+            qk_rope_head_dim=16,
+            qk_nope_head_dim=16,
+            v_head_dim=16,
+        )
+        return transformers.DeepseekV3ForCausalLM(config)
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES))
+
+
+MODELS = [("gpt_oss", "mxfp4"), ("deepseek_v3", "fp8"), ("deepseek_v3", "fp8_rows")]
+MODELS += [("qwen3_moe", method) for method in METHODS if method != "mxfp4"]
+
+
+def logits(path: Path, **options: Any) -> torch.Tensor:
+    with MoE(path, ram="4GiB", **options) as moe, torch.no_grad():
+        found: torch.Tensor = moe(IDS).logits.float()
+        return found
+
+
+@pytest.mark.parametrize(("name", "method"), MODELS)
+class TestNumbers:
+    def test_agrees_with_stock_on_the_decoded_weights(
+        self, name: str, method: str, tmp_path: Path
+    ) -> None:
+        model = quantise(build(name), tmp_path / "coded", method)
+        with torch.no_grad():
+            expected = model(IDS).logits
+        found = logits(tmp_path / "coded", dtype="float32", kernel="torch", ram_slots=8)
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+    @pytest.mark.skipif(native.native is None, reason="installed without a compiler")
+    def test_by_the_kernels_of_this_machine(self, name: str, method: str, tmp_path: Path) -> None:
+        """The same experts: what routers see differs by what kernels round."""
+        model = quantise(build(name), tmp_path / "coded", method)
+        with torch.no_grad():
+            expected = model(IDS).logits
+        with MoE(tmp_path / "coded", ram="4GiB", dtype="float32", ram_slots=8) as moe:
+            with torch.no_grad():
+                found = moe(IDS).logits.float()
+            views = moe._hierarchy._views
+            assert all(each.prepared[2].call is not None for _, each in views.values())
+        assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_few_tokens_are_those_of_many(tmp_path: Path) -> None:
+    """A prompt at once and token by token."""
+    quantise(build("gpt_oss"), tmp_path / "coded", "mxfp4")
+    options = {"max_new_tokens": 12, "do_sample": False}
+    with MoE(tmp_path / "coded", ram="4GiB", dtype="float32", kernel="torch") as moe:
+        ids = moe.generate(IDS[:, :9], **options)
+        again = moe.generate(ids[:, :-4], **options | {"max_new_tokens": 4})
+        assert torch.equal(again, ids)
+        assert moe.stats().bit_exact
+
+
+class TestBadInput:
+    @pytest.fixture
+    def coded(self, tmp_path: Path) -> Path:
+        quantise(build("qwen3_moe"), tmp_path / "coded", "gptq")
+        return tmp_path / "coded"
+
+    def refused(self, path: Path, kind: type[CheckpointError], *words: str) -> None:
+        with pytest.raises(kind) as caught:
+            MoE(path, ram="4GiB")
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+        assert "expected" in message
+
+    def change(self, path: Path, **tensors: torch.Tensor | None) -> None:
+        file = path / "model.safetensors"
+        stored = load_file(file) | tensors
+        save_file({n: t for n, t in stored.items() if t is not None}, file)
+
+    def config(self, path: Path, **changes: Any) -> None:
+        raw = json.loads((path / "config.json").read_text())
+        edit_config(path, quantization_config=raw["quantization_config"] | changes)
+
+    def test_unknown_method(self, coded: Path) -> None:
+        self.config(coded, quant_method="bitsandbytes")
+        self.refused(coded, UnsupportedModelError, "'bitsandbytes'", "mxfp4, fp8", "gptq")
+
+    def test_unnamed_method(self, coded: Path) -> None:
+        self.config(coded, quant_method=None)
+        self.refused(coded, UnsupportedModelError, "'None'")
+
+    def test_other_bits_and_orders(self, coded: Path) -> None:
+        self.config(coded, bits=8)
+        self.refused(coded, UnsupportedModelError, "8 bits", "expected 4")
+        self.config(coded, bits=4, desc_act=True)
+        self.refused(coded, UnsupportedModelError, "desc_act")
+
+    def test_scales_missing(self, coded: Path) -> None:
+        name = "model.layers.1.mlp.experts.3.up_proj"
+        self.change(coded, **{f"{name}.scales": None})
+        self.refused(coded, CorruptCheckpointError, f"{name}.qweight", f"{name}.scales")
+
+    def test_scales_of_another_size(self, coded: Path) -> None:
+        name = "model.layers.1.mlp.experts.3.up_proj.scales"
+        self.change(coded, **{name: torch.ones(2, 24, dtype=torch.float16)})
+        self.refused(coded, CorruptCheckpointError, name, "[2, 24]")
+
+    def test_groups_that_do_not_divide(self, coded: Path) -> None:
+        name = "model.layers.1.mlp.experts.3.up_proj"
+        scales = torch.ones(3, 32, dtype=torch.float16)
+        zeros = torch.zeros(3, 4, dtype=torch.int32)
+        self.change(coded, **{f"{name}.scales": scales, f"{name}.qzeros": zeros})
+        self.refused(coded, CorruptCheckpointError, f"{name}.qweight", "3 groups", "64 columns")
+
+    def test_zero_points_of_another_size(self, coded: Path) -> None:
+        name = "model.layers.1.mlp.experts.3.up_proj.qzeros"
+        self.change(coded, **{name: torch.zeros(2, 5, dtype=torch.int32)})
+        self.refused(coded, CorruptCheckpointError, name, "[2, 5]")
+
+    def test_a_config_that_says_nothing(self, coded: Path) -> None:
+        edit_config(coded, quantization_config=None)
+        self.refused(coded, CorruptCheckpointError)
+
+    def test_a_config_that_promises_too_much(self, tmp_path: Path) -> None:
+        tiny_checkpoint(tmp_path / "tiny")
+        edit_config(tmp_path / "tiny", quantization_config={"quant_method": "fp8"})
+        self.refused(tmp_path / "tiny", CorruptCheckpointError, "fp8", "found none")
+
+    def test_another_method_than_the_tensors(self, coded: Path) -> None:
+        self.config(coded, quant_method="mxfp4")
+        self.refused(coded, CorruptCheckpointError, "mxfp4", "found none")
+
+    def test_fp8_without_a_word_of_it(self, tmp_path: Path) -> None:
+        quantise(build("qwen3_moe"), tmp_path / "coded", "fp8")
+        edit_config(tmp_path / "coded", quantization_config=None)
+        self.refused(tmp_path / "coded", CorruptCheckpointError, "F8_E4M3", "scales")
+
+    def test_headers_say_it_all(self, coded: Path) -> None:
+        """A weight takes the place of its codes, under the model's own names."""
+        checkpoint = SafetensorsCheckpoint(coded)
+        name = "model.layers.0.mlp.experts.0.down_proj.weight"
+        assert checkpoint.tensors[name].shape == (64, 32)
+        assert checkpoint.tensors[name].format == "GPTQ"
+        assert checkpoint.sides[name].scales.shape == (64, 1)
+        assert not any(n.endswith((".qweight", ".scales", ".qzeros")) for n in checkpoint.tensors)
+        checkpoint.close()
