@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import threading
 from collections.abc import Mapping
@@ -11,22 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
 from moe_infinity.checkpoint.direct_io import open_all
 from moe_infinity.checkpoint.gguf_experts import CODED, EXPERTS, specs_of
-from moe_infinity.checkpoint.gguf_families import FAMILIES, config_values, model_name
+from moe_infinity.checkpoint.gguf_families import (
+    FAMILIES,
+    config_values,
+    family_of,
+    model_name,
+)
+from moe_infinity.checkpoint.gguf_files import files_of, require_all
 from moe_infinity.checkpoint.gguf_header import read_gguf_header
 from moe_infinity.checkpoint.safetensors import FileStore, by_name, read_through, sampled
-from moe_infinity.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    UnsupportedModelError,
-)
+from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.types import ExpertKey, ExpertSpec
 
-_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
+_KV_HALF = re.compile(r"(blk\.\d+\.attn_)(k|v)_b\.weight")
 _OLD_EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
 _TURNED = re.compile(r"\.(q|k)_proj\.")
 _TURNED_HEADS = {"q": "num_attention_heads", "k": "num_key_value_heads"}
@@ -46,20 +52,28 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.files = tuple(_files_of(path))
+        self.files = tuple(files_of(path))
         headers = [read_gguf_header(file, number) for number, file in enumerate(self.files)]
         self._values = headers[0].values
-        _require_all(self.files, self._values)
+        require_all(self.files, self._values)
         stored = by_name(self.files, (each for header in headers for each in header.tensors))
         self._architecture = self._require_family()
-        self._family = FAMILIES[self._architecture]
+        prefix = self._architecture + "."
+        key = {n.removeprefix(prefix): v for n, v in self._values.items() if n.startswith(prefix)}
+        self._family = family_of(self._architecture, key)
         experts = {name: stored.pop(name) for name in list(stored) if EXPERTS.fullmatch(name)}
-        self.config_values = self._config(stored, experts)
+        self.config_values = self._config(key, stored, experts)
+        blocks = range(
+            self.config_values.get("first_k_dense_replace", 0),
+            self.config_values["num_hidden_layers"],
+        )
+        unused = range(blocks.stop, int(key["block_count"]))
         self.packed_specs = specs_of(
-            self.files[0], experts, self.config_values["num_hidden_layers"]
+            self.files[0], _without(experts, unused), blocks, self._family.is_transposed
         )
         self._sources: dict[str, TensorEntry] = {}
-        self._describe_dense(stored)
+        self._halves: dict[str, tuple[TensorEntry, TensorEntry]] = {}  # of kv_b, where it was split
+        self._describe_dense(_without(stored, unused))
         self.tokenizer_values = self._values if "tokenizer.ggml.tokens" in self._values else None
         self._opened = open_all(self.files)
         self._scratch = threading.local()
@@ -78,11 +92,26 @@ class GgufCheckpoint(Checkpoint):
         return sampled(self.fingerprint, self._opened)
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
+        if entry.name in self._halves:
+            whole = np.frombuffer(into, dtype=np.float32)
+            whole[:] = unite_kv_b(*map(self._numbers, self._halves[entry.name])).ravel()
+            return
         read_through(self._opened[entry.file], entry.offset, into, self._scratch)
         if num_heads := self._turned_heads(entry.name):
             source = self._sources[entry.name]
             row_size, head = source.num_bytes // source.shape[0], source.shape[0] // num_heads
             _unite_halves(np.frombuffer(into, dtype=np.uint8).reshape(-1, row_size), head)
+
+    def _numbers(self, entry: TensorEntry) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """A tensor as float32, in its shape."""
+        stored = bytearray(entry.num_bytes)
+        read_through(self._opened[entry.file], entry.offset, memoryview(stored), self._scratch)
+        raw = torch.frombuffer(stored, dtype=torch.uint8)
+        if entry.format in DTYPES:
+            return raw.view(DTYPES[entry.format]).float().numpy().reshape(entry.shape)
+        rows = math.prod(entry.shape[:-1])
+        matrix = PackedMatrix(entry.format, rows, entry.shape[-1], raw)
+        return matrix.decode().numpy().reshape(entry.shape)
 
     def _turned_heads(self, name: str) -> int:
         """Heads of a tensor whose rows were moved for llama.cpp's rotation; 0: none were."""
@@ -104,16 +133,17 @@ class GgufCheckpoint(Checkpoint):
         return str(architecture)
 
     def _config(
-        self, stored: Mapping[str, TensorEntry], experts: Mapping[str, TensorEntry]
+        self,
+        key: Mapping[str, Any],
+        stored: Mapping[str, TensorEntry],
+        experts: Mapping[str, TensorEntry],
     ) -> dict[str, Any]:
-        prefix = self._architecture + "."
-        key = {n.removeprefix(prefix): v for n, v in self._values.items() if n.startswith(prefix)}
         try:
-            found = config_values(self._family, key, self._values)
+            found = config_values(self._family, key, self._values, stored)
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
             raise CorruptCheckpointError(
-                f"{self.path}: got no sound value of {prefix}* ({type(error).__name__}: {error}), "
-                f"expected a model's metadata; convert it again"
+                f"{self.path}: got no sound value of {self._architecture}.* "
+                f"({type(error).__name__}: {error}), expected a model's metadata; convert it again"
             ) from error
         embeddings = stored.get("token_embd.weight")
         if embeddings is None or not experts:
@@ -123,7 +153,7 @@ class GgufCheckpoint(Checkpoint):
                 f"{self.path}: has no {lacking}, expected a whole model"
                 + (f"; {old!r} is of an old form: convert it again" if old else "")
             )
-        formats = [entry.format for entry in experts.values()]
+        formats = [entry.format for name, entry in experts.items() if name.endswith("weight")]
         most = max(dict.fromkeys(formats), key=formats.count)  # the first of those
         return found | {
             "vocab_size": embeddings.shape[0],
@@ -136,7 +166,12 @@ class GgufCheckpoint(Checkpoint):
         tensors: dict[str, TensorEntry] = {}
         packed: dict[str, PackedShape] = {}
         for name, entry in stored.items():
-            named = model_name(name)
+            if match := _KV_HALF.fullmatch(name):
+                if match[2] == "k":
+                    each = self._describe_kv_b(match[1], entry, stored.get(f"{match[1]}v_b.weight"))
+                    tensors[each.name] = each
+                continue
+            named = model_name(self._family, name)
             if named is None:
                 raise UnsupportedModelError(
                     f"{self.path}: got tensor {name!r}, expected only those known of "
@@ -146,7 +181,7 @@ class GgufCheckpoint(Checkpoint):
             shape = entry.shape
             if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
                 shape = (1, *shape)
-            is_linear = named.endswith("_proj.weight") or named == "lm_head.weight"
+            is_linear = named.endswith(("_proj.weight", "_mqa.weight")) or named == "lm_head.weight"
             self._sources[named] = entry
             if is_linear and entry.format in CODED:
                 packed[named] = PackedShape(entry.format, *shape)
@@ -154,6 +189,31 @@ class GgufCheckpoint(Checkpoint):
             else:
                 tensors[named] = _entry(named, entry.format, shape, entry)
         self.tensors, self.packed_dense = tensors, packed
+
+    def _describe_kv_b(
+        self, stem: str, keys: TensorEntry, values: TensorEntry | None
+    ) -> TensorEntry:
+        """Newer files hold kv_b in two tensors, of keys and of values."""
+        config = self.config_values
+        named = model_name(self._family, f"{stem}kv_b.weight")
+        heads, rank = config["num_attention_heads"], config.get("kv_lora_rank", 0)
+        sizes = (config.get("qk_nope_head_dim", 0), config.get("v_head_dim", 0))
+        wanted = ((heads, rank, sizes[0]), (heads, sizes[1], rank))
+        if named is None or values is None or (keys.shape, values.shape) != wanted:
+            raise CorruptCheckpointError(
+                f"{self.path}: {keys.name!r} has the shape {list(keys.shape)}, expected "
+                f"{list(wanted[0])}, and beside it {stem}v_b.weight {list(wanted[1])}"
+            )
+        for entry in (keys, values):
+            if entry.format not in (*DTYPES, *CODED):
+                raise UnsupportedModelError(
+                    f"{self.path}: tensor {entry.name!r} is stored as {entry.format}, expected one "
+                    f"of {', '.join((*DTYPES, *CODED))}"
+                )
+        self._sources[f"{named}.keys"], self._sources[f"{named}.values"] = keys, values
+        self._halves[named] = (keys, values)
+        shape = (heads * (sizes[0] + sizes[1]), rank)
+        return TensorEntry(named, "F32", shape, keys.file, keys.offset, math.prod(shape) * 4)
 
     def _require_sound(self, name: str, entry: TensorEntry) -> None:
         """What reading it takes for granted."""
@@ -166,50 +226,18 @@ class GgufCheckpoint(Checkpoint):
             )
 
 
+def _without(stored: Mapping[str, TensorEntry], blocks: range) -> dict[str, TensorEntry]:
+    """But for the tensors of blocks that only guess tokens further ahead."""
+
+    def is_used(name: str) -> bool:
+        match = _BLOCK.match(name)
+        return match is None or int(match[1]) not in blocks
+
+    return {name: entry for name, entry in stored.items() if is_used(name)}
+
+
 def _entry(name: str, number_format: str, shape: tuple[int, ...], at: TensorEntry) -> TensorEntry:
     return TensorEntry(name, number_format, shape, at.file, at.offset, at.num_bytes)
-
-
-def _files_of(path: Path) -> list[Path]:
-    """All files of the model, in order."""
-    if path.is_dir():
-        path = _one_in(path)
-    match = _SPLIT.fullmatch(path.name)
-    if match is None:
-        return [path]
-    stem, number, count = match.groups()
-    if not 1 <= int(number) <= int(count):
-        raise CheckpointNotFoundError(
-            f"{path}: is number {int(number)} of {int(count)} by its name, expected one of as many"
-        )
-    files = [path.with_name(f"{stem}-{n:05}-of-{count}.gguf") for n in range(1, int(count) + 1)]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CorruptCheckpointError(
-            f"{path.parent}: {len(missing)} of {len(files)} files are missing "
-            f"({', '.join(missing[:3])}); download them again"
-        )
-    return files
-
-
-def _one_in(folder: Path) -> Path:
-    found = sorted(folder.glob("*.gguf"))
-    first = [f for f in found if (m := _SPLIT.fullmatch(f.name)) is None or int(m[2]) == 1]
-    if len(first) != 1:
-        names = ", ".join(file.name for file in first) or "none that begins a model"
-        raise CheckpointNotFoundError(
-            f"{folder}: got {len(first)} GGUF models ({names}), expected one; name the file"
-        )
-    return first[0]
-
-
-def _require_all(files: tuple[Path, ...], values: Mapping[str, Any]) -> None:
-    count = values.get("split.count", 1) or 1
-    if count != len(files):
-        raise CorruptCheckpointError(
-            f"{files[0]}: is one of {count} files by its header and of {len(files)} by its name, "
-            f"expected the names that the splitting tool gave"
-        )
 
 
 def _unite_halves(rows: np.ndarray[Any, np.dtype[np.uint8]], head: int) -> None:
@@ -217,3 +245,10 @@ def _unite_halves(rows: np.ndarray[Any, np.dtype[np.uint8]], head: int) -> None:
     rotation of neighbours: the first ones of all pairs are a head's first half."""
     pairs = rows.reshape(-1, head // 2, 2, rows.shape[1])
     rows[:] = pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def unite_kv_b(
+    keys: np.ndarray[Any, np.dtype[np.float32]], values: np.ndarray[Any, np.dtype[np.float32]]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """keys [heads, rank, K], values [heads, V, rank] -> [heads, K + V, rank]."""
+    return np.concatenate([keys.swapaxes(1, 2), values], axis=1)

@@ -1,4 +1,5 @@
-"""Where the experts of a GGUF file lie: gate, up and down in three tensors of their block."""
+"""Where the experts of a GGUF file lie: gate, up and down in three tensors of their block, of some
+families with biases beside them."""
 
 from __future__ import annotations
 
@@ -11,40 +12,46 @@ from moe_infinity.checkpoint.spans import Span, read_ranges, slot_offset
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import PACKED
+from moe_infinity.kernels.planes import PLANES
 from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part
 
-EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.weight")
-CODED = tuple(name for name in PACKED if name != "EXACT12")  # that are computed as they are stored
+EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down)_exps\.(weight|bias)")
+CODED = tuple(name for name in PACKED if name not in ("EXACT12", *PLANES))  # computed as stored
+_Entries = Mapping[str, TensorEntry]  # of a block: gate, up, down; gate_bias, up_bias, down_bias
 
 
 def specs_of(
-    path: Path, experts: Mapping[str, TensorEntry], num_blocks: int
+    path: Path, experts: Mapping[str, TensorEntry], blocks: range, is_transposed: bool
 ) -> dict[ExpertKey, ExpertSpec]:
-    """Of all experts; in these families every block has some."""
+    """Of all experts; in these families each of some ``blocks`` in a row has them. is_transposed:
+    the model holds what is not coded as [in, out]."""
     by_block: dict[int, dict[str, TensorEntry]] = {}
     for name, entry in experts.items():
         match = EXPERTS.fullmatch(name)
         assert match is not None
-        by_block.setdefault(int(match[1]), {})[match[2]] = entry
-    if sorted(by_block) != list(range(len(by_block))) or len(by_block) != num_blocks:
+        block, part, kind = match.groups()
+        by_block.setdefault(int(block), {})[part + "_bias" * (kind == "bias")] = entry
+    if sorted(by_block) != list(blocks):
         raise CorruptCheckpointError(
-            f"{path}: has experts in {len(by_block)} blocks, expected them in each of {num_blocks}"
+            f"{path}: has experts in blocks {sorted(by_block)}, expected them in {list(blocks)}"
         )
     specs = {}
-    for layer, block in enumerate(sorted(by_block)):
+    for layer, block in enumerate(blocks):
         entries = by_block[block]
         _require_fitting(path, block, entries)
         for expert in range(entries["gate"].shape[0]):
-            specs[ExpertKey(layer, expert)] = _spec(ExpertKey(layer, expert), entries)
+            key = ExpertKey(layer, expert)
+            specs[key] = _spec(key, entries, is_transposed)
     return specs
 
 
-def _require_fitting(path: Path, block: int, entries: Mapping[str, TensorEntry]) -> None:
+def _require_fitting(path: Path, block: int, entries: _Entries) -> None:
     for name, entry in entries.items():
-        if entry.format not in (*DTYPES, *CODED):
+        known = DTYPES if name.endswith("_bias") else (*DTYPES, *CODED)
+        if entry.format not in known:
             raise UnsupportedModelError(
                 f"{path}: block {block}: expert tensor {name!r} is stored as {entry.format}, "
-                f"expected one of {', '.join((*DTYPES, *CODED))}; quantise the model otherwise"
+                f"expected one of {', '.join(known)}; quantise the model otherwise"
             )
     shapes = {name: entry.shape for name, entry in entries.items()}
     gate, up, down = (shapes.get(name, ()) for name in ("gate", "up", "down"))
@@ -53,30 +60,50 @@ def _require_fitting(path: Path, block: int, entries: Mapping[str, TensorEntry])
             f"{path}: block {block} has experts of shapes {shapes}, expected gate and up [E, I, H] "
             f"and down [E, H, I]"
         )
-    if entries["gate"].format != entries["up"].format:
-        raise UnsupportedModelError(
-            f"{path}: block {block} stores gate as {entries['gate'].format} and up as "
-            f"{entries['up'].format}, expected one form for both"
+    biases = {n: s for n, s in shapes.items() if n.endswith("_bias")}
+    if biases and biases != {"gate_bias": gate[:2], "up_bias": gate[:2], "down_bias": down[:2]}:
+        raise CorruptCheckpointError(
+            f"{path}: block {block} has experts of shapes {shapes}, expected biases "
+            f"of gate, up and down, one for each of their rows"
         )
+    for one, other in (("gate", "up"), ("gate_bias", "up_bias")):
+        if one in entries and entries[one].format != entries[other].format:
+            raise UnsupportedModelError(
+                f"{path}: block {block} stores {one} as {entries[one].format} and {other} as "
+                f"{entries[other].format}, expected one form for both"
+            )
 
 
-def _spec(key: ExpertKey, entries: Mapping[str, TensorEntry]) -> ExpertSpec:
+def _spec(key: ExpertKey, entries: _Entries, is_transposed: bool) -> ExpertSpec:
     spans = {name: _span(entry, key.expert) for name, entry in entries.items()}
     ranges = read_ranges(list(spans.values()))
 
-    def block(name: str, origin: int = 0) -> Block:
-        _, rows, cols = entries[name].shape
-        at = slot_offset(ranges, spans[name].file, spans[name].start)
-        return Block(at, (rows, cols), (cols, 1), origin)
+    def part(name: str, *tensors: str) -> Part:
+        """Of tensors that follow one another: rows, or columns where they lie turned."""
+        number_format, shape = entries[tensors[0]].format, entries[tensors[0]].shape[1:]
+        strides = (shape[1], 1) if len(shape) == 2 else (1,)
+        dim = 0
+        if is_transposed and len(shape) == 2 and number_format in DTYPES:
+            shape, strides, dim = shape[::-1], strides[::-1], 1
+        blocks = tuple(
+            Block(
+                slot_offset(ranges, spans[each].file, spans[each].start),
+                shape,
+                strides,
+                number * shape[dim],
+            )
+            for number, each in enumerate(tensors)
+        )
+        whole = list(shape)
+        whole[dim] *= len(tensors)
+        return Part(name, number_format, tuple(whole), dim, blocks)
 
-    _, rows, cols = entries["gate"].shape
-    first = (block("gate"), block("up", rows))
-    parts = (
-        Part("gate_up_proj", entries["gate"].format, (2 * rows, cols), 0, first),
-        Part("down_proj", entries["down"].format, (cols, rows), 0, (block("down"),)),
-    )
+    parts = [part("gate_up_proj", "gate", "up"), part("down_proj", "down")]
+    if "down_bias" in entries:
+        parts += [part("gate_up_proj_bias", "gate_bias", "up_bias")]
+        parts += [part("down_proj_bias", "down_bias")]
     weight_bytes = sum(span.end - span.start for span in spans.values())
-    return ExpertSpec(key, parts, tuple(ranges), weight_bytes)
+    return ExpertSpec(key, tuple(parts), tuple(ranges), weight_bytes)
 
 
 def _span(entry: TensorEntry, expert: int) -> Span:

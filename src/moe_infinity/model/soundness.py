@@ -9,8 +9,9 @@ from typing import Any
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.expert_layout import ExpertTensors
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.kernels.packed import PACKED
 from moe_infinity.model.adapters.base import ExpertsModule
-from moe_infinity.types import ExpertKey, ExpertSpec
+from moe_infinity.types import ExpertKey, ExpertSpec, Part
 
 
 def refuse_strays(checkpoint: Checkpoint, found: ExpertTensors) -> None:
@@ -32,13 +33,23 @@ def require_fitting(
         for layer, module in enumerate(experts)
         for number in range(module.num_experts)
     }
-    found = {key: {part.name: part.shape for part in spec.parts} for key, spec in specs.items()}
+    found = {
+        key: {part.name: _shape(part, expected.get(key, {})) for part in spec.parts}
+        for key, spec in specs.items()
+    }
     if found != expected:
         key = min(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
         raise CorruptCheckpointError(
             f"{path}: layer {key.layer} expert {key.expert}: got {found.get(key, 'nothing')}, "
             f"expected {expected.get(key, 'nothing')} from its config"
         )
+
+
+def _shape(part: Part, expected: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """As the model has it: coded matrices are [out, in] whatever it says."""
+    turned = part.shape[::-1]
+    is_turned = part.format in PACKED and expected.get(part.name) == turned
+    return turned if is_turned else part.shape
 
 
 def require_complete(checkpoint: Checkpoint, info: dict[str, Any]) -> None:
