@@ -20,6 +20,7 @@ from moe_infinity.errors import ConfigError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
 from moe_infinity.kernels.packed import can_pack
 from moe_infinity.model.direct_use import weights_read_directly
+from moe_infinity.model.latent_attention import absorbed_weights
 from moe_infinity.model.loading import Anatomy, examine, naming, read_config
 from moe_infinity.model.routers import is_router
 
@@ -126,6 +127,7 @@ def _linears(anatomy: Anatomy) -> Iterator[tuple[str, Any]]:
             f"model type {anatomy.config.model_type!r}: cannot tell which linear layers it reads "
             f"by itself, expected one that runs on shapes alone; pack it with --dense bf16"
         )
+    touched |= absorbed_weights(anatomy.meta)
     for name, module in anatomy.meta.named_modules():
         if type(module) is not nn.Linear or is_router(name, module, counts):
             continue

@@ -15,6 +15,7 @@ from moe_infinity.kernels.choice import choose
 from moe_infinity.kernels.packed import PACKED
 from moe_infinity.model.blocks import speed_up_blocks
 from moe_infinity.model.experts import ExpertsLayer, Runtime
+from moe_infinity.model.latent_attention import speed_up_latents
 from moe_infinity.model.linears import FewThreads, speed_up
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.observer import Observer
@@ -62,6 +63,7 @@ class Wiring:
         maths = [anatomy.adapter.math(module) for module in modules]
         compiled = _are_coded(anatomy) or not any(math.is_transposed for math in maths)
         has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)
+        speed_up_latents(model, self.kernel)
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
         layers = self._attach(modules, maths)

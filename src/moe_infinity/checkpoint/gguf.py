@@ -182,6 +182,7 @@ class GgufCheckpoint(Checkpoint):
             if named.endswith("shared_expert_gate.weight") and len(shape) == 1:
                 shape = (1, *shape)
             is_linear = named.endswith(("_proj.weight", "_mqa.weight")) or named == "lm_head.weight"
+            is_linear = is_linear and not named.endswith("kv_b_proj.weight")  # latent attention's
             self._sources[named] = entry
             if is_linear and entry.format in CODED:
                 packed[named] = PackedShape(entry.format, *shape)

@@ -34,6 +34,7 @@ except ImportError:
 native: ModuleType | None = _native
 
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
+_LATENT = struct.Struct("<5Qf7I")
 # In float32 the order of a sum shows: there stock's own results are kept, to its own spread.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
 # Beyond, torch's own products are the faster ones, except in bf16 with its own instructions.
@@ -129,6 +130,42 @@ class Kernel(ExpertKernel):
         start = time.perf_counter()
         native.attend(self._engine, block, token)
         self.dense_s += time.perf_counter() - start
+
+    def attend_latents(
+        self,
+        query: torch.Tensor,
+        weight: torch.Tensor,
+        latents: torch.Tensor,
+        rotary: torch.Tensor,
+        scaling: float,
+    ) -> torch.Tensor:
+        """Multi-head latent attention of one token in its absorbed form (arXiv 2405.04434).
+
+        query [heads, plain + R], weight [heads, plain + V, rank] of keys and then values, latents
+        [length, rank], rotary [length, R]; contiguous, of one dtype -> [heads, V].
+        """
+        assert native is not None
+        (heads, size), (length, rank), num_rotary = query.shape, latents.shape, rotary.shape[1]
+        plain = size - num_rotary
+        sizes = (heads, plain, num_rotary, weight.shape[1] - plain, rank, length)
+        tensors = (query, weight, latents, rotary)
+        same = all(x.is_contiguous() and x.dtype is query.dtype for x in tensors)
+        if (
+            not same
+            or weight.shape[::2] != (heads, rank)
+            or len(rotary) != length
+            or min(sizes) < 1
+        ):
+            raise ValueError(
+                f"got {[list(x.shape) for x in tensors]}, expected them to fit together"
+            )
+        out = query.new_empty((heads, sizes[3]))
+        at = (each.data_ptr() for each in (*tensors, out))
+        start = time.perf_counter()
+        packed = _LATENT.pack(*at, scaling, *sizes, TYPES[query.dtype])
+        native.attend_latents(self._engine, packed)
+        self.dense_s += time.perf_counter() - start
+        return out
 
     def sum(self, packed: bytes) -> None:
         """What a packed sum says (kernels/blocks.py)."""

@@ -12,6 +12,7 @@ from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
 from moe_infinity.checkpoint.expert_layout import NameRule
 from moe_infinity.errors import CorruptCheckpointError
 from moe_infinity.model.direct_use import weights_read_directly
+from moe_infinity.model.latent_attention import absorbed_weights
 from moe_infinity.model.lazy_tensors import Placeholder, read_packed
 from moe_infinity.model.packed_linears import attach_packed
 
@@ -40,6 +41,7 @@ def coded_linears(
     touched = weights_read_directly(meta) if quantised else None
     if touched is None:
         return found
+    touched |= absorbed_weights(meta)
     linears = {f"{n}.weight": m for n, m in meta.named_modules() if type(m) is nn.Linear}
     for entry in quantised:
         named = rule(entry.name)

@@ -5,19 +5,14 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention.hpp"
 #include "engine.hpp"
 
 namespace moe {
 
 namespace {
 
-// Tokens whose attention is one task. Fixed: the order of sums must not depend on threads.
-constexpr uint32_t kContextAtOnce = 256;
 constexpr float kChosen = -1;
-constexpr uint32_t kQueriesAtOnce = 8;  // bounds the scores on a task's stack
-
-// Numbers that are stored as they are: the types come first among the formats.
-Format format_of(Type type) { return static_cast<Format>(type); }
 
 Tokens some_of(const Tokens &x, uint32_t first, uint32_t count) {
     Tokens some = x;
@@ -25,22 +20,6 @@ Tokens some_of(const Tokens &x, uint32_t first, uint32_t count) {
     if (x.bf16) some.bf16 = x.bf16 + first * x.stride;
     if (x.f32) some.f32 = x.f32 + first * x.stride;
     return some;
-}
-
-// The parts of one query's attention, each relative to its own largest score, made one.
-void unite(const float *partial, uint32_t parts, uint32_t size, float *out) {
-    const size_t stride = size + 2;
-    float largest = partial[size], total = 0;
-    for (uint32_t part = 1; part < parts; ++part)
-        largest = std::max(largest, partial[part * stride + size]);
-    std::fill(out, out + size, 0.0f);
-    for (uint32_t part = 0; part < parts; ++part) {
-        const float *own = partial + part * stride;
-        const float weight = std::exp(own[size] - largest);
-        total += weight * own[size + 1];
-        for (uint32_t i = 0; i < size; ++i) out[i] += weight * own[i];
-    }
-    for (uint32_t i = 0; i < size; ++i) out[i] /= total;
 }
 
 }  // namespace

@@ -43,6 +43,20 @@ struct Token {
     float *weights;            // [top_k]
 };
 
+// One token's attention to latents: keys and values of every head are matrices times what is stored
+// of an earlier token, and are never made. All of one type, contiguous but where strides are given.
+struct Latent {
+    const void *queries;   // [num_heads, plain + rotary]
+    const void *weight;    // [num_heads, plain + values, rank]: of each head keys, then values
+    const void *latents;   // [length, rank]
+    const void *rotary;    // [length, rotary]: what all heads' keys have in common
+    void *out;             // [num_heads, values]
+    float scaling;
+    uint32_t num_heads, num_plain, num_rotary, num_values, rank, length;
+    Type type;
+};
+static_assert(sizeof(Latent) == 72, "Python packs it so");
+
 // sum over k of weights[k] * outs[k], rounded, plus h: a block's output.
 struct Sum {
     void *outs;            // [top_k, H]

@@ -66,6 +66,12 @@ struct BlockWork {
     void make_room(const Block &block);
 };
 
+// Of attention to latents: heads in chunks, each with its tokens.
+struct LatentWork {
+    Scratch floats, narrow, partial;
+    std::deque<Prepared> plain, rotary, context;
+};
+
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b);
 
@@ -84,6 +90,7 @@ public:
     // One token through a block, up to the choice of its experts; and what comes after them.
     void attend(const Block &block, const Token &token);
     void sum(const Sum &sum);
+    void attend_latents(const Latent &latent);
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
     // after them, if there is one, is run up to the choice of its experts.
@@ -98,6 +105,7 @@ private:
     void rotate(const Block &block, float *x, uint32_t num_heads, BlockWork &work) const;
     void look_back(const Block &block, const Token &token, BlockWork &work);
     void route(const Block &block, const Token &token, BlockWork &work);
+    void look_back(const Latent &latent, uint32_t part, uint32_t parts, LatentWork &work) const;
 
     void run_group(const Call *calls, size_t count);
     void prepare_call(const Call &call, Work &work);
@@ -119,6 +127,7 @@ private:
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
     BlockWork block_work_;
+    LatentWork latent_work_;
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v
     Prepared prepared_[kTogether];
     Scratch result_, bias_;
