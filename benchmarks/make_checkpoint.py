@@ -281,13 +281,15 @@ def write_widened(
 # --- Random weights of a known shape ---------------------------------------------------------
 
 
-def shape_config(shape: str, num_layers: int | None = None) -> Any:
-    """The transformers configuration of one of SHAPES, cut to `num_layers` if given."""
+def shape_config(shape: str, num_layers: int | None = None, num_experts: int | None = None) -> Any:
+    """The transformers configuration of one of SHAPES, cut to fewer layers or experts if given."""
     from transformers import CONFIG_MAPPING
 
     options = dict(SHAPES[shape])
     if num_layers is not None:
         options["num_hidden_layers"] = num_layers
+    if num_experts is not None:
+        options["num_experts"] = num_experts
     return CONFIG_MAPPING[options.pop("model_type")](**options)
 
 
@@ -392,6 +394,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--layers", type=int, metavar="N", help="--shape: number of layers, None for all"
     )
+    parser.add_argument(
+        "--experts", type=int, metavar="N", help="--shape: experts of a layer, None for all"
+    )
     parser.add_argument("--routing", choices=ROUTINGS, default="skewed", help="--shape: popularity")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the weights")
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
@@ -401,15 +406,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.widen is not None and args.layers is not None:
-        parser.error("--layers goes with --shape; the widened model keeps all its layers")
+    if args.widen is not None and (args.layers, args.experts) != (None, None):
+        parser.error("--layers and --experts go with --shape; the widened model keeps all it has")
     options: dict[str, Any] = {"dtype": DTYPES[args.dtype], "seed": args.seed}
     start = time.perf_counter()
     try:
         if args.widen is not None:
             total_bytes = write_widened(args.source, args.out, args.widen, **options)
         else:
-            config = shape_config(args.shape, args.layers)
+            config = shape_config(args.shape, args.layers, args.experts)
             total_bytes = write_random(config, args.out, routing=args.routing, **options)
     except CheckpointRefused as refusal:
         print(f"make_checkpoint: {refusal}", file=sys.stderr)

@@ -12,12 +12,11 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
-from moe_infinity.kernels.packed import PACKED
 from moe_infinity.model.blocks import speed_up_blocks
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.latent_attention import speed_up_latents
 from moe_infinity.model.linears import FewThreads, speed_up
-from moe_infinity.model.loading import Anatomy
+from moe_infinity.model.loading import Anatomy, are_coded
 from moe_infinity.model.observer import Observer
 from moe_infinity.model.packed_linears import run_packed
 from moe_infinity.model.routers import Wishes
@@ -61,7 +60,7 @@ class Wiring:
         step = Step(0, "decode", 1, 1)
         self.kernel = choose(kernel)
         maths = [anatomy.adapter.math(module) for module in modules]
-        compiled = _are_coded(anatomy) or not any(math.is_transposed for math in maths)
+        compiled = are_coded(anatomy) or not any(math.is_transposed for math in maths)
         has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)
         speed_up_latents(model, self.kernel)
         self._threads = FewThreads((has_packed or is_fast) and compiled)
@@ -157,8 +156,3 @@ class Wiring:
         if self._runtime.observer is not None:
             self._runtime.observer.end_step()
         self.request.end_step(self._runtime.step, time.perf_counter())
-
-
-def _are_coded(anatomy: Anatomy) -> bool:
-    parts = (part for spec in anatomy.specs.values() for part in spec.parts)
-    return all(part.format in PACKED for part in parts if len(part.shape) == 2)

@@ -32,6 +32,4 @@ def test_what_is_wrong_is_said(small: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "expected GGUF; is it another kind of file?" in refused("plan", tmp_path / "text.gguf")
     assert "has no tokenizer in its metadata" in refused("run", small, "hello")
-    message = refused("pack", small, tmp_path / "out")
-    assert "is packed already, or a GGUF file" in message
     assert "no such file, expected" in refused("run", tmp_path / "none.gguf", *IDS)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, TensorEntry
 from moe_infinity.checkpoint.pack_format import EXPERTS, FORMATS, HEADER, VERSION, aligned
 from moe_infinity.errors import ConfigError, DiskSpaceError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES
-from moe_infinity.kernels.packed import MAX_EXCEPTIONS, can_pack, row_bytes
+from moe_infinity.kernels.packed import MAX_EXCEPTIONS, PACKED, can_pack, row_bytes
 from moe_infinity.types import ExpertKey, ExpertSpec, Part
 
 JOURNAL = "journal.jsonl"
@@ -33,18 +35,29 @@ _LARGEST_COPY_BYTES = 256 * 1024**2  # tokenizers reach 30 MB
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """One tensor beside the experts, as it is packed. format: None as the source has it."""
+    """One tensor beside the experts, as it is packed. format: None as the source has it, or as
+    ``numbers`` of ``plain`` gives it: some rows at a time, where the source has codes or only
+    whole tensors."""
 
     name: str
     source: TensorEntry
     format: str | None = None
+    plain: str | None = None
+    numbers: Callable[[], Iterator[torch.Tensor]] | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """Of what is not coded."""
+        return self.plain or self.source.format
 
     @property
     def num_bytes(self) -> int:
-        if self.format is None:
+        if self.format is not None:
+            rows, cols = self.source.shape
+            return rows * row_bytes(self.format, cols)
+        if self.plain is None:
             return self.source.num_bytes
-        rows, cols = self.source.shape
-        return rows * row_bytes(self.format, cols)
+        return math.prod(self.source.shape) * DTYPES[self.plain].itemsize
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,11 @@ class Job:
     dense_format: str  # a name of DENSE_FORMATS
     splits_gate_up: bool  # gate and up are halves of one part
     target: Path
+    is_interleaved: bool = False  # or their rows take turns
+    is_transposed: bool = False  # what is not coded is [in, out] in the model
+    made_files: Mapping[str, bytes] = field(
+        default_factory=dict
+    )  # where the source has no folder of them
 
     @property
     def partial(self) -> Path:
@@ -78,6 +96,7 @@ class Job:
 def estimate_bytes(job: Job) -> int:
     """About what the packed folder will take."""
     total = sum(entry.num_bytes for entry in job.dense)
+    total += sum(map(len, job.made_files.values()))
     total += sum(path.stat().st_size for path in small_files(job))
     for spec in job.specs.values():
         total += aligned(sum(_estimate(part, job.experts_format) for part in spec.parts))
@@ -89,7 +108,8 @@ def _estimate(part: Part, experts_format: str) -> int:
     number_format = FORMATS[experts_format]
     numbers = math.prod(part.shape)
     if number_format is None or len(part.shape) != 2:
-        return numbers * DTYPES[part.format].itemsize + BLOCK_ALIGNMENT
+        item = DTYPES[part.format].itemsize if part.format in DTYPES else 2
+        return numbers * item + 2 * BLOCK_ALIGNMENT
     rows, cols = part.shape
     side = 5 * rows + int(4 * MAX_EXCEPTIONS * numbers) if number_format == "EXACT12" else 0
     return rows * row_bytes(number_format, cols) + side + 2 * BLOCK_ALIGNMENT
@@ -122,7 +142,7 @@ def _require_packable(spec: ExpertSpec, experts_format: str, number_format: str)
     for part in spec.parts:
         if len(part.shape) != 2:
             continue
-        if number_format == "EXACT12" and part.format != "BF16":
+        if number_format == "EXACT12" and part.format not in ("BF16", *PACKED):
             raise UnsupportedModelError(
                 f"{spec.key} {part.name}: got {part.format} weights, expected BF16 for exact12; "
                 f"choose int8 or int4"
@@ -135,7 +155,9 @@ def _require_packable(spec: ExpertSpec, experts_format: str, number_format: str)
 
 
 def small_files(job: Job) -> list[Path]:
-    ours = (HEADER, EXPERTS, JOURNAL)
+    ours = (HEADER, EXPERTS, JOURNAL, *job.made_files)
+    if not job.source.path.is_dir():
+        return []
     return [
         path
         for path in sorted(job.source.path.iterdir())

@@ -18,16 +18,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore
 from moe_infinity.checkpoint.direct_io import allocate
+from moe_infinity.checkpoint.expert_coding import coded_expert, raw_bytes
 from moe_infinity.checkpoint.journal import Journal, only_one_in
 from moe_infinity.checkpoint.pack_format import (
     DENSE,
     EXPERTS,
-    FORMATS,
     HEADER,
     VERSION,
     Pack,
@@ -45,10 +44,10 @@ from moe_infinity.checkpoint.pack_job import (
     small_files,
 )
 from moe_infinity.durable import sync, sync_folder, write_atomically
-from moe_infinity.errors import CheckpointError, DiskSpaceError, PackError, UnsupportedModelError
-from moe_infinity.kernels.formats import DTYPES, part_views
-from moe_infinity.kernels.packed import PackedMatrix, encode
-from moe_infinity.types import Block, ExpertKey, Part
+from moe_infinity.errors import CheckpointError, DiskSpaceError, PackError
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import encode
+from moe_infinity.types import ExpertKey
 
 _PIECE_BYTES = 8 * 1024**2
 _AHEAD_BYTES = 64 * 1024**2
@@ -135,7 +134,7 @@ def _write_experts(job: Job, on_bytes: Callable[[int], None]) -> list[PackedExpe
         end = max((each.end for each in done), default=0)
         file.truncate(end)
         for key, slot in _read(store, left):
-            data, parts = _coded(job, key, slot)
+            data, parts = coded_expert(job, key, slot)
             file.seek(end)
             file.write(data)
             file.write(bytes(aligned(len(data)) - len(data)))
@@ -181,58 +180,6 @@ def _begin(
     ]
 
 
-def _coded(job: Job, key: ExpertKey, slot: memoryview) -> tuple[memoryview, list[Part]]:
-    """One expert's bytes, packed, and where its parts lie in them."""
-    spec = job.specs[key]
-    views = part_views(spec, torch.frombuffer(slot, dtype=torch.uint8))
-    data = bytearray()
-    parts = []
-    for part in spec.parts:
-        blocks = [_plain(block) for block in views[part.name]]
-        if job.splits_gate_up and part.name == "gate_up_proj" and len(blocks) == 1:
-            blocks = list(blocks[0].chunk(2))
-        parts.append(_append(data, part, blocks, FORMATS[job.experts_format]))
-    return memoryview(data), parts
-
-
-def _append(
-    data: bytearray, part: Part, blocks: list[torch.Tensor], number_format: str | None
-) -> Part:
-    """Code a part's blocks behind ``data``; all of them plain if one of them does not pay."""
-    coded: list[Any] = []  # bytes of each block
-    if number_format is not None and len(part.shape) == 2:
-        coded = [encode(block, number_format) for block in blocks]
-    if not coded or any(each is None for each in coded):
-        coded, number_format = [_raw(block) for block in blocks], None
-    found, origin = [], 0
-    for block, each in zip(blocks, coded, strict=True):
-        data.extend(bytes(-len(data) % BLOCK_ALIGNMENT))
-        found.append(Block(len(data), tuple(block.shape), _row_major(block.shape), origin))
-        data.extend(memoryview(each))
-        origin += block.shape[part.concat_dim]
-    return replace(part, format=number_format or part.format, blocks=tuple(found))
-
-
-def _plain(block: torch.Tensor | PackedMatrix) -> torch.Tensor:
-    if isinstance(block, PackedMatrix):
-        raise UnsupportedModelError(
-            "got a checkpoint that is packed already, expected one in 16 or 32 bit; pack the source"
-        )
-    return block
-
-
-def _raw(block: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return block.contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
-
-
 def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, int], int]:
     """All other tensors as one safetensors file: (crc32 by tensor, crc32 of the header)."""
     table: dict[str, Any] = {}
@@ -241,7 +188,7 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
     for each in tensors:
         is_plain = each.format is None
         table[each.name] = {
-            "dtype": each.source.format if is_plain else "U8",
+            "dtype": each.stored_as if is_plain else "U8",
             "shape": each.source.shape if is_plain else [each.num_bytes],
             "data_offsets": [end, end + each.num_bytes],
         }
@@ -267,6 +214,11 @@ def _write_dense(job: Job, on_bytes: Callable[[int], None]) -> tuple[dict[str, i
 
 def _pieces(source: Checkpoint, tensor: DenseTensor) -> Iterator[memoryview]:
     """A tensor's bytes as they are packed: whole rows at a time where they are coded."""
+    if tensor.numbers is not None:
+        for rows in tensor.numbers():
+            coded = raw_bytes(rows) if tensor.format is None else encode(rows, tensor.format)
+            yield memoryview(coded)  # type: ignore[arg-type]
+        return
     entry = tensor.source
     stored_bytes = entry.num_bytes // entry.shape[0] if tensor.format else 1
     step = max(1, _PIECE_BYTES // stored_bytes) * stored_bytes
@@ -284,8 +236,8 @@ def _pieces(source: Checkpoint, tensor: DenseTensor) -> Iterator[memoryview]:
 def _copy_small_files(job: Job) -> dict[str, int]:
     """Config, tokenizer, licence: everything beside the weights. Returns crc32 by name."""
     found = {}
-    for path in small_files(job):
-        data = path.read_bytes()
-        write_atomically(job.partial / path.name, data)
-        found[path.name] = zlib.crc32(data)
+    contents = {path.name: path.read_bytes() for path in small_files(job)} | dict(job.made_files)
+    for name, data in contents.items():
+        write_atomically(job.partial / name, data)
+        found[name] = zlib.crc32(data)
     return found

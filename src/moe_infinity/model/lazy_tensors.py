@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -83,27 +84,33 @@ class DecodedTensor(LazyTensor):
 
     def _read(self) -> torch.Tensor:
         """Some rows at a time: the whole of it coded, or in float32, is in no budget."""
-        entry, (*_, cols) = self._entry, self._entry.shape
-        decoded = torch.empty(entry.shape, dtype=self._dtype)
-        rows = decoded.view(-1, cols)
-        step = max(_ROWS, _DECODED_AT_ONCE // cols // _ROWS * _ROWS)
-        if entry.format in PLANES:
-            shape = PackedShape(entry.format, len(rows), cols)
-            whole = read_packed(self._checkpoint, entry, shape)
-            for start in range(0, len(rows), step):
-                some = rows[start : start + step]
-                some.copy_(whole.decode_rows(start, len(some)))
-            return decoded
-        size = row_bytes(entry.format, cols)
-        for start in range(0, len(rows), step):
-            some = rows[start : start + step]
-            num_bytes, offset = len(some) * size, entry.offset + start * size
-            piece = replace(
-                entry, format="U8", shape=(num_bytes,), offset=offset, num_bytes=num_bytes
-            )
-            coded = read_tensor(self._checkpoint, piece, torch.uint8)
-            some.copy_(PackedMatrix(entry.format, len(some), cols, coded).decode())
+        decoded = torch.empty(self._entry.shape, dtype=self._dtype)
+        rows, start = decoded.view(-1, self._entry.shape[-1]), 0
+        for some in decoded_rows(self._checkpoint, self._entry, self._dtype):
+            rows[start : start + len(some)] = some
+            start += len(some)
         return decoded
+
+
+def decoded_rows(
+    checkpoint: Checkpoint, entry: TensorEntry, dtype: torch.dtype
+) -> Iterator[torch.Tensor]:
+    """A coded tensor as numbers, [some rows, cols] after another."""
+    (*lead, cols), size = entry.shape, row_bytes(entry.format, entry.shape[-1])
+    num_rows = math.prod(lead)
+    step = max(_ROWS, _DECODED_AT_ONCE // cols // _ROWS * _ROWS)
+    whole = None
+    if entry.format in PLANES:
+        whole = read_packed(checkpoint, entry, PackedShape(entry.format, num_rows, cols))
+    for start in range(0, num_rows, step):
+        count = min(step, num_rows - start)
+        if whole is not None:
+            yield whole.decode_rows(start, count).to(dtype)
+            continue
+        num_bytes, offset = count * size, entry.offset + start * size
+        piece = replace(entry, format="U8", shape=(num_bytes,), offset=offset, num_bytes=num_bytes)
+        coded = read_tensor(checkpoint, piece, torch.uint8)
+        yield PackedMatrix(entry.format, count, cols, coded).decode().to(dtype)
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -34,6 +34,7 @@ from moe_infinity.errors import (
     UnsupportedModelError,
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
+from moe_infinity.kernels.packed import PACKED
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.coded_linears import CodedLinear, attach_coded, coded_linears
@@ -82,7 +83,7 @@ def read_config(path: Path) -> Any:
     return config
 
 
-def _config_of(checkpoint: Checkpoint) -> Any:
+def config_of(checkpoint: Checkpoint) -> Any:
     """Of a checkpoint that has no config.json, from its own values."""
     if checkpoint.config_values is None:
         return read_config(checkpoint.path)
@@ -97,7 +98,7 @@ def _config_of(checkpoint: Checkpoint) -> Any:
 
 def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     """Find every expert and every dense tensor of a checkpoint, from headers and config alone."""
-    config = _config_of(checkpoint)
+    config = config_of(checkpoint)
     meta = _build(checkpoint, config)
     adapter = find_adapter(config.model_type)
     experts = find_experts(meta)
@@ -114,6 +115,12 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     computed = _compute_dtype(config, dense, dtype)
     coded = coded_linears(checkpoint, meta, naming(meta, adapter), dense)
     return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded)
+
+
+def are_coded(anatomy: Anatomy) -> bool:
+    """Whether all of the experts' matrices are."""
+    parts = (part for spec in anatomy.specs.values() for part in spec.parts)
+    return all(part.format in PACKED for part in parts if len(part.shape) == 2)
 
 
 def _specs(
