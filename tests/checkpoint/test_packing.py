@@ -136,8 +136,8 @@ def test_an_interrupted_job_goes_on(
         packed(bundled_model_path(), target, on_bytes=stop_after(share * 31e6))
     assert not target.exists()
     coded = []
-    real = packing._coded
-    monkeypatch.setattr(packing, "_coded", lambda *a: coded.append(a[2]) or real(*a))
+    real = packing.coded_expert
+    monkeypatch.setattr(packing, "coded_expert", lambda *a: coded.append(a[2]) or real(*a))
     packed(bundled_model_path(), target)
     assert len(coded) < 256 * (1.02 - share)
     assert contents(target) == contents(folders["exact12"])
@@ -188,7 +188,7 @@ def test_only_the_renaming_is_left(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(folders["exact12"], tmp_path / "out.partial")
-    monkeypatch.setattr(packing, "_coded", lambda *_: pytest.fail("packed again"))
+    monkeypatch.setattr(packing, "coded_expert", lambda *_: pytest.fail("packed again"))
     assert contents(packed(bundled_model_path(), tmp_path / "out")) == contents(folders["exact12"])
 
 
