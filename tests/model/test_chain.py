@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from moe_infinity import MoE
+from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import CancelledError, PlanExceededError
 from moe_infinity.kernels import native
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.chain import Chain, Reached
+from moe_infinity.model.experts import ExpertsLayer
 from support.checkpoints import tiny_checkpoint
 from support.families import tiny_input_ids
 
@@ -93,6 +95,37 @@ def test_what_is_said_and_counted_is_the_same(
     assert torch.equal(ahead[0], after[0])
     assert ahead[1] == after[1]
     assert np.array_equal(ahead[2], after[2])
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next_use"])
+@pytest.mark.parametrize("slots", [None, 6, 12])
+def test_told_together_or_one_by_one_is_the_same(
+    small: Path, slots: int | None, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    run_hits = RamHierarchy.run_hits
+    monkeypatch.setattr(
+        RamHierarchy, "run_hits", lambda *args: told.append(len(args[1])) or run_hits(*args)
+    )
+
+    def run() -> tuple[object, ...]:
+        options = {} if slots is None else {"ram_slots": slots}
+        with opened(small, policy=policy, prefetch="none", **options) as moe:
+            found = logits(moe, 40)
+            stats, hierarchy = moe.stats(total=True).decode, moe._hierarchy
+            counts = (stats.hits, stats.misses, stats.demand_bytes, stats.num_tokens)
+            computed = hierarchy.counters.decode.computed_bytes
+            accesses = [(a.layer, a.experts.tolist()) for a in moe._wiring.recorder.accesses]
+            hierarchy.check_integrity()
+            return found.tolist(), counts, computed, accesses, hierarchy.resident_flat()
+
+    together = run()
+    assert sum(told) > 0
+    assert slots is not None or max(told) == 3, "all layers of a pass at once"
+    told.clear()
+    monkeypatch.setattr(ExpertsLayer, "told_later", lambda *args: None)
+    assert run() == together
+    assert not told
 
 
 @pytest.mark.parametrize("in_place", [True, False])

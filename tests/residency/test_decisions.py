@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -442,9 +442,9 @@ def test_events_that_only_hit_are_served_the_same_at_once(
     num_at_once = 0
     serve_hits = Residency.serve_hits
 
-    def counted(self: Residency, event: Event) -> Lookup | None:
+    def counted(self: Residency, events: Sequence[Event]) -> list[Lookup] | None:
         nonlocal num_at_once
-        found = serve_hits(self, event)
+        found = serve_hits(self, events)
         num_at_once += found is not None
         return found
 
@@ -456,7 +456,7 @@ def test_events_that_only_hit_are_served_the_same_at_once(
 
     monkeypatch.setattr(Residency, "serve_hits", counted)
     at_once = replayed()
-    monkeypatch.setattr(Residency, "serve_hits", lambda self, event: None)
+    monkeypatch.setattr(Residency, "serve_hits", lambda self, events: None)
     assert replayed() == at_once
     is_quiet = prefetch in ("none", "gate_lookahead") and not find_policy(policy).wants_forecast
     assert (num_at_once > 0) == is_quiet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,13 @@ class Hierarchy(ABC):
         foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         Raises what a load failed with; nothing stays pinned or in flight then.
         """
+
+    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> None:
+        """Tell of events of a decode pass, in their order, whose experts were computed before from
+        where they lay, and how long each took. Raises what ``run_event`` does."""
+        for event, seconds in zip(events, spent_s, strict=True):
+            left = iter((seconds,))  # told once, however often asked
+            self.run_event(event, lambda keys, views, left=left: next(left, 0.0))  # type: ignore[misc]
 
     @abstractmethod
     def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:

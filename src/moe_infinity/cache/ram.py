@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,6 +63,7 @@ class RamHierarchy(Hierarchy, Carrier):
         self._computing: Compute | None = None  # of the running event
         self._is_clean = True  # False while an event runs, or was given up halfway
         self._layouts = _layouts_of(store)
+        self._layer_bytes = _layer_bytes_of(store)
         if all(map(is_viewable, store.specs.values())):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
@@ -109,6 +110,27 @@ class RamHierarchy(Hierarchy, Carrier):
             self.runner.run(event, self, foreseen)
             self._count_activity()
             self._count_stall(event.phase)
+
+    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> None:
+        if self.cancelled.is_set():
+            raise CancelledError("the request was cancelled")
+        with self._undone_if_interrupted():
+            were_hits = self.runner.run_hits(events, self)
+            if were_hits:
+                now = self.counters.now
+                now.compute_s += sum(spent_s)
+                now.computed_bytes += sum(map(self._event_bytes, events))
+                self._count_activity()
+                self._count_stall("decode", len(events))
+        if not were_hits:
+            super().run_hits(events, spent_s)
+
+    def _event_bytes(self, event: Event) -> int:
+        """Of its members' weights."""
+        of_each = self._layer_bytes[event.layer]
+        if of_each is not None:
+            return of_each * len(event.experts)
+        return sum(self._store.specs[key].weight_bytes for key in event.keys)
 
     def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
         with self._undone_if_interrupted():
@@ -206,13 +228,13 @@ class RamHierarchy(Hierarchy, Carrier):
         self.counters.now.read_busy_s += busy_s
         self.counters.now.read_bytes += num_bytes
 
-    def _count_stall(self, phase: Phase) -> None:
+    def _count_stall(self, phase: Phase, num_events: int = 1) -> None:
         """Prompts stream whatever the cache holds: only decode says whether looking ahead pays."""
         now = time.perf_counter()
         if phase == "decode" and self._event_ended_s is not None:
             self._of_pass.stall_s += self._stalled_s
             self._of_pass.wall_s += now - self._event_ended_s
-            self._of_pass.num_events += 1
+            self._of_pass.num_events += num_events
         self._event_ended_s = now if phase == "decode" else None
         self._stalled_s = 0.0
 
@@ -251,3 +273,11 @@ def _layouts_of(store: ExpertStore) -> dict[ExpertKey, int]:
     """Numbers that are equal for experts whose parts lie in the same places of their slots."""
     numbers: dict[tuple[Part, ...], int] = {}
     return {key: numbers.setdefault(spec.parts, len(numbers)) for key, spec in store.specs.items()}
+
+
+def _layer_bytes_of(store: ExpertStore) -> dict[int, int | None]:
+    """By layer the bytes of each expert's weights; None where they differ."""
+    sizes: dict[int, set[int]] = {}
+    for key, spec in store.specs.items():
+        sizes.setdefault(key.layer, set()).add(spec.weight_bytes)
+    return {layer: found.pop() if len(found) == 1 else None for layer, found in sizes.items()}

@@ -144,7 +144,11 @@ class CompiledBlock:
         router, chain = self._found.spec.router, self._chain
         assert router is not None, "who has no router is asked otherwise"
         if is_done and chain is not None:
-            self._ask_experts(self._normed, chain.experts_s(self._place))
+            event = self.experts.told_later(*(each.copy() for each in self._choice.seen))
+            if event is None:
+                self._ask_experts(self._normed, chain.experts_s(self._place))
+            else:
+                chain.tell_later(self._place, event)
             return chain.output(self._place)
         self._ask_experts(self._normed)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)

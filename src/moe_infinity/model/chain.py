@@ -5,8 +5,8 @@ processor's caches. So the first block that is called lets the compiled code go 
 ones, as far as the experts that their routers choose are in memory; what it found waits for the
 model to call those blocks. A result is used only if that call is the one that was foreseen: the
 very tensor, unchanged to the bit, at the same place of the same cache. Nothing is told to anybody
-(cache, policy, trace) before. Who changes the numbers of a later block's weights or keys in the
-middle of a pass is heard from the next pass on.
+(cache, policy, trace) before; the cache is told of all of them at once then. Who changes the
+numbers of a later block's weights or keys in the middle of a pass is heard from the next pass on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from moe_infinity.kernels.blocks import Choice
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.kv_cache import one_row_layer
+from moe_infinity.tracing.event import Event
 
 
 class Member(NamedTuple):
@@ -103,6 +104,8 @@ class Chain:
         # Who was called last, what it returned, and how it was called.
         self._last: tuple[int, torch.Tensor, _Setting] | None = None
         self._run: _Run | None = None
+        self._untold: list[Event] = []  # of blocks of this run that the model has called
+        self._untold_s: list[float] = []
 
     def note(self, place: int, expert: int, call: bytes) -> None:
         """How to compute an expert, true until its place in memory is given to another."""
@@ -119,6 +122,7 @@ class Chain:
         if run is not None and self._is_foreseen(run, place, x, kwargs):
             self._run = run
             return Reached.WHOLE if place < run.first + run.whole else Reached.CHOICE
+        self._tell()
         self._learn(place, x, kwargs)
         if not self._follows[place + 1] or not self._hierarchy.is_quiet():
             return Reached.NOTHING
@@ -133,6 +137,20 @@ class Chain:
         """Seconds that the experts of a block that was run whole took."""
         return self._stages.experts_s(place)
 
+    def tell_later(self, place: int, event: Event) -> None:
+        """The model has called a block that was run whole: with the last such, all are told of."""
+        assert self._run is not None, "nothing was run ahead"
+        self._untold.append(event)
+        self._untold_s.append(self.experts_s(place))
+        if place == self._run.first + self._run.whole - 1:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._untold:
+            events, spent_s = self._untold, self._untold_s
+            self._untold, self._untold_s = [], []
+            self._hierarchy.run_hits(events, spent_s)
+
     def returned(self, place: int, out: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Block ``place``, called with kwargs, gives ``out`` to the model."""
         self._last = (place, out, _Setting.of(kwargs))
@@ -142,11 +160,15 @@ class Chain:
     def left(self, place: int) -> None:
         """Block ``place`` was called in a way that the compiled code does not know."""
         self._follows[place] = False
+        self._tell()
         self.forget()
 
     def forget(self) -> None:
-        """Hold on to nothing that somebody else made: a cache is large."""
+        """Hold on to nothing that somebody else made: a cache is large. What is untold then was
+        cut off by an error."""
         self._run = self._last = None
+        self._untold.clear()
+        self._untold_s.clear()
 
     def _learn(self, place: int, x: torch.Tensor, kwargs: dict[str, Any]) -> None:
         """Whether this block is shown what the one before has returned."""

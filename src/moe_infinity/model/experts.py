@@ -100,6 +100,15 @@ class ExpertsLayer:
         self._runtime.recorder.record(event)
         self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
 
+    def told_later(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event | None:
+        """The event of one token whose experts were asked already; None where somebody wants to
+        see more of it."""
+        if self._runtime.observer is not None:
+            return None
+        event = self._event(ids, weights, _FIRST_ROW, LONE, Seen())
+        self._runtime.recorder.record(event)
+        return event
+
     def _chunk(
         self,
         start: int,

@@ -7,7 +7,7 @@ clock, the other with neither. Every decision depends on the order of calls, nev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,20 +59,20 @@ class Residency:
             self.counters.waste(key.layer)
         self.policy.begin_pass(phase)
 
-    def serve_hits(self, event: Event) -> Lookup | None:
-        """A whole decode event at once, if all of its members are here and nothing loaded ahead
-        awaits its verdict: the same as begin_event to end_event. None: nothing was done."""
-        if event.phase != "decode" or self.room.ahead:
+    def serve_hits(self, events: Sequence[Event]) -> list[Lookup] | None:
+        """Whole decode events at once, if all of their members are here and nothing loaded ahead
+        awaits its verdict: the same as begin_event to end_event of each. None: nothing was done."""
+        if self.room.ahead or any(event.phase != "decode" for event in events):
             return None
-        states = self.directory.states[
-            event.layer * self.directory.shape.num_experts + event.experts
-        ]
-        if (states != State.RESIDENT).any():
+        num_experts = self.directory.shape.num_experts
+        members = [event.layer * num_experts + event.experts for event in events]
+        if (self.directory.states[np.concatenate(members)] != State.RESIDENT).any():
             return None
-        self._notice(event)
-        self.counters.look_up(len(event.keys), 0, 0)
-        self.room.leave_ring(event.keys)
-        return Lookup(event.keys, [], [], [])
+        for event in events:
+            self._notice(event)
+            self.room.leave_ring(event.keys)
+        self.counters.look_up(sum(map(len, members)), 0, 0)
+        return [Lookup(event.keys, [], [], []) for event in events]
 
     def begin_event(self, event: Event) -> Lookup:
         """Look all members up, pin those that are here, tell the policy. Evicts nothing."""

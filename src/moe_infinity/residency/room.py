@@ -111,6 +111,8 @@ class RoomFinder:
 
     def leave_ring(self, keys: Iterable[ExpertKey]) -> None:
         """These are residents like others from now on."""
+        if not any(self._rings):
+            return
         for key in keys:
             ring = self._rings[self._directory.class_of(key)]
             if ring and key in ring:

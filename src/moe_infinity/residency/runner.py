@@ -8,7 +8,7 @@ gets the same decisions.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -115,9 +115,9 @@ class EventRunner:
         self._collect(carrier)
         if not self._looks_ahead(carrier):
             self.residency.room.protect(_NO_KEYS)
-            if served := self.residency.serve_hits(event):
-                self.planner.observe(event, served)
-                carrier.compute(served.hits)
+            if served := self.residency.serve_hits([event]):
+                self.planner.observe(event, served[0])
+                carrier.compute(served[0].hits)
                 return
         found = self.residency.begin_event(event)
         self.planner.observe(event, found)
@@ -147,6 +147,18 @@ class EventRunner:
             for key in ready:
                 self.residency.finish(key)
         self.residency.end_event()
+
+    def run_hits(self, events: Sequence[Event], carrier: Carrier) -> bool:
+        """Serve decode events whose members were computed before; whether all of them only hit.
+        If not, nothing was done."""
+        self._collect(carrier)
+        if self._looks_ahead(carrier):
+            return False
+        self.residency.room.protect(_NO_KEYS)
+        served = self.residency.serve_hits(events)
+        for event, found in zip(events, served or (), strict=served is not None):
+            self.planner.observe(event, found)
+        return served is not None
 
     def foresee(
         self, layer: int, phase: Phase, scores: NDArray[np.float32], carrier: Carrier
