@@ -1,6 +1,8 @@
 """Quantised safetensors run as they are stored, and agree with stock on the decoded weights."""
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe_infinity import MoE
+from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels import native
+from moe_infinity.model.loading import examine
 from support.checkpoints import edit_config, tiny_checkpoint
 from support.quantised import METHODS, quantise
 from support.quantised_models import build
@@ -148,3 +152,62 @@ class TestBadInput:
         assert checkpoint.sides[name].scales.shape == (64, 1)
         assert not any(n.endswith((".qweight", ".scales", ".qzeros")) for n in checkpoint.tensors)
         checkpoint.close()
+
+
+ODD = (None, True, -1, 0, 7, 2**40, 0.5, "", "x", [], [0, 0], [128], [1, "a"], {}, {"a": 1})
+
+
+class TestFuzz:
+    """What is spoiled at random is read, or refused by name."""
+
+    @pytest.fixture(scope="class")
+    def folders(self, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+        root = tmp_path_factory.mktemp("coded")
+        for name, method in MODELS:
+            quantise(build(name), root / f"{name}_{method}", method)
+        return [root / f"{name}_{method}" for name, method in MODELS]
+
+    def outcome(self, path: Path, is_whole: bool = True) -> str:
+        try:
+            with contextlib.closing(open_checkpoint(path)) as checkpoint:
+                if is_whole:
+                    examine(checkpoint, None)
+            return "read"
+        except CheckpointError as error:
+            assert "expected" in str(error), error
+            return "refused"
+
+    @pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+    def test_headers(self, folders: list[Path], count: int) -> None:
+        draw, outcomes = random.Random(0), set()
+        for number in range(count):
+            path = folders[number % len(folders)]
+            with (path / "model.safetensors").open("r+b") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = file.read(size)
+                changed = bytearray(header)
+                for _ in range(draw.choice((1, 1, 2, 8))):
+                    changed[draw.randrange(size)] = draw.choice(b'0123456789",:[]{}FIU_. \xff')
+                file.seek(8)
+                file.write(changed)
+                file.flush()
+                outcomes.add(self.outcome(path))
+                file.seek(8)
+                file.write(header)
+        assert outcomes == {"read", "refused"}
+
+    def test_configs(self, folders: list[Path]) -> None:
+        outcomes = set()
+        for path in folders:
+            before = (path / "config.json").read_text()
+            raw = json.loads(before)
+            described = raw["quantization_config"]
+            for name in (*described, "version", "checkpoint_format", "desc_act"):
+                for value in ODD:
+                    edit_config(path, quantization_config=described | {name: value})
+                    outcomes.add(self.outcome(path, is_whole=False))
+            for value in ODD:
+                edit_config(path, quantization_config=value)
+                outcomes.add(self.outcome(path))
+            (path / "config.json").write_text(before)
+        assert outcomes == {"read", "refused"}

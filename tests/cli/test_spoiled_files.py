@@ -81,7 +81,7 @@ class TestSpoiledFiles:
             experts = [v for k, v in header.items() if ".experts." in k]
             experts[1]["data_offsets"] = list(experts[0]["data_offsets"])
 
-        assert "overlap; the header lies" in self._with(tiny, change)
+        assert "overlap, expected them apart" in self._with(tiny, change)
 
     def test_a_wrong_dtype(self, tiny: Path) -> None:
         def change(header: dict[str, Any]) -> None:

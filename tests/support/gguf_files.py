@@ -30,7 +30,9 @@ Kind = gguf.GGMLQuantizationType
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 
-def small_model(name: str, size: int = 32, dtype: torch.dtype = torch.float32) -> Any:
+def small_model(
+    name: str, size: int = 32, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Any:
     """A random model of a family whose matrices have rows of a multiple of ``size``, and what
     llama.cpp takes for granted of it."""
     usual = {
@@ -53,7 +55,7 @@ def small_model(name: str, size: int = 32, dtype: torch.dtype = torch.float32) -
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    config = transformers.AutoConfig.for_model(name, **usual | _special(name, size))
+    config = transformers.AutoConfig.for_model(name, **usual | _special(name, size) | changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -164,9 +164,15 @@ def read_header(path: Path, number: int) -> list[TensorEntry]:
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path}: the header is not JSON ({error})") from error
+        raise CorruptCheckpointError(
+            f"{path}: the header is not JSON ({error}), expected a table of tensors; download the "
+            f"file again"
+        ) from error
     if not isinstance(header, dict):
-        raise CorruptCheckpointError(f"{path}: the header is {type(header).__name__}, not a table")
+        raise CorruptCheckpointError(
+            f"{path}: the header is {type(header).__name__}, expected a table of tensors; download "
+            f"the file again"
+        )
     header.pop("__metadata__", None)
     start = 8 + len(raw)
     entries = [_entry(path, number, n, v, start, file_bytes) for n, v in header.items()]
@@ -207,7 +213,7 @@ def _entry(
         ) from error
     if begin > end or data_start + end > file_bytes:
         raise CorruptCheckpointError(
-            f"{path}: tensor {name!r} claims bytes {begin} to {end} of the "
+            f"{path}: tensor {name!r} claims bytes {begin} to {end}, expected some of the "
             f"{file_bytes - data_start} there are; the file is truncated: download it again"
         )
     if dtype in ITEM_BYTES and end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
@@ -223,7 +229,8 @@ def _refuse_overlaps(path: Path, entries: list[TensorEntry]) -> None:
     for first, second in itertools.pairwise(ordered):
         if first.offset + first.num_bytes > second.offset:
             raise CorruptCheckpointError(
-                f"{path}: tensors {first.name!r} and {second.name!r} overlap; the header lies"
+                f"{path}: tensors {first.name!r} and {second.name!r} overlap, expected them "
+                f"apart; download the file again"
             )
 
 

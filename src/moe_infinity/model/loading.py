@@ -76,7 +76,10 @@ def read_config(path: Path) -> Any:
     except Exception as error:  # of any kind: the library checks values with errors of its own
         unknown = "model_type" in str(error) or "does not recognize" in str(error)
         kind = UnsupportedModelError if unknown else CorruptCheckpointError
-        raise kind(f"{file}: got no config that can be read ({_in_one_line(error)})") from error
+        raise kind(
+            f"{file}: got no config that can be read ({_in_one_line(error)}), expected that of a "
+            f"model the installed transformers knows"
+        ) from error
     for each in {id(c): c for c in (config, config.get_text_config())}.values():
         if getattr(each, "quantization_config", None) is not None:
             del each.quantization_config  # the checkpoint sees to it: no layer of the library's own
