@@ -21,7 +21,11 @@ from limits import provenance, save
 from support.gguf_files import ARCHITECTURES, Kind, gguf, small_model, write_gguf
 
 SIZE, VOCABULARY = 64, 96
-LITE_LAYERS = 27  # by which llama.cpp tells DeepSeek-V2-Lite
+# What llama.cpp wants of a family: it knows DeepSeek-V2-Lite by its layers.
+WANTED = {
+    "deepseek_v2": {"num_hidden_layers": 27},
+    "olmoe": {"tie_word_embeddings": False, "num_key_value_heads": 4},
+}
 
 
 def main() -> None:
@@ -45,10 +49,9 @@ def main() -> None:
 def compared(name: str, folder: Path, prompts: list[list[int]], args: argparse.Namespace) -> dict:
     """Of some prompts, how many answers are equal, or up to a near-tie of our own logits."""
     path = folder / f"{name}.gguf"
-    changes = {"num_hidden_layers": LITE_LAYERS} if name == "deepseek_v2" else {}
     architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[name]]
     words = {"tokenizer.ggml.model": "no_vocab", f"{architecture}.vocab_size": VOCABULARY}
-    write_gguf(small_model(name, SIZE, **changes), path, Kind.F32, **words)
+    write_gguf(small_model(name, SIZE, **WANTED.get(name, {})), path, Kind.F32, **words)
     job = {"path": str(path), "prompts": prompts, "new_tokens": args.new_tokens}
     command = [args.peer_python, gguf_text.__file__, str(path), "--worker", json.dumps(job)]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
