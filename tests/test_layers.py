@@ -24,6 +24,7 @@ LAYERS = (
     ("training",),
     ("kernels",),
     ("checkpoint",),
+    ("product_speed",),
     ("machine",),
     ("state_file", "cache"),
     ("model",),

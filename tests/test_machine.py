@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_infinity import machine, planning
+from moe_infinity import machine, planning, product_speed
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PACKED
 
 GIB = 2**30
 RESIDENT = 200 * 2**20  # a test run may have grown beyond the limits below
@@ -66,3 +68,11 @@ def test_an_automatic_budget_stays_below_the_limit(groups: Path) -> None:
 
 def test_peak_is_no_less_than_now() -> None:
     assert machine.peak_resident_bytes() >= machine.resident_bytes() > 2**20
+
+
+@pytest.mark.parametrize("number_format", [*DTYPES, *PACKED])
+def test_products_of_every_format_are_measured(
+    number_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product_speed, "BEYOND_CACHES_BYTES", 1 << 20)
+    assert product_speed.measure_matvec_gbps(1 << 20, number_format) > 0

@@ -14,17 +14,13 @@ from pathlib import Path, PurePosixPath
 import torch
 
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES, align_down, allocate, open_all
-from moe_infinity.kernels import native
-from moe_infinity.kernels.choice import choose
-from moe_infinity.kernels.described import describe
+from moe_infinity.product_speed import BEYOND_CACHES_BYTES, best_s, measure_matvec_gbps
 
 _MEASURE_S, _TRY_S = 0.3, 0.1  # the speed of the disk; each way of reading
 _THREADS = (1, 2, 4, 8)
 _CHUNKS_BYTES = tuple(n * 1024**2 for n in (1, 2, 4, 8))
 _NEARLY = 0.95
 _MOST_THREADS = 64
-# Beyond most processors' caches, yet small enough to measure inside a tight budget.
-_MEMORY_BYTES = 64 * 1024**2
 _PROC_STATUS = Path("/proc/self/status")
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -114,43 +110,8 @@ def disk_gbps(files: Sequence[Path], num_threads: int, chunk_bytes: int, seconds
 
 def measure_memory_gbps() -> float:
     """Reading speed of RAM with torch's threads."""
-    data = torch.ones(_MEMORY_BYTES // 4)
-    return _MEMORY_BYTES / _best_s(lambda: data.sum()) / 1e9
-
-
-def measure_matvec_gbps(expert_bytes: int) -> float:
-    """Bytes per second through bf16 matrix-vector products, the matrices beyond any cache, with
-    the kernel that runs would choose."""
-    rows = max(64, min(2048, int((expert_bytes / 4) ** 0.5)))
-    count = max(2, _MEMORY_BYTES // (rows * rows * 2))
-    weights = torch.zeros(count, rows, rows, dtype=torch.bfloat16)
-    x = torch.zeros(1, rows, dtype=torch.bfloat16)
-
-    kernel = choose("auto")
-    compiled = kernel if isinstance(kernel, native.Kernel) else None
-    described = [describe(weight) for weight in weights]
-
-    def products() -> None:
-        for weight, matrix in zip(weights, described, strict=True):
-            if compiled is not None:
-                compiled.linear(matrix, rows, x)
-            else:
-                torch.nn.functional.linear(x, weight)
-
-    speed = weights.numel() * 2 / _best_s(products) / 1e9
-    kernel.close()
-    return speed
-
-
-def _best_s(function: object) -> float:
-    assert callable(function)
-    function()
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return best
+    data = torch.ones(BEYOND_CACHES_BYTES // 4)
+    return BEYOND_CACHES_BYTES / best_s(lambda: data.sum()) / 1e9
 
 
 def resident_bytes() -> int:

@@ -67,12 +67,12 @@ def _report(
     from moe_infinity.machine import (
         Bandwidths,
         best_reading,
-        measure_matvec_gbps,
         measure_memory_gbps,
     )
     from moe_infinity.model.block_kind import look_usual
-    from moe_infinity.model.loading import examine
+    from moe_infinity.model.loading import are_coded, examine
     from moe_infinity.planning import make_plan
+    from moe_infinity.product_speed import measure_matvec_gbps
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         anatomy = examine(checkpoint, config.dtype)
@@ -83,12 +83,14 @@ def _report(
     speeds = Bandwidths(
         disk_gbps=disk_gbps or best_reading(files, read_bytes)[0],
         memory_gbps=measure_memory_gbps(),
-        matvec_gbps=measure_matvec_gbps(read_bytes),
+        matvec_gbps=measure_matvec_gbps(read_bytes, _main_format(anatomy)),
     )
     is_compiled = native.native is not None and look_usual(anatomy)
     other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
     expected = forecast(made, other_s, speeds, hit_rate)
-    choices = [] if is_packed else forms(made, _bits_of(anatomy), other_s, speeds)
+    choices = (
+        [] if is_packed or are_coded(anatomy) else forms(made, _bits_of(anatomy), other_s, speeds)
+    )
     better = recommended(expected, choices)
     return _facts(made, anatomy) | {
         "verdict": verdict(made, expected),
@@ -109,7 +111,22 @@ def _facts(made: Any, anatomy: Any) -> dict[str, Any]:
         "num_layers": anatomy.shape.num_layers,
         "top_k": anatomy.shape.top_k,
         "arithmetic": made.arithmetic(),
+        "expert_formats": _formats_of(anatomy),
     }
+
+
+def _formats_of(anatomy: Any) -> list[str]:
+    """That the experts' matrices are stored in, the one of most numbers first."""
+    sizes: dict[str, int] = {}
+    for spec in anatomy.specs.values():
+        for part in spec.parts:
+            if len(part.shape) == 2:
+                sizes[part.format] = sizes.get(part.format, 0) + math.prod(part.shape)
+    return sorted(sizes, key=lambda name: -sizes[name])
+
+
+def _main_format(anatomy: Any) -> str:
+    return _formats_of(anatomy)[0]
 
 
 def _bits_of(anatomy: Any) -> int:
@@ -129,7 +146,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
     print()
     print(
         f"experts: {report['experts_total']} in {report['num_layers']} layers, "
-        f"{format_bytes(report['expert_bytes_total'])} in all; {report['share_resident']:.0%} fit"
+        f"{format_bytes(report['expert_bytes_total'])} in all, stored as "
+        f"{', '.join(report['expert_formats'])}; {report['share_resident']:.0%} fit"
     )
     print(
         f"one token: {report['working_set']} experts, {format_bytes(report['bytes_per_token'])} of "
@@ -144,8 +162,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
     _print_forms(report)
     bandwidths = speed["bandwidths"]
     print(
-        f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, expert products "
-        f"{bandwidths['matvec_gbps']:.1f} GB/s"
+        f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, {report['expert_formats'][0]} "
+        f"products {bandwidths['matvec_gbps']:.1f} GB/s"
     )
 
 

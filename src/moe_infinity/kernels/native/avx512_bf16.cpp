@@ -95,7 +95,7 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
                      : is_super(m.format)       ? panels<PairPanels, RoundedSource<SuperRows<1>>>
                      : m.format == Format::f8   ? panels<PairPanels, RoundedSource<F8Rows<1>>>
                      : m.format >= Format::int4 ? panels<PairPanels, RoundedSource<CodeRows<1>>>
-                     : is_decoded(m.format)     ? panels<PairPanels, RoundedSource<SlowRows<1>>>
+                     : is_decoded(m.format)     ? panels<PairPanels, RoundedSource<MinimumRows<1>>>
                      : m.format == Format::bf16 ? panels<PairPanels, PairSource<Bf16Rows<1>>>
                                                 : panels<PairPanels, PairSource<Exact12Rows<1>>>;
     run(m, x, first, last, out, out_stride);

@@ -122,10 +122,8 @@ inline float f8_to_float(uint8_t byte) {  // 4 bits of exponent, 3 of mantissa, 
     return f16_to_float(half) * 256.0f;
 }
 
-// The scale of a weight, where scales lie apart.
-inline float scale_of(const Matrix &m, uint32_t row, uint32_t col) {
-    const uint8_t *at = m.side + size_t(row / m.group_rows) * m.side_row_bytes +
-                        size_t(col / m.group_cols) * m.side_col_bytes;
+// A scale, where scales lie apart.
+inline float scale_at(const Matrix &m, const uint8_t *at) {
     if (m.side_type == kE8m0) return bits_to_float(*at ? static_cast<uint32_t>(*at) << 23 : 0x00400000u);
     if (m.side_type == static_cast<uint32_t>(Type::f32)) {
         float value;
@@ -136,15 +134,20 @@ inline float scale_of(const Matrix &m, uint32_t row, uint32_t col) {
     return m.side_type == static_cast<uint32_t>(Type::bf16) ? bf16_to_float(bits) : f16_to_float(bits);
 }
 
+inline float scale_of(const Matrix &m, uint32_t row, uint32_t col) {
+    return scale_at(m, m.side + size_t(row / m.group_rows) * m.side_row_bytes +
+                           size_t(col / m.group_cols) * m.side_col_bytes);
+}
+
 // Where awq puts the eight rows of a word.
 constexpr int kAwqPlace[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
 // What is taken from a code of int4 and later formats.
-inline int zero_of(const Matrix &m, uint32_t row, uint32_t col) {
+inline int zero_at(const Matrix &m, uint32_t row, uint32_t group) {
     if (!m.zeros) return 8;
     uint32_t word;
-    std::memcpy(&word, m.zeros + size_t(row / 8) * m.zero_row_bytes +
-                           size_t(col / m.group_cols) * m.zero_col_bytes, 4);
+    std::memcpy(&word, m.zeros + size_t(row / 8) * m.zero_row_bytes + size_t(group) * m.zero_col_bytes,
+                4);
     const int place = m.format == Format::awq ? kAwqPlace[row % 8] : static_cast<int>(row % 8);
     const auto zero = static_cast<int>(word >> (4 * place) & 15);
     return m.format == Format::gptq ? (zero + 1) & 15 : zero;
@@ -180,7 +183,7 @@ inline void decode_weights(const Matrix &m, uint32_t row, uint32_t first, uint32
         if (m.format == Format::f8)
             out[i] = f8_to_float(m.data[row * m.row_bytes + first + i]) * scale;
         else
-            out[i] = static_cast<float>(code_of(m, row, first + i) - zero_of(m, row, first + i)) * scale;
+            out[i] = static_cast<float>(code_of(m, row, first + i) - zero_at(m, row, (first + i) / m.group_cols)) * scale;
     }
 }
 

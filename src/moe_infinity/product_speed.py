@@ -1,0 +1,73 @@
+"""How fast this machine multiplies by weights, in each of their formats."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from moe_infinity.kernels import native
+from moe_infinity.kernels.choice import choose
+from moe_infinity.kernels.described import describe
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PackedMatrix, row_bytes
+from moe_infinity.kernels.planes import PLANES, Scales
+from moe_infinity.kernels.reference import plain
+
+# Beyond most processors' caches, yet small enough to measure inside a tight budget.
+BEYOND_CACHES_BYTES = 64 * 1024**2
+_UNIT = 256  # columns that every format can have
+
+
+def measure_matvec_gbps(expert_bytes: int, number_format: str = "BF16") -> float:
+    """Bytes per second through matrix-vector products of bf16 tokens with weights of one format,
+    the matrices beyond any cache, with the kernel that runs would choose."""
+    side = min(2048, int((expert_bytes / 4) ** 0.5))
+    rows = max(1, side // _UNIT) * _UNIT
+    blocks, num_bytes = _zero_matrices(rows, number_format)
+    x = torch.zeros(1, rows, dtype=torch.bfloat16)
+    kernel = choose("auto")
+    compiled = kernel if isinstance(kernel, native.Kernel) else None
+    described = [describe(block) for block in blocks] if compiled else []
+
+    def products() -> None:
+        for matrix in described:
+            assert compiled is not None
+            compiled.linear(matrix, rows, x)
+        for block in blocks[len(described) :]:
+            torch.nn.functional.linear(x, plain(block).to(x.dtype))
+
+    speed = len(blocks) * num_bytes / best_s(products) / 1e9
+    kernel.close()
+    return speed
+
+
+def _zero_matrices(rows: int, number_format: str) -> tuple[list[torch.Tensor | PackedMatrix], int]:
+    """Square ones, and the bytes of each."""
+    if number_format in DTYPES:
+        size = rows * rows * DTYPES[number_format].itemsize
+        count = max(2, BEYOND_CACHES_BYTES // size)
+        return list(torch.zeros(count, rows, rows, dtype=DTYPES[number_format])), size
+    scales = None
+    if number_format in PLANES:
+        is_fp4 = number_format == "MXFP4_PLANES"
+        values = torch.zeros(rows, rows // 32, dtype=torch.uint8 if is_fp4 else torch.bfloat16)
+        scales = Scales(values, (1, 32))
+    size = rows * row_bytes(number_format, rows)
+    beside = torch.zeros(8 * rows + 128, dtype=torch.uint8)  # what exact12 keeps there
+    return [
+        PackedMatrix(number_format, rows, rows, torch.cat([codes, beside]), scales)
+        for codes in torch.zeros(max(2, BEYOND_CACHES_BYTES // size), size, dtype=torch.uint8)
+    ], size
+
+
+def best_s(function: Callable[[], object]) -> float:
+    """Seconds of the fastest of three calls, after one that warms up."""
+    function()
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        best = min(best, time.perf_counter() - start)
+    return best
