@@ -87,6 +87,8 @@ def packing_job(
         target=target,
         is_interleaved=any(math.is_interleaved for math in maths),
         is_transposed=is_transposed,
+        is_rounded=bool(anatomy.coded)
+        or any(part.format in PACKED for spec in anatomy.specs.values() for part in spec.parts),
         made_files=_made_files(source),
     )
 
@@ -169,7 +171,8 @@ class _Reading:
         entry = self.logical(entry)
         if entry.format in PACKED:
             plain = next(n for n, dtype in DTYPES.items() if dtype is self._dtype)
-            numbers = partial(decoded_rows, self._source, entry, self._dtype)
+            dtype = self._dtype if number_format is None else torch.float32
+            numbers = partial(decoded_rows, self._source, entry, dtype)
             return DenseTensor(name, entry, number_format, plain, numbers)
         if self._source.config_values is not None and entry.format in DTYPES:
             return DenseTensor(

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import random
 import struct
@@ -102,6 +103,31 @@ class TestNumbers:
             expected = model(IDS).logits
         found = logits(path, dtype="float32", kernel="torch", ram_slots=8)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+    def test_latent_attention_in_both_ways_at_once(self, tmp_path: Path) -> None:
+        path = tmp_path / "both.gguf"
+        half = {"blk.0.attn_k_b.weight": np.zeros((4, 32, 32), dtype=np.float32)}
+        write_gguf(small_model("deepseek_v3"), path, Kind.F32, more=half)
+        with pytest.raises(CorruptCheckpointError, match="expected one or the other"):
+            GgufCheckpoint(path)
+
+    @pytest.mark.parametrize(
+        "key",
+        [
+            *("leading_dense_block_count", "expert_gating_func", "block_count", "expert_count"),
+            *("nextn_predict_layers", "attention.head_count", "attention.key_length"),
+            *("expert_used_count", "rope.dimension_count", "expert_shared_count"),
+        ],
+    )
+    def test_values_of_other_kinds(self, key: str, tmp_path: Path) -> None:
+        for number, value in enumerate(("x", [2, 2], ["a", "b"], 2**32 - 1, True, 1.5, math.inf)):
+            path = tmp_path / f"{number}.gguf"
+            write_gguf(small_model("deepseek_v3"), path, Kind.F32, **{f"deepseek2.{key}": value})
+            with (
+                contextlib.suppress(CheckpointError),
+                contextlib.closing(GgufCheckpoint(path)) as c,
+            ):
+                examine(c, None)
 
     def test_blocks_that_only_guess_ahead_are_left_out(self, tmp_path: Path) -> None:
         model, path = small_model("glm4_moe"), tmp_path / "more.gguf"
@@ -364,11 +390,12 @@ class TestBadFiles:
     @pytest.mark.parametrize(
         ("key", "value", "message"),
         [
-            ("expert_count", 5, "got .*, expected nothing|expected .* from its config"),
+            ("expert_count", 5, "got 6 experts in layer 0, expected 5 from its config"),
+            ("expert_count", 2**31, "got 6 experts in layer 0, expected 2147483648 from its"),
             ("expert_used_count", 99, "99 of 6 experts are used"),
             ("expert_used_count", 0, "0 of 6 experts are used"),
-            ("block_count", 1, r"experts in blocks \[0, 1\], expected them in \[0\]"),
-            ("block_count", 3, r"experts in blocks \[0, 1\], expected them in \[0, 1, 2\]"),
+            ("block_count", 1, r"experts in 2 blocks up to 1, expected them from 0 up to 0"),
+            ("block_count", 3, r"experts in 2 blocks up to 1, expected them from 0 up to 2"),
             ("embedding_length", 32, "expected .* from its config"),
             ("attention.head_count_kv", 3, "expected a matrix of whole heads"),
             ("rope.scaling.type", "longrope", "rope scaling longrope"),

@@ -57,6 +57,9 @@ def test_every_form_from_every_source(source: str, tmp_path: Path) -> None:
         found = logits(target, dtype="float32", ram_slots=8)
         error = (found - expected).norm() / expected.norm()
         assert error <= tolerance, (experts, dense, error)
+        with MoE(target, ram="4GiB") as moe:
+            moe.generate(IDS, max_new_tokens=1)
+            assert not moe.stats().bit_exact
 
 
 def test_a_config_says_nothing_of_codes_any_more(tmp_path: Path) -> None:

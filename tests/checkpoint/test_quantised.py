@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from moe_infinity import MoE
 from moe_infinity.assembly import open_checkpoint
+from moe_infinity.checkpoint.base import SidePlane, Sides, TensorEntry
+from moe_infinity.checkpoint.quantised import gather
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels import native
@@ -95,7 +98,7 @@ class TestBadInput:
 
     def test_unnamed_method(self, coded: Path) -> None:
         self.config(coded, quant_method=None)
-        self.refused(coded, UnsupportedModelError, "'None'")
+        self.refused(coded, UnsupportedModelError, "an unnamed method")
 
     def test_other_bits_and_orders(self, coded: Path) -> None:
         self.config(coded, bits=8)
@@ -136,7 +139,7 @@ class TestBadInput:
 
     def test_another_method_than_the_tensors(self, coded: Path) -> None:
         self.config(coded, quant_method="mxfp4")
-        self.refused(coded, CorruptCheckpointError, "mxfp4", "found none")
+        self.refused(coded, UnsupportedModelError, ".qweight'", "mxfp4 does not make")
 
     def test_fp8_without_a_word_of_it(self, tmp_path: Path) -> None:
         quantise(build("qwen3_moe"), tmp_path / "coded", "fp8")
@@ -152,6 +155,138 @@ class TestBadInput:
         assert checkpoint.sides[name].scales.shape == (64, 1)
         assert not any(n.endswith((".qweight", ".scales", ".qzeros")) for n in checkpoint.tensors)
         checkpoint.close()
+
+
+F8 = "F8_E4M3"
+
+
+def entry(name: str, number_format: str, *shape: int) -> TensorEntry:
+    return TensorEntry(name, number_format, shape, 0, 0, 64)
+
+
+def gathered(quantisation: dict[str, Any], *entries: TensorEntry) -> dict[str, Sides]:
+    tensors = {each.name: each for each in entries}
+    return gather(Path("here"), tensors, quantisation)[1]
+
+
+class TestGathering:
+    """By headers alone."""
+
+    def fp8(self, weight: tuple[int, ...], scales: tuple[int, ...], **said: Any) -> SidePlane:
+        tensors = entry("w.weight", F8, *weight), entry("w.weight_scale_inv", "F32", *scales)
+        return gathered({"quant_method": "fp8", **said}, *tensors)["w.weight"].scales
+
+    def test_blocks_that_do_not_divide(self) -> None:
+        said = {"weight_block_size": [128, 128]}
+        assert self.fp8((576, 7168), (5, 56), **said).group == (128, 128)
+        assert self.fp8((2880, 2880), (23, 23), **said).group == (128, 128)
+        groups = {"all": {"weights": {"block_structure": [128, 128]}}}
+        assert self.fp8((576, 7168), (5, 56), config_groups=groups).group == (128, 128)
+        with pytest.raises(CorruptCheckpointError, match="expected a scale for all of it"):
+            self.fp8((576, 7168), (5, 56))
+
+    def test_blocks_go_before_rows(self) -> None:
+        found = self.fp8((32, 4096), (1, 32), weight_block_size=[128, 128])
+        assert (found.shape, found.group) == ((1, 32), (128, 128))
+        assert self.fp8((32, 4096), (32, 1)).group == (1, 4096)
+        assert self.fp8((32, 4096), (32,)).group == (1, 4096)
+        assert self.fp8((32, 4096), ()).group == (32, 4096)
+        assert self.fp8((6, 32, 4096), (6,)).group == (32, 4096)
+
+    @pytest.mark.parametrize(("weight", "scales"), [((0, 64), (2, 1)), ((5, 0), (2, 3))])
+    def test_nothing_at_all(self, weight: tuple[int, int], scales: tuple[int, int]) -> None:
+        with pytest.raises(CorruptCheckpointError, match="expected"):
+            self.fp8(weight, scales)
+
+    def test_groups_as_the_config_says(self) -> None:
+        packed = entry("w.weight_packed", "I32", 16, 24), entry("w.weight_scale", "BF16", 16, 2)
+        groups = {"all": {"weights": {"num_bits": 4, "group_size": 128}}}
+        said = {"quant_method": "compressed-tensors", "config_groups": groups}
+        assert gathered(said, *packed)["w.weight"].scales.group == (1, 128)
+        assert gathered(said | {"config_groups": {}}, *packed)["w.weight"].scales.group == (1, 96)
+
+    def test_eight_bits_in_words(self) -> None:
+        packed = entry("w.weight_packed", "I32", 16, 16), entry("w.weight_scale", "BF16", 16, 1)
+        groups = {"all": {"weights": {"num_bits": 8}}}
+        said = {"quant_method": "compressed-tensors", "config_groups": groups}
+        with pytest.raises(UnsupportedModelError, match="8 bits in words, expected 4"):
+            gathered(said, *packed)
+
+    def test_codes_of_another_kind_are_not_taken_for_numbers(self) -> None:
+        packed = [entry("w.weight_packed", "I32", 16, 8), entry("w.weight_scale", "BF16", 16, 1)]
+        packed += [entry("x.weight", "I8", 16, 64), entry("x.weight_scale", "BF16", 16, 1)]
+        with pytest.raises(UnsupportedModelError, match=r"'x\.weight_scale', expected none"):
+            gathered({"quant_method": "compressed-tensors"}, *packed)
+
+    @pytest.mark.parametrize("rows", [4, 12, 20])
+    def test_zero_points_of_whole_words_only(self, rows: int) -> None:
+        tensors = [entry("w.qweight", "I32", 8, rows), entry("w.scales", "F16", 1, rows)]
+        tensors.append(entry("w.qzeros", "I32", 1, rows // 8))
+        with pytest.raises(UnsupportedModelError, match=f"{rows} rows, expected a multiple of 8"):
+            gathered({"quant_method": "gptq", "bits": 4}, *tensors)
+
+    def test_anything(self) -> None:
+        """Whatever is taken has a scale for every weight, and a word for every eight rows."""
+        draw, taken = random.Random(0), 0
+        sizes = (0, 1, 2, 3, 4, 8, 12, 16, 32, 64, 96, 128, 160)
+        for _ in range(30_000):
+            method = draw.choice(("fp8", "compressed-tensors", "gptq", "awq", "mxfp4"))
+            names = {
+                "fp8": (("w.weight", F8), ("w.weight_scale_inv", "F32")),
+                "compressed-tensors": (("w.weight_packed", "I32"), ("w.weight_scale", "BF16")),
+                "mxfp4": (("w_blocks", "U8"), ("w_scales", "U8")),
+            }.get(method, (("w.qweight", "I32"), ("w.scales", "F16"), ("w.qzeros", "I32")))
+            if method == "compressed-tensors" and draw.random() < 0.5:
+                names += (("w.weight_zero_point", "I32"),)
+            shapes = [
+                [draw.choice(sizes) for _ in range(draw.choice((0, 1, 2, 2, 2, 2)))] for _ in names
+            ]
+            if method == "mxfp4":
+                shapes = [[*shapes[1], 16], shapes[1]]
+            said = {"quant_method": method, "weight_block_size": [draw.choice((16, 128)), 128]}
+            entries = [entry(n, f, *shape) for (n, f), shape in zip(names, shapes, strict=True)]
+            try:
+                (sides,) = gathered(said | {"group_size": 32}, *entries).values()
+                tensors, _ = gather(Path("here"), {e.name: e for e in entries}, said)
+            except CheckpointError as error:
+                assert "expected" in str(error)
+                continue
+            (coded,) = tensors.values()
+            taken += 1
+            (rows, cols), scales = coded.shape[-2:], sides.scales
+            assert scales.shape[0] * scales.group[0] >= rows > 0
+            assert scales.shape[1] * scales.group[1] >= cols > 0
+            assert math.prod(scales.shape) == math.prod(scales.entry.shape)
+            assert scales.group[1] >= cols or scales.group[1] % 32 == 0
+            if sides.zeros is not None:
+                assert sides.zeros.shape[0] * 8 == rows
+                assert sides.zeros.shape[1] == scales.shape[1]
+        assert taken > 100
+
+
+def test_a_dense_tensor_without_its_scales(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "tiny")
+    file = tmp_path / "tiny" / "model.safetensors"
+    stored = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file(stored | {name: stored[name].to(torch.float8_e4m3fn)}, file, {"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match="stored as F8_E4M3 without scales, expected"):
+        MoE(tmp_path / "tiny", ram="4GiB")
+
+
+def test_codes_that_lie_the_other_way_round(tmp_path: Path) -> None:
+    """gpt-oss holds experts [in, out]; coded ones are [out, in] in every method."""
+    path = tmp_path / "plain"
+    build("gpt_oss").save_pretrained(path)
+    stored = load_file(path / "model.safetensors")
+    for name, tensor in list(stored.items()):
+        if tensor.ndim == 3:
+            stored[name] = tensor.to(torch.float8_e4m3fn)
+            stored[f"{name}_scale"] = torch.ones(len(tensor), 1, 1)
+    save_file(stored, path / "model.safetensors", {"format": "pt"})
+    edit_config(path, quantization_config={"quant_method": "fp8"})
+    with pytest.raises(CorruptCheckpointError, match=r"has shape .* expected"):
+        MoE(path, ram="4GiB")
 
 
 ODD = (None, True, -1, 0, 7, 2**40, 0.5, "", "x", [], [0, 0], [128], [1, "a"], {}, {"a": 1})

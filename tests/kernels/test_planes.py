@@ -116,6 +116,23 @@ class TestProducts:
                 error = (product(kernel, block, x).float() - expected).abs().max()
                 assert error <= TOLERANCE * expected.abs().max(), (dtype, count)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
+    def test_scales_of_every_kind(self, kernel: native.Kernel, dtype: torch.dtype) -> None:
+        rows, blocks = [(1, 32), (1, 96), (1, 1056)], [(16, 128), (128, 32), (136, 1056)]
+        cases = [("F8_E4M3", group) for group in rows + blocks]
+        if dtype is not torch.uint8:  # are not stored so
+            cases += [
+                (name, group) for name in ("INT4", "GPTQ", "GPTQ_V2", "AWQ") for group in rows
+            ]
+        for number_format, group in cases:
+            block = random_planes(number_format, 136, 1056, group=group, dtype=dtype)
+            weights = block.decode()
+            for count in (1, 5, 40):
+                x = tokens(count, 1056, torch.float32)
+                expected = x @ weights.T
+                error = (product(kernel, block, x) - expected).abs().max()
+                assert error <= 1e-5 * expected.abs().max(), (number_format, group, count)
+
     @pytest.mark.parametrize("number_format", [*PLANES, *BLOCKS])
     def test_a_few_columns_alone_weigh_what_they_should(
         self, kernel: native.Kernel, number_format: str

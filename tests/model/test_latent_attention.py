@@ -136,3 +136,21 @@ class TestModels:
         assert len(names) == 3
         assert not names & anatomy.coded.keys()
         assert anatomy.coded
+
+
+@needs_compiler
+def test_whoever_attends_to_some_tokens_only_goes_the_usual_way(tmp_path: Path) -> None:
+    """DeepSeek-V3.2 looks at its config to know which function attends."""
+    config = small_model("deepseek_v3", 64).config.to_dict() | {"index_topk": 4}
+    config |= {"index_n_heads": 2, "index_head_dim": 32, "max_position_embeddings": 512}
+    config.pop("model_type")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("deepseek_v32", **config)
+    ).eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(ids()[:, :40]).logits
+    with MoE(tmp_path, ram="4GiB", dtype="float32") as moe, torch.no_grad():
+        found = moe(ids()[:, :40]).logits
+    assert (found - expected).norm() <= 1e-5 * expected.norm()

@@ -275,6 +275,8 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
             writer.add_bool(key, value)
         case int():
             writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
         case str():
             writer.add_string(key, value)
         case list():

@@ -10,10 +10,10 @@ from moe_infinity.checkpoint.base import SidePlane, Sides
 from moe_infinity.checkpoint.spans import Span, slot_offset
 from moe_infinity.checkpoint.virtual import Piece
 from moe_infinity.errors import CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.kernels.formats import SIDE_DTYPES
 from moe_infinity.kernels.packed import row_bytes
 from moe_infinity.types import Block, Plane, ReadRange
 
-_SIDE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "U8": 1, "F8_E8M0": 1, "I32": 4}
 _IN_ROWS = ("MXFP4_PLANES", "F8_E4M3", "INT4")  # others hold several rows in a word
 
 
@@ -92,7 +92,7 @@ class CodedPlace:
         return -(-self.rows // plane.group[0])
 
     def _span(self, plane: SidePlane) -> Span:
-        item, stride = _SIDE_BYTES[plane.entry.format], plane.strides[0]
+        item, stride = SIDE_DTYPES[plane.entry.format].itemsize, plane.strides[0]
         start = plane.entry.offset + self.first // plane.group[0] * stride * item
         last = (self._num_rows_of(plane) - 1) * stride + (plane.shape[1] - 1) * plane.strides[1]
         return Span(plane.entry.file, start, start + (last + 1) * item)

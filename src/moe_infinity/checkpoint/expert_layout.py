@@ -45,12 +45,14 @@ def sort_tensors(
     rule: Callable[[str], NameRule],
     expert_params: Mapping[str, tuple[int, ...]],
     known: Container[str],
+    transposed: Container[str] = (),
 ) -> ExpertTensors:
     """Tell expert tensors from dense ones and assemble the former into virtual parameters.
 
     entries: in natural order of their names, as loading takes them. rule: the library's renaming.
     expert_params: shapes of the routed experts' parameters by name. known: all of the model's
     parameters and buffers; what goes to none of them (extra prediction heads) is left out.
+    transposed: expert parameters that the model holds [in, out]; coded matrices are [out, in].
     """
     found = ExpertTensors()
     groups: dict[str, Collected] = defaultdict(lambda: defaultdict(list))
@@ -66,7 +68,7 @@ def sort_tensors(
     for parameter, collected in groups.items():
         for name, virtual in _convert(parameter, collected, converters[parameter], expert_params):
             found.params[name] = virtual
-    _refuse_incomplete(found.params, expert_params)
+    _refuse_incomplete(found.params, expert_params, transposed)
     return found
 
 
@@ -96,7 +98,9 @@ def _convert(
 
 
 def _refuse_incomplete(
-    params: Mapping[str, Virtual], expected: Mapping[str, tuple[int, ...]]
+    params: Mapping[str, Virtual],
+    expected: Mapping[str, tuple[int, ...]],
+    transposed: Container[str],
 ) -> None:
     missing = [name for name in expected if name not in params]
     if missing:
@@ -106,9 +110,10 @@ def _refuse_incomplete(
             f"its config?"
         )
     for name, shape in expected.items():
-        found, is_coded = params[name].shape, params[name].pieces[0].entry.format in PLANES
-        swapped = (*shape[:-2], *reversed(shape[-2:]))  # coded matrices are always [out, in]
-        if found != shape and not (is_coded and found == swapped):
+        is_coded = any(piece.entry.format in PLANES for piece in params[name].pieces)
+        if is_coded and name in transposed:
+            shape = (*shape[:-2], *reversed(shape[-2:]))
+        if params[name].shape != shape:
             raise CorruptCheckpointError(
                 f"expert parameter {name!r} has shape {list(params[name].shape)} in the "
                 f"checkpoint, expected {list(shape)} from its config"

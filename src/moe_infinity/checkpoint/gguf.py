@@ -60,7 +60,6 @@ class GgufCheckpoint(Checkpoint):
         self._architecture = self._require_family()
         prefix = self._architecture + "."
         key = {n.removeprefix(prefix): v for n, v in self._values.items() if n.startswith(prefix)}
-        self._family = family_of(self._architecture, key)
         experts = {name: stored.pop(name) for name in list(stored) if EXPERTS.fullmatch(name)}
         self.config_values = self._config(key, stored, experts)
         blocks = range(
@@ -139,8 +138,9 @@ class GgufCheckpoint(Checkpoint):
         experts: Mapping[str, TensorEntry],
     ) -> dict[str, Any]:
         try:
+            self._family = family_of(self._architecture, key)
             found = config_values(self._family, key, self._values, stored)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
             raise CorruptCheckpointError(
                 f"{self.path}: got no sound value of {self._architecture}.* "
                 f"({type(error).__name__}: {error}), expected a model's metadata; convert it again"
@@ -167,6 +167,11 @@ class GgufCheckpoint(Checkpoint):
         packed: dict[str, PackedShape] = {}
         for name, entry in stored.items():
             if match := _KV_HALF.fullmatch(name):
+                if f"{match[1]}kv_b.weight" in stored:
+                    raise CorruptCheckpointError(
+                        f"{self.path}: got {name!r} beside {match[1]}kv_b.weight, expected one or "
+                        f"the other; convert it again"
+                    )
                 if match[2] == "k":
                     each = self._describe_kv_b(match[1], entry, stored.get(f"{match[1]}v_b.weight"))
                     tensors[each.name] = each

@@ -31,9 +31,10 @@ def specs_of(
         assert match is not None
         block, part, kind = match.groups()
         by_block.setdefault(int(block), {})[part + "_bias" * (kind == "bias")] = entry
-    if sorted(by_block) != list(blocks):
+    if len(by_block) != len(blocks) or any(block not in blocks for block in by_block):
         raise CorruptCheckpointError(
-            f"{path}: has experts in blocks {sorted(by_block)}, expected them in {list(blocks)}"
+            f"{path}: has experts in {len(by_block)} blocks up to {max(by_block)}, expected them "
+            f"from {blocks.start} up to {blocks.stop - 1}"
         )
     specs = {}
     for layer, block in enumerate(blocks):

@@ -148,7 +148,7 @@ def _with_shared_experts(key: Values) -> dict[str, Any]:
         "n_routed_experts": key["expert_count"],
         "n_shared_experts": key["expert_shared_count"],
         "moe_intermediate_size": key["expert_feed_forward_length"],
-        "first_k_dense_replace": key.get("leading_dense_block_count", 0),
+        "first_k_dense_replace": int(key.get("leading_dense_block_count", 0)),
         "routed_scaling_factor": key.get("expert_weights_scale") or 1.0,
         "norm_topk_prob": bool(key.get("expert_weights_norm", False)),
         "n_group": key.get("expert_group_count", 1),

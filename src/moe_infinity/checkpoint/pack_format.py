@@ -16,7 +16,7 @@ from moe_infinity.checkpoint.direct_io import align_up
 from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
 from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part, ReadRange
 
-VERSION = 2
+VERSION = 3
 HEADER, EXPERTS, DENSE = "pack.json", "experts.bin", "dense.safetensors"
 ALIGNMENT_BYTES = 64 * 1024  # of experts in their file
 # Every so many bytes of an expert have a checksum of their own: a load is checked piece by piece.
@@ -78,6 +78,7 @@ class Pack:
     files: dict[str, int]  # crc32 of everything small beside them; of DENSE its header
     dense_format: str = "bf16"  # a name of DENSE_FORMATS; version 1 had no other
     packed_dense: dict[str, list[Any]] = field(default_factory=dict)  # name: format, rows, cols
+    is_rounded: bool = False  # its source was coded, and its numbers are in bf16
 
     def to_bytes(self) -> bytes:
         return _framed(json.dumps(asdict(self), separators=(",", ":")).encode())

@@ -73,6 +73,7 @@ class Job:
     target: Path
     is_interleaved: bool = False  # or their rows take turns
     is_transposed: bool = False  # what is not coded is [in, out] in the model
+    is_rounded: bool = False  # the source is coded
     made_files: Mapping[str, bytes] = field(
         default_factory=dict
     )  # where the source has no folder of them

@@ -57,6 +57,8 @@ class PackedCheckpoint(Checkpoint):
             each.parts.clear()  # the specs have them, and there may be tens of thousands
         formats = {"experts": self.pack.experts_format, "dense": self.pack.dense_format}
         self.lossy = tuple(f"{what} {name}" for what, name in formats.items() if name in LOSSY)
+        if self.pack.is_rounded:
+            self.lossy += ("codes rounded to bf16",)
         self._scratch = threading.local()
 
     @cached_property

@@ -108,6 +108,7 @@ def _write(job: Job, on_bytes: Callable[[int], None]) -> None:
         dense=dense,
         files=files,
         dense_format=job.dense_format,
+        is_rounded=job.is_rounded,
         packed_dense={
             each.name: [each.format, *each.source.shape]
             for each in job.dense

@@ -56,10 +56,13 @@ def pack(
                 file=sys.stderr,
             )
             raise
-    _say(paths[-1], total, (experts, dense), json)
+        is_exact = not job.is_rounded and not {experts, dense} & set(LOSSY)
+    _say(paths[-1], total, (experts, dense), is_exact, json)
 
 
-def _say(target: Path, source_bytes: int, formats: tuple[str, str], json: bool) -> None:
+def _say(
+    target: Path, source_bytes: int, formats: tuple[str, str], is_exact: bool, json: bool
+) -> None:
     from moe_infinity.config import format_bytes
 
     num_bytes = sum(file.stat().st_size for file in target.iterdir())
@@ -70,7 +73,7 @@ def _say(target: Path, source_bytes: int, formats: tuple[str, str], json: bool) 
     print(
         f"{target}: {format_bytes(num_bytes)} of {format_bytes(source_bytes)} "
         f"({num_bytes / source_bytes:.0%}), "
-        + ("weights changed" if set(formats) & set(LOSSY) else "not one bit of a weight changed")
+        + ("not one bit of a weight changed" if is_exact else "weights changed")
     )
 
 

@@ -11,7 +11,7 @@ from moe_infinity.kernels.planes import PLANES, Scales
 from moe_infinity.types import Block, ExpertSpec, Part, Plane
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_SIDE_DTYPES = {**DTYPES, "U8": torch.uint8, "F8_E8M0": torch.uint8, "I32": torch.int32}
+SIDE_DTYPES = {**DTYPES, "U8": torch.uint8, "F8_E8M0": torch.uint8, "I32": torch.int32}
 
 
 def require_supported(name: str, number_format: str) -> None:
@@ -37,7 +37,7 @@ def part_views(spec: ExpertSpec, slot: torch.Tensor) -> Views:
 def is_viewable(spec: ExpertSpec) -> bool:
     """Whether part_views copies nothing of this expert."""
     return all(
-        offset % (1 if number_format in PACKED else _SIDE_DTYPES[number_format].itemsize) == 0
+        offset % (1 if number_format in PACKED else SIDE_DTYPES[number_format].itemsize) == 0
         for part in spec.parts
         for block in part.blocks
         for offset, number_format in _places(part, block)
@@ -64,7 +64,7 @@ def _view(part: Part, block: Block, slot: torch.Tensor) -> torch.Tensor | Packed
 
 
 def _plane_view(plane: Plane, slot: torch.Tensor) -> torch.Tensor:
-    dtype = _SIDE_DTYPES[plane.format]
+    dtype = SIDE_DTYPES[plane.format]
     return _strided(slot, plane.offset_bytes, dtype, plane.shape, plane.strides)
 
 

@@ -22,12 +22,19 @@ from moe_infinity.model.packed_linears import packed_of
 _NAME = "moe_infinity_latents"
 _LATENTS = "_moe_infinity_latents"
 _STOCK = "sdpa"
+# What such attention is made of. Whoever has more (an index of tokens to attend to) asks its config
+# what function attends, and goes by it.
+_PARTS = {"q_proj", "q_a_proj", "q_a_layernorm", "q_b_proj", "o_proj"}
+_PARTS |= {"kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj"}
 
 
 def is_latent(module: nn.Module) -> bool:
     """Whether a module is attention that keeps latents in its cache, as the library's is."""
     linear = getattr(module, "kv_b_proj", None)
-    return callable(getattr(module, "expand_kv", None)) and isinstance(linear, nn.Linear)
+    is_known = {name for name, _ in module.named_children()} <= _PARTS
+    return (
+        is_known and callable(getattr(module, "expand_kv", None)) and isinstance(linear, nn.Linear)
+    )
 
 
 def absorbed_weights(model: nn.Module) -> set[str]:

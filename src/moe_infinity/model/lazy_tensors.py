@@ -11,8 +11,8 @@ import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, PackedShape, SidePlane, TensorEntry
 from moe_infinity.checkpoint.direct_io import allocate
-from moe_infinity.errors import CheckpointError, UnsupportedModelError
-from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
+from moe_infinity.kernels.formats import DTYPES, SIDE_DTYPES
 from moe_infinity.kernels.packed import PACKED, PackedMatrix, row_bytes
 from moe_infinity.kernels.planes import PLANES, Scales
 
@@ -24,7 +24,6 @@ _STORED_DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
-    "F8_E8M0": torch.uint8,
     "BOOL": torch.bool,
 }
 _LARGE_BYTES = 2 * 1024**2
@@ -83,7 +82,7 @@ class DecodedTensor(LazyTensor):
         return _name_of(self._dtype)
 
     def _read(self) -> torch.Tensor:
-        """Some rows at a time: the whole of it coded, or in float32, is in no budget."""
+        """Some rows at a time: the whole of it in float32 is in no budget."""
         decoded = torch.empty(self._entry.shape, dtype=self._dtype)
         rows, start = decoded.view(-1, self._entry.shape[-1]), 0
         for some in decoded_rows(self._checkpoint, self._entry, self._dtype):
@@ -124,6 +123,11 @@ def lazy_tensor(
     dtype: torch.dtype,
 ) -> LazyTensor:
     """For a tensor as it is stored; coded ones become numbers of ``dtype``."""
+    if entry.format in PLANES and entry.name not in checkpoint.sides:
+        raise CorruptCheckpointError(
+            f"{checkpoint.path}: tensor {entry.name!r} is stored as {entry.format} without scales, "
+            f"expected them beside it and a quantization_config in config.json"
+        )
     if entry.format in PACKED:
         return DecodedTensor(checkpoint, entry, failures, dtype)
     return LazyTensor(checkpoint, entry, failures)
@@ -167,7 +171,7 @@ def read_packed(checkpoint: Checkpoint, entry: TensorEntry, shape: PackedShape) 
 
 
 def _read_plane(checkpoint: Checkpoint, plane: SidePlane) -> torch.Tensor:
-    tensor = read_tensor(checkpoint, plane.entry, _STORED_DTYPES[plane.entry.format])
+    tensor = read_tensor(checkpoint, plane.entry, SIDE_DTYPES[plane.entry.format])
     return tensor.as_strided(plane.shape, plane.strides)
 
 

@@ -207,7 +207,9 @@ def _sort(
     if checkpoint.packed_specs is not None:
         expected = {}
     known = meta.state_dict().keys()
-    return sort_tensors(entries, naming(meta, adapter), expected, known)
+    turned = [m for m in experts if getattr(m.module, "is_transposed", False)]
+    transposed = {f"{m.name}.{p}" for m in turned for p, s in m.params.items() if len(s) == 3}
+    return sort_tensors(entries, naming(meta, adapter), expected, known, transposed)
 
 
 def _natural_key(name: str) -> list[int | str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,14 @@ def require_fitting(
     path: Path, specs: Mapping[ExpertKey, ExpertSpec], experts: list[ExpertsModule]
 ) -> None:
     """Experts that were described beforehand have to be those of the model that is built."""
+    counts = Counter(key.layer for key in specs)
+    wanted = {layer: module.num_experts for layer, module in enumerate(experts)}
+    if counts != wanted:  # before anything is made for each: a config may claim any number
+        layer = min(n for n in counts.keys() | wanted.keys() if counts[n] != wanted.get(n))
+        raise CorruptCheckpointError(
+            f"{path}: got {counts[layer]} experts in layer {layer}, expected "
+            f"{wanted.get(layer, 'nothing')} from its config"
+        )
     expected = {
         ExpertKey(layer, number): {name: shape[1:] for name, shape in module.params.items()}
         for layer, module in enumerate(experts)
