@@ -106,6 +106,13 @@ class TestBadInput:
         self.config(coded, bits=4, desc_act=True)
         self.refused(coded, UnsupportedModelError, "desc_act")
 
+    def test_columns_in_another_order(self, coded: Path) -> None:
+        """Whatever the config says of it."""
+        name = "model.layers.0.mlp.experts.0.down_proj.g_idx"
+        assert name in load_file(coded / "model.safetensors")
+        self.change(coded, **{name: torch.tensor([0] * 31 + [1], dtype=torch.int32)})
+        self.refused(coded, UnsupportedModelError, name, "desc_act")
+
     def test_scales_missing(self, coded: Path) -> None:
         name = "model.layers.1.mlp.experts.3.up_proj"
         self.change(coded, **{f"{name}.scales": None})

@@ -46,6 +46,18 @@ def quantisation_of(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def column_groups(
+    stored: Mapping[str, TensorEntry], sides: Mapping[str, Sides]
+) -> tuple[TensorEntry, int] | None:
+    """A tensor that says which group each column is of, and the columns of a group if they are in
+    their order. Whoever shuffles columns does so in all layers: one is enough. None: none says."""
+    for name in sorted(stored):
+        weight = f"{name.removesuffix('g_idx')}weight"
+        if name.endswith(".g_idx") and stored[name].format == "I32" and weight in sides:
+            return stored[name], sides[weight].scales.group[1]
+    return None
+
+
 def gather(
     path: Path, stored: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]
 ) -> tuple[Tensors, dict[str, Sides]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -14,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
 from moe_infinity.checkpoint.direct_io import (
     ALIGNMENT_BYTES,
@@ -24,8 +27,12 @@ from moe_infinity.checkpoint.direct_io import (
     allocate,
     open_all,
 )
-from moe_infinity.checkpoint.quantised import gather, quantisation_of
-from moe_infinity.errors import CheckpointNotFoundError, CorruptCheckpointError
+from moe_infinity.checkpoint.quantised import column_groups, gather, quantisation_of
+from moe_infinity.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedModelError,
+)
 from moe_infinity.types import ExpertKey, ExpertSpec, ReadRange
 
 # Bytes per element; the names are the format's own. Sub-byte formats are left out on purpose.
@@ -60,11 +67,29 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{absent[0]!r}); download the checkpoint again"
             )
         quantisation = quantisation_of(path)
+        stored = tensors
         if quantisation is not None:
-            tensors, self.sides = gather(path, tensors, quantisation)
+            tensors, self.sides = gather(path, stored, quantisation)
         self.tensors = tensors
         self._opened = open_all(self.files, open_file)
         self._scratch = threading.local()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            self._require_columns_in_order(column_groups(stored, self.sides))
+            undo.pop_all()
+
+    def _require_columns_in_order(self, found: tuple[TensorEntry, int] | None) -> None:
+        if found is None:
+            return
+        entry, size = found
+        said = bytearray(entry.num_bytes)
+        self.read_tensor(entry, memoryview(said))
+        groups = np.frombuffer(said, dtype="<i4")
+        if (groups != np.arange(len(groups)) // size).any():
+            raise UnsupportedModelError(
+                f"{self.path}: {entry.name!r} puts columns in another order, expected groups of "
+                f"{size} that follow one another; quantise the model without desc_act (act-order)"
+            )
 
     @cached_property
     def fingerprint(self) -> str:
