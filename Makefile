@@ -45,11 +45,13 @@ bench: setup  ## every benchmark, results in benchmarks/results; kernel limits n
 	test -d $(WORK)/olmoe_uniform8 || $(MAKE_CHECKPOINT) --shape olmoe-1b-7b --layers 8 \
 	  --routing uniform --seed 5 $(WORK)/olmoe_uniform8
 	test -d $(WORK)/qwen3_8 || $(MAKE_CHECKPOINT) --shape qwen3-30b-a3b --layers 8 --seed 3 $(WORK)/qwen3_8
+	test -d $(WORK)/dsv2lite8 || $(MAKE_CHECKPOINT) --shape deepseek-v2-lite --experts 8 $(WORK)/dsv2lite8
 	$(BIN)/python benchmarks/widened.py --fp32 $(WORK)/widened4 --bf16 $(WORK)/widened16
 	$(BIN)/python benchmarks/budget.py $(WORK)/widened16
 	$(BIN)/python benchmarks/budget.py $(WORK)/olmoe_random --accelerate $(WORK)/accelerate
 	$(BIN)/python benchmarks/prefill.py $(WORK)/widened16
 	$(BIN)/python benchmarks/depth.py
+	$(BIN)/python benchmarks/latent_depth.py $(WORK)/dsv2lite8
 	$(BIN)/python benchmarks/plan_accuracy.py $(WORK)/widened8=1GiB $(WORK)/widened8=1536MiB \
 	  $(WORK)/olmoe_uniform8=2GiB $(WORK)/olmoe_uniform8=4GiB $(WORK)/qwen3_8=3GiB $(WORK)/qwen3_8=5GiB
 	$(BIN)/python benchmarks/families.py

@@ -66,6 +66,8 @@ def _budget_row(result: dict, system: str, s: dict) -> str:
 _LIMITED = {
     "peers_widened16_int4": "widened16, 4 bit",
     "peers_widened16_q4_k_m": "widened16, Q4_K_M",
+    "peers_widened16_mxfp4": "widened16, MXFP4",
+    "peers_widened16_q8_0": "widened16, Q8_0",
     "peers_widened16_f16": "widened16, 16 bit",
     "peers_olmoe_int4": "OLMoE, 4 bit",
     "peers_olmoe_f16": "OLMoE, 16 bit",
@@ -140,6 +142,18 @@ def gguf_text_note() -> str:
     )
 
 
+def gguf_families_note() -> str:
+    r = load("gguf_families")
+    found = r["families"].values()
+    total = sum(sum(each.values()) for each in found)
+    equal, ties = (sum(each[n] for each in found) for n in ("equal", "near_ties"))
+    return (
+        f"Random tiny models of {len(found)} families, {r['new_tokens']} greedy tokens: of {total} "
+        f"answers {equal} are llama.cpp's, {ties} up to a near-tie, {total - equal - ties} "
+        f"different.\n\n{_provenance(r)}\n"
+    )
+
+
 def prefill_note() -> str:
     r = load("prefill_widened16")
     limited, resident = r["summary"]["limited"], r["summary"]["resident"]
@@ -161,6 +175,17 @@ def depth_table() -> str:
     rows = ["| tokens of context | ms per token |", "|---|---|"]
     rows += [f"| {p['depth']} | {p['ms_per_token']:.1f} |" for p in result["points"]]
     return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
+
+
+def latent_depth_table() -> str:
+    r = load("latent_depth")
+    rows = ["| tokens of context | ms per token | transformers | |", "|---|---|---|---|"]
+    rows += [
+        f"| {p['depth']} | {p['ms_per_token']:.0f} | {p['stock_ms_per_token']:.0f} | "
+        f"{p['ratio']:.1f}x |"
+        for p in r["points"]
+    ]
+    return "\n".join(rows) + "\n\n" + _provenance(r) + "\n"
 
 
 def formats_table() -> str:
@@ -251,6 +276,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "depth": depth_table,
     "peers": peers_table,
     "gguf_text": gguf_text_note,
+    "gguf_families": gguf_families_note,
+    "latent_depth": latent_depth_table,
     "resident": resident_table,
     "prefill": prefill_note,
     "formats": formats_table,

@@ -1,0 +1,66 @@
+"""Compiled code touches nothing behind a matrix: there is a page that nobody may read."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+
+from moe_infinity.kernels import native
+from moe_infinity.kernels.described import describe
+from moe_infinity.kernels.gguf_formats import BLOCKS
+from moe_infinity.kernels.packed import PackedMatrix, encode
+from moe_infinity.kernels.planes import PLANES, Scales
+from support.planes import random_planes
+from support.super_blocks import BLOCK_BYTES, random_blocks, random_groups
+
+SETS = native.native.instruction_sets() if native.native is not None else []
+ENCODED = ("Q8_0", "Q4_0", "EXACT12")
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_kept: list[mmap.mmap] = []  # as long as somebody may look
+
+
+def at_the_edge(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers, the last of them right before a page that must not be read."""
+    num_bytes = tensor.untyped_storage().nbytes()
+    size = -(-num_bytes // PAGE) * PAGE
+    room = mmap.mmap(-1, size + PAGE)
+    _kept.append(room)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    raw = torch.frombuffer(room, dtype=torch.uint8)[size - num_bytes : size]
+    raw.copy_(torch.tensor([], dtype=torch.uint8).set_(tensor.untyped_storage()))
+    assert _libc.mprotect(ctypes.c_void_p(start + size), PAGE, 0) == 0  # PROT_NONE
+    return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def matrix(number_format: str, rows: int, cols: int) -> PackedMatrix:
+    if number_format in PLANES:
+        plain = random_planes(number_format, rows, cols)
+        assert plain.scales is not None
+        scales = Scales(at_the_edge(plain.scales.values), plain.scales.group)
+        zeros = None if plain.zeros is None else at_the_edge(plain.zeros)
+        return PackedMatrix(number_format, rows, cols, at_the_edge(plain.data), scales, zeros)
+    if number_format in BLOCK_BYTES:
+        data = torch.from_numpy(random_blocks(rows, cols, number_format).ravel())
+    elif number_format in BLOCKS:
+        data = torch.from_numpy(random_groups(rows, cols, number_format).ravel())
+    else:
+        weights = torch.randn(rows, cols).to(torch.bfloat16)
+        data = torch.from_numpy(encode(weights, number_format))
+    return PackedMatrix(number_format, rows, cols, at_the_edge(data))
+
+
+@pytest.mark.skipif(not SETS, reason="installed without a compiler")
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("number_format", [*ENCODED, *BLOCKS, *PLANES])
+def test_nothing_behind_a_matrix_is_read(number_format: str, instruction_set: str) -> None:
+    kernel = native.Kernel(1, instruction_set)
+    widths = (256, 768) if number_format in BLOCK_BYTES else (32, 96, 160, 416)
+    for cols in widths:
+        block = matrix(number_format, 40, cols)
+        for count in (1, 5, 40):
+            for dtype in (torch.bfloat16, torch.float32):
+                out = kernel.linear(describe(block), 40, torch.ones(count, cols, dtype=dtype))
+                assert out.isfinite().all()
+    _kept.clear()
