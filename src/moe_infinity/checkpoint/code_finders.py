@@ -167,7 +167,11 @@ def _in_columns(
         cols, rows = down * word_cols, across * word_rows
         groups = scales.shape[0] if scales.shape else 0
         if entry.format != "I32" or scales.shape != (groups, rows) or scales.format not in _FLOATS:
-            raise _misfit(entry, scales, "words and float scales [groups, rows]")
+            raise _misfit(
+                entry,
+                scales,
+                f"words, and float scales [groups, {rows}]; is quant_method of config.json right?",
+            )
         if cols % 8:
             raise Misfit(f"{name!r} has {cols} columns, expected a multiple of 8", True)
         group = _group(entry, cols, groups, [quantisation.get("group_size")])

@@ -145,8 +145,9 @@ def _require_packable(spec: ExpertSpec, experts_format: str, number_format: str)
             continue
         if number_format == "EXACT12" and part.format not in ("BF16", *PACKED):
             raise UnsupportedModelError(
-                f"{spec.key} {part.name}: got {part.format} weights, expected BF16 for exact12; "
-                f"choose int8 or int4"
+                f"layer {spec.key.layer} expert {spec.key.expert} {part.name}: got {part.format} "
+                f"weights, expected BF16 for exact12; choose bf16, which keeps them as they are, "
+                f"int8 or int4"
             )
         if not can_pack(number_format, part.shape):
             raise UnsupportedModelError(

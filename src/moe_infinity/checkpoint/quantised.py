@@ -59,13 +59,16 @@ def column_groups(
 
 
 def gather(
-    path: Path, stored: Mapping[str, TensorEntry], quantisation: Mapping[str, Any]
+    path: Path, stored: Mapping[str, TensorEntry], quantisation: Mapping[str, Any] | None
 ) -> tuple[Tensors, dict[str, Sides]]:
-    """The model's tensors, and what of them lies apart.
+    """The model's tensors, and what of them lies apart. quantisation: None where nothing is.
 
     Raises UnsupportedModelError for a method or form that is not known here, CorruptCheckpointError
     for tensors that do not fit together or are not what the config says.
     """
+    if quantisation is None:
+        _refuse_codes(path, stored)
+        return dict(stored), {}
     method = str(quantisation.get("quant_method") or "").replace("_", "-")
     find = METHODS.get(method)
     if find is None:
@@ -83,13 +86,29 @@ def gather(
             sides[coded.name] = its_sides
         left = next((n for n in sorted(tensors) if n.endswith(_OF_CODES)), None)
         if left is not None:
-            raise Misfit(f"got tensor {left!r}, expected none that {method} does not make", True)
+            raise Misfit(
+                f"got tensor {left!r}, expected only what {method} makes; is that the "
+                f"quant_method of config.json?",
+                is_unknown=True,
+            )
     except Misfit as error:
         kind = UnsupportedModelError if error.is_unknown else CorruptCheckpointError
-        raise kind(f"{path}: {error}") from error
+        advice = "use another checkpoint of the model" if error.is_unknown else "download it again"
+        raise kind(f"{path}: {error}; {advice}") from error
     if not sides:
         raise CorruptCheckpointError(
             f"{path}: its config says the weights are quantised by {method}, expected such tensors "
             f"and found none; is the config of another checkpoint?"
         )
     return tensors, sides
+
+
+def _refuse_codes(path: Path, stored: Mapping[str, TensorEntry]) -> None:
+    """Of a checkpoint whose config does not speak of any."""
+    endings = (".qweight", ".weight_packed", "_scale_inv")
+    found = next((name for name in stored if name.endswith(endings)), None)
+    if found is not None:
+        raise CorruptCheckpointError(
+            f"{path}: got quantised weights ({found!r}), expected a quantization_config in "
+            f"config.json that says how; download config.json again"
+        )

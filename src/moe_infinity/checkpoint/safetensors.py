@@ -66,11 +66,8 @@ class SafetensorsCheckpoint(Checkpoint):
                 f"{path / _INDEX}: promises {len(absent)} tensors that its shards lack (first: "
                 f"{absent[0]!r}); download the checkpoint again"
             )
-        quantisation = quantisation_of(path)
         stored = tensors
-        if quantisation is not None:
-            tensors, self.sides = gather(path, stored, quantisation)
-        self.tensors = tensors
+        self.tensors, self.sides = gather(path, stored, quantisation_of(path))
         self._opened = open_all(self.files, open_file)
         self._scratch = threading.local()
         with contextlib.ExitStack() as undo:

@@ -43,6 +43,12 @@ def pack(
     require_forms(experts, dense)  # a wrong name must not wait for the hub
     with opened_source(model) as source:
         job = packing_job(source, paths[-1], experts, dense)
+        if job.is_rounded and experts not in LOSSY:
+            print(
+                f"note: {model} is quantised already; its experts become 16 bit and several times "
+                f"as large. It runs as it is; --experts int4 or int8 keeps it small",
+                file=sys.stderr,
+            )
         total = sum(spec.weight_bytes for spec in job.specs.values())
         # What is packed twice, plain and coded, is in the source once.
         total += sum({each.source.name: each.source.num_bytes for each in job.dense}.values())

@@ -125,6 +125,13 @@ def _formats_of(anatomy: Any) -> list[str]:
     return sorted(sizes, key=lambda name: -sizes[name])
 
 
+def _said(number_format: str) -> str:
+    """As its users call it."""
+    return {"MXFP4_PLANES": "MXFP4", "F8_E4M3": "FP8", "GPTQ_V2": "GPTQ"}.get(
+        number_format, number_format
+    )
+
+
 def _main_format(anatomy: Any) -> str:
     return _formats_of(anatomy)[0]
 
@@ -147,7 +154,7 @@ def _print(name: str, report: dict[str, Any]) -> None:
     print(
         f"experts: {report['experts_total']} in {report['num_layers']} layers, "
         f"{format_bytes(report['expert_bytes_total'])} in all, stored as "
-        f"{', '.join(report['expert_formats'])}; {report['share_resident']:.0%} fit"
+        f"{', '.join(map(_said, report['expert_formats']))}; {report['share_resident']:.0%} fit"
     )
     print(
         f"one token: {report['working_set']} experts, {format_bytes(report['bytes_per_token'])} of "
@@ -162,8 +169,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
     _print_forms(report)
     bandwidths = speed["bandwidths"]
     print(
-        f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, {report['expert_formats'][0]} "
-        f"products {bandwidths['matvec_gbps']:.1f} GB/s"
+        f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, "
+        f"{_said(report['expert_formats'][0])} products {bandwidths['matvec_gbps']:.1f} GB/s"
     )
 
 

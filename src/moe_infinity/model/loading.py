@@ -71,7 +71,9 @@ def read_config(path: Path) -> Any:
     if not file.exists():
         raise CheckpointNotFoundError(f"{path}: has no config.json, expected a model's folder")
     try:
-        json.loads(file.read_text())
+        said = json.loads(file.read_text()).get("quantization_config")
+        if not isinstance(said, (dict, type(None))):
+            raise ValueError(f"quantization_config is {type(said).__name__}, expected a table")
         config = transformers.AutoConfig.from_pretrained(path)
     except Exception as error:  # of any kind: the library checks values with errors of its own
         unknown = "model_type" in str(error) or "does not recognize" in str(error)
