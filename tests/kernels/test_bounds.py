@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.gguf_formats import BLOCKS
 from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.kernels.planes import PLANES, Scales
-from support.planes import random_planes
-from support.super_blocks import BLOCK_BYTES, random_blocks, random_groups
+from support.products import matrix
+from support.super_blocks import BLOCK_BYTES
 
 SETS = native.native.instruction_sets() if native.native is not None else []
 ENCODED = ("Q8_0", "Q4_0", "EXACT12")
@@ -34,21 +35,19 @@ def at_the_edge(tensor: torch.Tensor) -> torch.Tensor:
     return raw.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
 
-def matrix(number_format: str, rows: int, cols: int) -> PackedMatrix:
-    if number_format in PLANES:
-        plain = random_planes(number_format, rows, cols)
-        assert plain.scales is not None
-        scales = Scales(at_the_edge(plain.scales.values), plain.scales.group)
-        zeros = None if plain.zeros is None else at_the_edge(plain.zeros)
-        return PackedMatrix(number_format, rows, cols, at_the_edge(plain.data), scales, zeros)
-    if number_format in BLOCK_BYTES:
-        data = torch.from_numpy(random_blocks(rows, cols, number_format).ravel())
-    elif number_format in BLOCKS:
-        data = torch.from_numpy(random_groups(rows, cols, number_format).ravel())
-    else:
+def matrix_at_the_edge(number_format: str, rows: int, cols: int) -> PackedMatrix:
+    if number_format in ENCODED:
         weights = torch.randn(rows, cols).to(torch.bfloat16)
         data = torch.from_numpy(encode(weights, number_format))
-    return PackedMatrix(number_format, rows, cols, at_the_edge(data))
+        return PackedMatrix(number_format, rows, cols, at_the_edge(data))
+    plain = matrix(number_format, rows, cols)
+    scales, zeros = plain.scales, plain.zeros
+    return replace(
+        plain,
+        data=at_the_edge(plain.data),
+        scales=scales and Scales(at_the_edge(scales.values), scales.group),
+        zeros=None if zeros is None else at_the_edge(zeros),
+    )
 
 
 @pytest.mark.skipif(not SETS, reason="installed without a compiler")
@@ -58,7 +57,7 @@ def test_nothing_behind_a_matrix_is_read(number_format: str, instruction_set: st
     kernel = native.Kernel(1, instruction_set)
     widths = (256, 768) if number_format in BLOCK_BYTES else (32, 96, 160, 416)
     for cols in widths:
-        block = matrix(number_format, 40, cols)
+        block = matrix_at_the_edge(number_format, 40, cols)
         for count in (1, 5, 40):
             for dtype in (torch.bfloat16, torch.float32):
                 out = kernel.linear(describe(block), 40, torch.ones(count, cols, dtype=dtype))

@@ -8,10 +8,10 @@ import torch
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertMath, Job, Views
-from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.gguf_formats import BLOCKS, decode_blocks
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.kernels.reference import Kernel as Reference
+from support.products import matrix, product, tokens
 from support.super_blocks import BLOCK_BYTES, random_blocks
 
 FORMATS = sorted(BLOCK_BYTES)
@@ -19,20 +19,6 @@ SETS = native.native.instruction_sets() if native.native is not None else []
 FEW, MANY = (1, 3, 4, 9, 31), (32, 70, 193)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 0.03  # of the largest value: few tokens are rounded to 8 bits
-
-
-def matrix(rows: int, cols: int, number_format: str, seed: int = 0) -> PackedMatrix:
-    data = torch.from_numpy(random_blocks(rows, cols, number_format, seed).ravel())
-    return PackedMatrix(number_format, rows, cols, data)
-
-
-def tokens(count: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, cols, generator=generator).to(dtype)
-
-
-def product(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    return kernel.linear(describe(block), block.rows, x.contiguous())
 
 
 @pytest.mark.parametrize("number_format", sorted(BLOCKS))
@@ -61,7 +47,7 @@ class TestKernels:
     def test_products(
         self, kernel: native.Kernel, number_format: str, shape: tuple[int, int]
     ) -> None:
-        block = matrix(*shape, number_format)
+        block = matrix(number_format, *shape)
         weights = block.decode()
         for dtype in TYPES:
             for count in FEW + MANY:
@@ -75,7 +61,7 @@ class TestKernels:
         self, kernel: native.Kernel, number_format: str
     ) -> None:
         """Each column by itself: a scale or minimum in the wrong place cannot hide in a sum."""
-        block = matrix(5, 512, number_format)
+        block = matrix(number_format, 5, 512)
         weights = block.decode()
         for count in (16, 64):
             for start in range(0, 512, count):
@@ -89,7 +75,7 @@ class TestKernels:
     def test_a_result_depends_on_its_row_and_token_alone(
         self, kernel: native.Kernel, number_format: str
     ) -> None:
-        block = matrix(53, 512, number_format)
+        block = matrix(number_format, 53, 512)
         x = tokens(100, 512, torch.bfloat16)
         few = product(kernel, block, x[:7])
         for token in range(7):
@@ -111,8 +97,8 @@ class TestKernels:
             return torch.nn.functional.silu(first) * second
 
         math = ExpertMath(True, False, False, gate)
-        first = [matrix(256, 512, "Q4_K", seed) for seed in (1, 2)]
-        views = Views({"gate_up_proj": [*first], "down_proj": [matrix(512, 256, "Q6_K")]})
+        first = [matrix("Q4_K", 256, 512, seed) for seed in (1, 2)]
+        views = Views({"gate_up_proj": [*first], "down_proj": [matrix("Q6_K", 512, 256)]})
         x = tokens(count, 512, torch.bfloat16)
         jobs = [Job(views, x, torch.empty_like(x))]
         kernel.run(math, jobs)

@@ -8,12 +8,11 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertMath, Job, Views
-from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.kernels.planes import PLANES, Scales
 from moe_infinity.kernels.reference import Kernel as Reference
 from support.planes import random_planes
-from support.super_blocks import random_groups
+from support.products import matrix, product, tokens
 
 SETS = native.native.instruction_sets() if native.native is not None else []
 needs_compiler = pytest.mark.skipif(not SETS, reason="installed without a compiler")
@@ -22,22 +21,6 @@ BLOCKS = ("MXFP4", "Q5_0", "Q4_1", "Q5_1")
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOLERANCE = 0.03  # of the largest value: some formats round tokens to 8 bits
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight rows a word's nibble belongs to
-
-
-def matrix(number_format: str, rows: int, cols: int) -> PackedMatrix:
-    if number_format in PLANES:
-        return random_planes(number_format, rows, cols)
-    data = torch.from_numpy(random_groups(rows, cols, number_format).ravel())
-    return PackedMatrix(number_format, rows, cols, data)
-
-
-def tokens(count: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(count)
-    return torch.randn(count, cols, generator=generator).to(dtype)
-
-
-def product(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
-    return kernel.linear(describe(block), block.rows, x.contiguous())
 
 
 class TestDecoding:

@@ -65,9 +65,8 @@ class PackedMatrix:
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)
         if self.scales is not None:
             return self.decode_rows(0, self.rows)
-        num_bytes = self.rows * row_bytes(self.format, self.cols)
         size = _BLOCKS[self.format][1]
-        blocks = self.data[:num_bytes].numpy().reshape(self.rows, -1, size)
+        blocks = self.data[: self.num_bytes].numpy().reshape(self.rows, -1, size)
         if self.format in BLOCKS:
             decoded = decode_blocks(blocks.reshape(-1, size), self.format)
         else:

@@ -1,6 +1,6 @@
 """Formats whose scales lie apart from their codes, decoded plainly: those of safetensors files.
 
-R: rows, C: columns of a matrix [out, in]. What zero points and words look like: WORDS.
+R: rows, C: columns of a matrix [out, in].
 """
 
 from __future__ import annotations
@@ -34,18 +34,22 @@ class Scales(NamedTuple):
     values: torch.Tensor
     group: tuple[int, int]
 
-    def floats(self) -> Floats:
-        if self.values.dtype is torch.uint8:
-            exponents = self.values.numpy().astype(np.int32) - 127
-            with np.errstate(over="ignore"):
-                powers: Floats = np.ldexp(np.float32(1), exponents)
-            return powers
-        return self.values.float().numpy()
+    def of_rows(self, rows: range, cols: int) -> Floats:
+        """[rows, cols], one for each weight."""
+        down, across = self.group
+        first = rows.start // down
+        some = _floats(self.values[first : (rows.stop - 1) // down + 1])
+        places = np.ix_(np.asarray(rows) // down - first, np.arange(cols) // across)
+        of_each: Floats = some[places]
+        return of_each
 
-    def of_rows(self, first: int, count: int, cols: int) -> Floats:
-        """[count, cols], one for each weight."""
-        rows, columns = (np.arange(start, start + n) for start, n in ((first, count), (0, cols)))
-        return self.floats()[np.ix_(rows // self.group[0], columns // self.group[1])]
+
+def _floats(values: torch.Tensor) -> Floats:
+    if values.dtype is not torch.uint8:
+        return values.float().numpy()
+    with np.errstate(over="ignore"):
+        powers: Floats = np.ldexp(np.float32(1), values.numpy().astype(np.int32) - 127)
+    return powers
 
 
 def decode_planes(
@@ -58,7 +62,7 @@ def decode_planes(
 ) -> Floats:
     """Some rows of a matrix of ``shape`` [R, C]. codes: its bytes. zeros: words [R / 8, groups] of
     eight rows' zero points, in any order of memory."""
-    weights = scales.of_rows(rows.start, len(rows), shape[1])
+    weights = scales.of_rows(rows, shape[1])
     if number_format == "F8_E4M3":
         bytes_ = codes.view(shape)[rows.start : rows.stop]
         return bytes_.view(torch.float8_e4m3fn).float().numpy() * weights

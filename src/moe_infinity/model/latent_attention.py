@@ -47,6 +47,7 @@ def speed_up_latents(model: nn.Module, kernel: ExpertKernel) -> None:
     """Let a compiled ``kernel`` do this attention where it can."""
     if not isinstance(kernel, native.Kernel):
         return
+    ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
     for module in model.modules():
         if is_latent(module) and _can(module):
             _Absorbed(module, kernel)
@@ -75,7 +76,6 @@ class _Absorbed:
         module.expand_kv = self.expand
         module.register_forward_pre_hook(self._begin, with_kwargs=True)
         setattr(module, _LATENTS, self)
-        ALL_ATTENTION_FUNCTIONS.register(_NAME, _attend)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

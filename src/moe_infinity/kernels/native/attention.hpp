@@ -15,6 +15,17 @@ constexpr uint32_t kQueriesAtOnce = 8;  // bounds the scores on a task's stack
 // Numbers that are stored as they are: the types come first among the formats.
 inline Format format_of(Type type) { return static_cast<Format>(type); }
 
+// Rows of numbers that follow one another.
+inline Matrix plain_matrix(const uint8_t *data, uint32_t rows, uint32_t cols, Type type) {
+    Matrix m{};
+    m.data = data;
+    m.row_bytes = cols * size_of(type);
+    m.rows = rows;
+    m.cols = cols;
+    m.format = format_of(type);
+    return m;
+}
+
 // The parts of one query's attention, each relative to its own largest score, made one.
 inline void unite(const float *partial, uint32_t parts, uint32_t size, float *out) {
     const size_t stride = size + 2;

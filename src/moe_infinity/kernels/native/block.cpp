@@ -145,8 +145,8 @@ void Engine::look_back(const Block &b, const Token &token, BlockWork &w) {
         const uint32_t g = task / parts, part = task % parts, start = part * kContextAtOnce;
         const uint32_t count = std::min(kContextAtOnce, length - start);
         const size_t at = g * all_bytes + start * head_bytes;
-        const Matrix keys{static_cast<const uint8_t *>(token.keys) + at, nullptr, nullptr, head_bytes,
-                          count, b.head_dim, format_of(b.type), 0, 0, 0, 0, 0, 0, 0};
+        const Matrix keys =
+            plain_matrix(static_cast<const uint8_t *>(token.keys) + at, count, b.head_dim, b.type);
         const auto *values = static_cast<const uint8_t *>(token.values) + at;
         alignas(64) float scores[kQueriesAtOnce * kContextAtOnce];
         for (uint32_t first = 0; first < group; first += kQueriesAtOnce) {

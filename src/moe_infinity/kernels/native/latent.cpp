@@ -7,20 +7,6 @@
 
 namespace moe {
 
-namespace {
-
-Matrix plain_matrix(const uint8_t *data, uint32_t rows, uint32_t cols, Type type) {
-    Matrix m{};
-    m.data = data;
-    m.row_bytes = cols * size_of(type);
-    m.rows = rows;
-    m.cols = cols;
-    m.format = format_of(type);
-    return m;
-}
-
-}  // namespace
-
 void Engine::attend_latents(const Latent &l) {
     std::lock_guard<std::mutex> turn(turn_);
     LatentWork &w = latent_work_;
