@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,13 @@ class GuardedPolicy(CachePolicy):
 
         victims: NDArray[np.int64] = self._tell(choose)
         return victims
+
+    def state_arrays(self) -> dict[str, NDArray[np.float64]]:
+        arrays: dict[str, NDArray[np.float64]] = self._tell(lambda policy: policy.state_arrays())
+        return arrays
+
+    def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        self._tell(lambda policy: policy.take_state(arrays))
 
     def load(self, path: Path) -> None:
         self.inner.fingerprint = self.fingerprint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -66,6 +66,15 @@ class CachePolicy(ABC):
         """
         scores = self.keep_scores(layer).ravel()[candidates]
         return candidates[np.argsort(scores, kind="stable")[:count]]
+
+    def state_arrays(self) -> dict[str, NDArray[np.float64]]:
+        """Optional, the kernel form: all that scores follow from, by name, in the order in which
+        the policy's GPU kernel keeps it. Empty: there is none. May share memory with the policy."""
+        return {}
+
+    def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        """Go on from what another's ``state_arrays`` gave, a kernel's or an equal policy's."""
+        raise NotImplementedError(f"{type(self).__module__} has no kernel form")
 
     @classmethod
     def fit(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,3 +28,11 @@ class Policy(CachePolicy):
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         return self._uses / (self._clock - self._last_use + 1)
+
+    def state_arrays(self) -> dict[str, NDArray[np.float64]]:
+        clock = np.array([float(self._clock)])
+        return {"uses": self._uses, "last_use": self._last_use, "clock": clock}
+
+    def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        self._uses[:], self._last_use[:] = arrays["uses"], arrays["last_use"]
+        self._clock = int(arrays["clock"][0])

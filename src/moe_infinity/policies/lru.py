@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,3 +26,11 @@ class Policy(CachePolicy):
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         return self._last_use
+
+    def state_arrays(self) -> dict[str, NDArray[np.float64]]:
+        clock = np.array([float(self._clock)])
+        return {"last_use": self._last_use, "clock": clock}
+
+    def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        self._last_use[:] = arrays["last_use"]
+        self._clock = int(arrays["clock"][0])

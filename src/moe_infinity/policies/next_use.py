@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,9 +13,14 @@ from moe_infinity.types import ExpertShape
 
 # Fast and slow memory per pass, weight of the slow base, and the base's floor as a share of chance:
 # tuned on replays of public routing traces; b = 3 to 8 hardly differ.
-_FAST, _SLOW, _BASE_WEIGHT, _BASE_FLOOR = 0.9, 0.998, 8.0, 0.3
-_MIN_P = 1e-4
+FAST, SLOW, BASE_WEIGHT, BASE_FLOOR = 0.9, 0.998, 8.0, 0.3
+MIN_P = 1e-4
 _MOST_UNSEEN = 64
+
+
+def base_floor(shape: ExpertShape) -> float:
+    """The least chance of use that is believed of any expert."""
+    return BASE_FLOOR * shape.top_k / shape.num_experts
 
 
 class Policy(CachePolicy):
@@ -28,9 +35,9 @@ class Policy(CachePolicy):
         super().__init__(shape, num_slots, seed)
         self._uses = np.zeros((2, *self.grid))  # [fast/slow, L, E]
         self._passes = np.zeros((2, shape.num_layers, 1))  # [fast/slow, L, 1]
-        self._cycles = np.full(self.grid, 1.0 / _MIN_P)
-        self._decay = np.array([_FAST, _SLOW])
-        self._floor = _BASE_FLOOR * shape.top_k / shape.num_experts
+        self._cycles = np.full(self.grid, 1.0 / MIN_P)
+        self._decay = np.array([FAST, SLOW])
+        self._floor = base_floor(shape)
         # By layer: events that no score was asked for yet; to learn from several costs less.
         self._unseen: list[list[NDArray[np.int64]]] = [[] for _ in range(shape.num_layers)]
         self._ids = np.arange(shape.num_layers, dtype=np.float64)
@@ -48,13 +55,26 @@ class Policy(CachePolicy):
             self._passes[:, row] += 1
         self._unseen[row].clear()
         base = np.minimum(np.maximum(self._uses[1, row] / self._passes[1, row], self._floor), 1.0)
-        p = (self._uses[0, row] + _BASE_WEIGHT * base) / (self._passes[0, row] + _BASE_WEIGHT)
-        self._cycles[row] = 1.0 / np.minimum(np.maximum(p, _MIN_P), 1.0) - 1.0
+        p = (self._uses[0, row] + BASE_WEIGHT * base) / (self._passes[0, row] + BASE_WEIGHT)
+        self._cycles[row] = 1.0 / np.minimum(np.maximum(p, MIN_P), 1.0) - 1.0
 
-    def keep_scores(self, layer: int) -> NDArray[np.float64]:
+    def _catch_up(self) -> None:
         for row, unseen in enumerate(self._unseen):
             if unseen:
                 self._learn(row)
+
+    def keep_scores(self, layer: int) -> NDArray[np.float64]:
+        self._catch_up()
         num_layers = self.shape.num_layers
         way = (self._ids - layer - 1) % num_layers + 1  # events until the layer comes round
         return -(self._cycles * num_layers + way[:, None])
+
+    def state_arrays(self) -> dict[str, NDArray[np.float64]]:
+        self._catch_up()
+        return {"uses": self._uses, "passes": self._passes, "cycles": self._cycles}
+
+    def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        self._uses[:], self._passes[:] = arrays["uses"], arrays["passes"]
+        self._cycles[:] = arrays["cycles"]
+        for unseen in self._unseen:
+            unseen.clear()

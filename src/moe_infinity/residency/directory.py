@@ -126,6 +126,14 @@ class Directory:
         self._rebuild_free()
         return lost
 
+    def take_slots(self, slots: NDArray[np.int32]) -> None:
+        """Go on from who is where in another's ``slots``; nothing is in flight or pinned."""
+        assert not (self.states == State.IN_FLIGHT).any(), "a load is in flight"
+        assert not self.pins.any(), "an expert is pinned"
+        self.slots[:] = slots
+        self.states[:] = np.where(slots == NO_SLOT, State.ABSENT, State.RESIDENT)
+        self._rebuild_free()
+
     def keys_in(self, state: State) -> list[ExpertKey]:
         return [self.key(int(flat)) for flat in np.flatnonzero(self.states == state)]
 
