@@ -1,12 +1,16 @@
 """What every test shares: a private state folder, a known disk, one torch thread, stable
 property tests."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+# Triton kernels run on CPU tensors then. Before triton is imported, and transformers imports it.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe_infinity import MoE, machine, speeds
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS

@@ -168,9 +168,11 @@ def learn_next_use(
     slow = tl.load(row + L * E, mask=exists, other=0.0) * SLOW + is_member
     fast_passes = tl.load(ends) * FAST + 1.0
     slow_passes = tl.load(ends + L) * SLOW + 1.0
-    base = tl.minimum(tl.maximum(slow / slow_passes, FLOOR), 1.0)
+    least_base = tl.full([], FLOOR, tl.float64)  # a bare number would be rounded to a float
+    least_p = tl.full([], MIN_P, tl.float64)
+    base = tl.minimum(tl.maximum(slow / slow_passes, least_base), 1.0)
     p = (fast + BASE_WEIGHT * base) / (fast_passes + BASE_WEIGHT)
-    cycles = 1.0 / tl.minimum(tl.maximum(p, MIN_P), 1.0) - 1.0
+    cycles = 1.0 / tl.minimum(tl.maximum(p, least_p), 1.0) - 1.0
     tl.debug_barrier()
     tl.store(row, fast, mask=exists)
     tl.store(row + L * E, slow, mask=exists)
@@ -284,8 +286,8 @@ def gather_kernel(
     key = tl.load(load_keys + number)
     if key >= 0:
         slot = tl.load(load_slots + number)
-        source = tl.multiple_of(tl.load(sources + key), 16).to(tl.pointer_type(tl.int64))
-        target = tl.multiple_of(tl.load(targets + slot), 16).to(tl.pointer_type(tl.int64))
+        source = tl.multiple_of(tl.load(sources + key).to(tl.pointer_type(tl.int64)), 16)
+        target = tl.multiple_of(tl.load(targets + slot).to(tl.pointer_type(tl.int64)), 16)
         own = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         for start in range(0, NUM_WORDS, PROGRAMS * BLOCK):
             words = start + own
