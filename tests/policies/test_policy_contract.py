@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_infinity.policies import find_policy, policy_names
+from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.types import ExpertKey
 from support.routing import Driver, event, grid, new_residency, random_decode
@@ -135,3 +136,20 @@ def test_a_forecast_of_some_layers_only_harms_none(name: str) -> None:
     fresh.on_forecast(forecast)
     ranked = fresh.victims(np.arange(24), 22, 0).tolist()
     assert {8 + 2, 8 + 3}.isdisjoint(ranked[:12])
+
+
+def test_state_arrays_are_the_whole_state(name: str) -> None:
+    """Whoever takes them scores alike from then on; a policy without them says so."""
+    policy, other = warmed(name), GuardedPolicy(find_policy(name)(RAGGED, 10))
+    arrays = {each: array.copy() for each, array in policy.state_arrays().items()}
+    if not arrays:
+        with pytest.raises(NotImplementedError, match="no kernel form"):
+            other.inner.take_state(arrays)
+        return
+    other.take_state(arrays)
+    for layer, each in enumerate(random_decode(RAGGED, 1, seed=7)):
+        assert (policy.keep_scores(layer) == other.keep_scores(layer)).all()
+        policy.on_event(each)
+        other.on_event(each)
+    for each, array in other.state_arrays().items():
+        assert (array == policy.state_arrays()[each]).all()

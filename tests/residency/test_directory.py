@@ -148,3 +148,19 @@ def test_abandon_mends_a_load_that_was_cut_short(lines_done: int) -> None:
     directory.abandon()
     directory.check_integrity()
     assert directory.num_free(0) == 3
+
+
+def test_another_directory_takes_the_slots_over() -> None:
+    first, second = Directory(SHAPE, SLOTS, CLASSES), Directory(SHAPE, SLOTS, CLASSES)
+    for key in (KEYS[0], KEYS[5], KEYS[9]):
+        first.begin_load(key)
+        first.complete(key)
+        second.begin_load(KEYS[3] if key == KEYS[0] else key)
+    with pytest.raises(AssertionError, match="in flight"):
+        second.take_slots(first.slots)
+    second.abandon()
+    first.evict(KEYS[0])
+    second.take_slots(first.slots)
+    second.check_integrity()
+    assert second.keys_in(State.RESIDENT) == [KEYS[5], KEYS[9]]
+    assert second.begin_load(KEYS[1]) == first.begin_load(KEYS[1])

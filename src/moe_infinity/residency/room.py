@@ -96,7 +96,7 @@ class RoomFinder:
         if count == 0:
             return deque()
         loose = self._directory.evictable(size_class)
-        passing = [k for k in self._rings[size_class] if self._is_passing(k)][:count]
+        passing = self.passing(size_class)[:count]
         ahead = [k for k in sorted(self.ahead) if self._is_loose(k, size_class)]
         spoken_for = [self._directory.flat(k) for k in (*passing, *ahead)]
         others = np.setdiff1d(loose, spoken_for, assume_unique=True) if spoken_for else loose
@@ -108,6 +108,14 @@ class RoomFinder:
                 ranked += self._chosen(others[expected], count - len(ranked), layer)
             ranked += ahead
         return deque(ranked[:count])
+
+    def passing(self, size_class: int) -> list[ExpertKey]:
+        """Residents that only streamed through and go first, oldest first."""
+        return [key for key in self._rings[size_class] if self._is_passing(key)]
+
+    def take_passing(self, size_class: int, keys: Iterable[ExpertKey]) -> None:
+        """These, in place of those there were, only streamed through."""
+        self._rings[size_class] = deque(keys)
 
     def leave_ring(self, keys: Iterable[ExpertKey]) -> None:
         """These are residents like others from now on."""

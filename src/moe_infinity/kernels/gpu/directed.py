@@ -6,6 +6,7 @@ reference, and take turns with it. One size class, one token at a time; knows no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -86,6 +87,7 @@ class DeviceDirectory:
 
         self.slot_of = new((num_keys,), torch.int32, NO_SLOT)
         self.key_of = new((num_slots,), torch.int32, -1)
+        self._passing = new((num_slots,), torch.int32, -1)
         self.state = new((len(_flat(initial)),), torch.float64)
         self._scratch = new((2, num_slots), torch.int64)
         self._counters = new((3,), torch.int64)
@@ -108,6 +110,7 @@ class DeviceDirectory:
             layer,
             self.slot_of,
             self.key_of,
+            self._passing,
             self.state,
             self._scratch,
             self._counters,
@@ -128,9 +131,17 @@ class DeviceDirectory:
         )
         return Decision(*self._decisions[layer])
 
-    def load_from(self, directory: Directory, policy: CachePolicy, step: int = 0) -> None:
+    def load_from(
+        self,
+        directory: Directory,
+        policy: CachePolicy,
+        passing: Sequence[ExpertKey] = (),
+        step: int = 0,
+    ) -> None:
         """Go on where the host stands; what was traced and not read is dropped.
 
+        passing: residents that go first, in this order (``RoomFinder.passing``); nothing else that
+        the host remembers beside its directory and policy, such as loads ahead, is known here.
         step: of the pass that comes next. Raises ConfigError for another policy or other slots.
         """
         if kernel_form(policy) != self.form:
@@ -143,11 +154,14 @@ class DeviceDirectory:
         key_of[directory.slots[held]] = held
         self.slot_of.copy_(torch.from_numpy(directory.slots))
         self.key_of.copy_(torch.from_numpy(key_of))
+        places = np.full(self.num_slots, -1, dtype=np.int32)
+        places[[directory.slot(key) for key in passing]] = np.arange(len(passing))
+        self._passing.copy_(torch.from_numpy(places))
 
-    def store_to(self, directory: Directory, policy: CachePolicy) -> None:
+    def store_to(self, directory: Directory, policy: CachePolicy) -> list[ExpertKey]:
         """Let the host go on where the device stands. Waits for the device.
 
-        What the host remembers beside these two (``RoomFinder``) is not told of evictions.
+        Returns what still goes first, for ``RoomFinder.take_passing``.
         """
         assert kernel_form(policy) == self.form, f"{type(policy)} is not {self.form}"
         self._check(directory)
@@ -158,6 +172,9 @@ class DeviceDirectory:
             arrays[name] = state[start:end].reshape(dims)
             start = end
         policy.take_state(arrays)
+        places, key_of = self._passing.cpu().numpy(), self.key_of.cpu().numpy()
+        slots = sorted(np.flatnonzero(places >= 0).tolist(), key=lambda slot: int(places[slot]))
+        return [directory.key(key_of[slot]) for slot in slots]
 
     def read_trace(self) -> list[TracedEvent]:
         """What was decided since the last call, in order. Waits for the device.
@@ -171,8 +188,12 @@ class DeviceDirectory:
                 f"{num_events - first} events since the last reading, the ring holds "
                 f"{self._trace_events}: read more often, or ask for more trace_events"
             )
-        rows = np.arange(first, num_events) % self._trace_events
-        return [self._traced(row) for row in self._trace.cpu().numpy()[rows]]
+        start = first % self._trace_events
+        end = start + num_events - first
+        rows = self._trace[start:end]
+        if end > self._trace_events:
+            rows = torch.cat([rows, self._trace[: end - self._trace_events]])
+        return [self._traced(row) for row in rows.cpu().numpy()]
 
     def check_integrity(self) -> None:
         """Prove that slot_of and key_of are inverse to one another; raises AssertionError."""
@@ -222,8 +243,9 @@ def gather(
 ) -> None:
     """Bring the bytes of a decision's loads into their slots. Launches one kernel.
 
-    sources: int64 addresses by flat key, of pinned memory; targets: int64 addresses by slot. All
-    of them, and num_bytes, the size of an expert, are multiples of 16. Raises ConfigError.
+    sources: int64 addresses by flat key, of pinned memory as the device sees it; targets: int64
+    addresses by slot. All of them and num_bytes, an expert's, are multiples of 16; raises
+    ConfigError if num_bytes is not.
     """
     if num_bytes % ALIGNMENT_BYTES:
         raise ConfigError(f"an expert has {num_bytes} bytes, expected a multiple of 16")

@@ -1,8 +1,7 @@
 """Triton kernels of the expert directory in GPU memory: who is where, who goes, what is brought.
 
 One program decides for one layer of one token, so that a whole decode step can be one CUDA graph.
-The rules and their arithmetic are those of policies/lru.py, lfru.py and next_use.py, in the same
-order, so victims agree to the bit. Needs enable_fp_fusion=False: a fused multiply-add rounds once.
+It decides as residency/ does, the order among equals included; the policies are in policy_rules.py.
 
 L: MoE layers, E: experts, N = L * E flat keys, S: slots, K: top-k. A name with 2: the power of two
 above. What one thread writes another one reads only after a barrier, and the other way round.
@@ -13,12 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moe_infinity.policies import next_use
+from moe_infinity.kernels.gpu.policy_rules import learn, score
 
-FAST = tl.constexpr(next_use.FAST)
-SLOW = tl.constexpr(next_use.SLOW)
-BASE_WEIGHT = tl.constexpr(next_use.BASE_WEIGHT)
-MIN_P = tl.constexpr(next_use.MIN_P)
 # Bounds of worth: a free slot is taken before any resident, a member of the event never.
 LOWEST = tl.constexpr(-(2**63))
 HIGHEST = tl.constexpr(2**63 - 1)
@@ -31,7 +26,8 @@ def decide_kernel(
     layer: tl.tensor,
     slot_of: tl.tensor,  # [N] int32, -1: absent
     key_of: tl.tensor,  # [S] int32, -1: free
-    state: tl.tensor,  # float64, see directed.py
+    passing: tl.tensor,  # [S] int32, place in the order of going for what only streamed through
+    state: tl.tensor,  # float64: the policy's state_arrays, one after the other
     scratch: tl.tensor,  # [2, S] int64
     counters: tl.tensor,  # [3] int64: events, passes, layer of the last event
     decisions: tl.tensor,  # [L, 3, K] int32: slots, keys to load, their slots
@@ -64,7 +60,7 @@ def decide_kernel(
 
     learn(POLICY, state, layer, ids, keys, is_expert, L, E, E2, FLOOR)
     if num_loads > 0:
-        rank_slots(POLICY, key_of, state, scratch, layer, held, is_hit, L, E, S, CHUNK)
+        rank_slots(POLICY, key_of, passing, state, scratch, layer, held, is_hit, L, E, S, CHUNK)
     chosen = choose(scratch, lanes, num_loads, K2, S, CHUNK)
     is_taken = lanes < num_loads
     victims = tl.load(key_of + chosen, mask=is_taken, other=-1)
@@ -77,6 +73,8 @@ def decide_kernel(
     tl.store(slot_of + victims, -1, mask=victims >= 0)
     tl.store(slot_of + arrivals, chosen, mask=is_taken)
     tl.store(key_of + chosen, arrivals, mask=is_taken)
+    tl.store(passing + chosen, -1, mask=is_taken)
+    tl.store(passing + held, -1, mask=is_hit)
     decision = decisions + layer * 3 * K + lanes
     tl.store(decision, slots, mask=is_lane)
     tl.store(decision + K, arrivals, mask=is_lane)
@@ -117,100 +115,10 @@ def note(
 
 
 @triton.jit
-def learn(
-    POLICY: tl.constexpr,
-    state: tl.tensor,
-    layer: tl.tensor,
-    ids: tl.tensor,
-    keys: tl.tensor,
-    is_expert: tl.tensor,
-    L: tl.constexpr,
-    E: tl.constexpr,
-    E2: tl.constexpr,
-    FLOOR: tl.constexpr,
-) -> None:
-    """The policy's on_event. Equal members of an event store equal values."""
-    if POLICY == "next_use":
-        learn_next_use(state, layer, ids, L, E, E2, FLOOR)
-    elif POLICY == "lfru":
-        uses = tl.load(state + keys, mask=is_expert, other=0.0)
-        clock = tl.load(state + 2 * L * E) + 1.0
-        tl.debug_barrier()
-        tl.store(state + keys, uses + 1.0, mask=is_expert)
-        tl.store(state + L * E + keys, clock, mask=is_expert)
-        tl.store(state + 2 * L * E, clock)
-    else:
-        clock = tl.load(state + L * E) + 1.0
-        tl.debug_barrier()
-        tl.store(state + keys, clock, mask=is_expert)
-        tl.store(state + L * E, clock)
-    tl.debug_barrier()
-
-
-@triton.jit
-def learn_next_use(
-    state: tl.tensor,
-    layer: tl.tensor,
-    ids: tl.tensor,
-    L: tl.constexpr,
-    E: tl.constexpr,
-    E2: tl.constexpr,
-    FLOOR: tl.constexpr,
-) -> None:
-    """Decay the layer's row, count its members, foresee next uses; at once, not when asked."""
-    experts = tl.arange(0, E2)
-    exists = experts < E
-    among = (ids[None, :] == experts[:, None]).to(tl.int32)
-    is_member = (tl.max(among, axis=1)).to(tl.float64)
-    row = state + layer * E + experts  # [2, L, E] uses, [2, L] passes, [L, E] cycles
-    ends = state + 2 * L * E + layer
-    fast = tl.load(row, mask=exists, other=0.0) * FAST + is_member
-    slow = tl.load(row + L * E, mask=exists, other=0.0) * SLOW + is_member
-    fast_passes = tl.load(ends) * FAST + 1.0
-    slow_passes = tl.load(ends + L) * SLOW + 1.0
-    least_base = tl.full([], FLOOR, tl.float64)  # a bare number would be rounded to a float
-    least_p = tl.full([], MIN_P, tl.float64)
-    base = tl.minimum(tl.maximum(slow / slow_passes, least_base), 1.0)
-    p = (fast + BASE_WEIGHT * base) / (fast_passes + BASE_WEIGHT)
-    cycles = 1.0 / tl.minimum(tl.maximum(p, least_p), 1.0) - 1.0
-    tl.debug_barrier()
-    tl.store(row, fast, mask=exists)
-    tl.store(row + L * E, slow, mask=exists)
-    tl.store(row + 2 * L * E + 2 * L, cycles, mask=exists)
-    tl.store(ends, fast_passes)
-    tl.store(ends + L, slow_passes)
-
-
-@triton.jit
-def score(
-    POLICY: tl.constexpr,
-    state: tl.tensor,
-    keys: tl.tensor,
-    is_held: tl.tensor,
-    layer: tl.tensor,
-    L: tl.constexpr,
-    E: tl.constexpr,
-) -> tl.tensor:
-    """The policy's keep_scores of these keys, as integers in the same order."""
-    if POLICY == "next_use":
-        cycles = tl.load(state + 2 * L * E + 2 * L + keys, mask=is_held, other=0.0)
-        way = (keys // E - layer - 1 + L) % L + 1
-        scores = -(cycles * L + way.to(tl.float64))
-    elif POLICY == "lfru":
-        uses = tl.load(state + keys, mask=is_held, other=0.0)
-        last_use = tl.load(state + L * E + keys, mask=is_held, other=0.0)
-        scores = uses / (tl.load(state + 2 * L * E) - last_use + 1.0)
-    else:
-        scores = tl.load(state + keys, mask=is_held, other=0.0)
-    # Where doubles are slow (1/64 of the rate of floats on consumer GPUs) comparing them is too.
-    bits = scores.to(tl.int64, bitcast=True)
-    return tl.where(bits < 0, bits ^ HIGHEST, bits)
-
-
-@triton.jit
 def rank_slots(
     POLICY: tl.constexpr,
     key_of: tl.tensor,
+    passing: tl.tensor,
     state: tl.tensor,
     scratch: tl.tensor,
     layer: tl.tensor,
@@ -221,15 +129,17 @@ def rank_slots(
     S: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    """Write each slot's worth and what decides between equals, its key (or slot, if free); the
-    slot itself is in that number's lower half."""
+    """Write each slot's worth and what decides between equals; the slot is in its lower half.
+    Free ones go first, then what only streamed through, then by score and key; members stay."""
     for start in tl.static_range(0, S, CHUNK):
         slots = start + tl.arange(0, CHUNK)
         exists = slots < S
         keys = tl.load(key_of + slots, mask=exists, other=-1)
         is_held = keys >= 0
         worth = tl.where(is_held, score(POLICY, state, keys, is_held, layer, L, E), LOWEST)
-        order = tl.where(is_held, keys, slots).to(tl.int64)
+        place = tl.load(passing + slots, mask=exists, other=-1)
+        worth = tl.where(place >= 0, LOWEST + 1, worth)
+        order = tl.where(place >= 0, place, tl.where(is_held, keys, slots)).to(tl.int64)
         tl.store(scratch + slots, worth, mask=exists)
         tl.store(scratch + S + slots, (order << 32) | slots, mask=exists)
     tl.debug_barrier()
