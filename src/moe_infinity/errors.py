@@ -14,6 +14,7 @@ MoEInfinityError
 │   └── PackError                a packed folder could not be written
 ├── BudgetError              the plan does not fit the memory budget
 ├── PlanExceededError        rows or context beyond what was planned
+├── DeviceError              the device that computes was lost in mid-run
 ├── TraceError               a trace, or state learned from one, cannot be used
 └── CancelledError           the request was cancelled
 """
@@ -85,6 +86,10 @@ class BudgetError(MoEInfinityError):
 
 class PlanExceededError(MoEInfinityError):
     """More rows or a longer context than the plan holds memory for."""
+
+
+class DeviceError(MoEInfinityError):
+    """The device that computes was lost; what it held is gone, the model has to be opened anew."""
 
 
 class TraceError(MoEInfinityError):

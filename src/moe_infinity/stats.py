@@ -21,6 +21,10 @@ class PhaseCounters:
     demand_bytes: int = 0
     prefetch_bytes: int = 0
     wasted_prefetch_bytes: int = 0
+    ram_hits: int = 0  # with a device: loads whose expert RAM held
+    disk_loads: int = 0  # with a device: loads into RAM
+    disk_bytes: int = 0
+    demoted_bytes: int = 0  # copied back from the device to RAM
     stall_s: float = 0.0  # time the compute waited for loads
     read_busy_s: float = 0.0  # time in which reads were under way
     read_bytes: int = 0  # bytes that arrived in it
@@ -63,6 +67,15 @@ class Counters:
         else:
             self.now.demand_loads += 1
             self.now.demand_bytes += self.expert_bytes[layer]
+
+    def read(self, layer: int) -> None:
+        """An expert that a device asks for is read from the disk into RAM."""
+        self.now.disk_loads += 1
+        self.now.disk_bytes += self.expert_bytes[layer]
+
+    def demote(self, layer: int) -> None:
+        """An expert that a device lets go is copied back to RAM."""
+        self.now.demoted_bytes += self.expert_bytes[layer]
 
     def waste(self, layer: int) -> None:
         self.now.wasted_loads += 1

@@ -1,7 +1,7 @@
 """The RAM tier: right bytes, each member once, errors that leave nothing behind."""
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import CancelledError, ReadError
 from moe_infinity.kernels.base import Views
 from moe_infinity.policies.base import CachePolicy
-from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import State
 from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey, ExpertShape, Phase
+from moe_infinity.types import ExpertKey, Phase
+from support.guesses import Guesses
 from support.routing import Driver, event, grid, new_residency, random_decode
 from support.stores import (
     ScriptedStore,
@@ -29,30 +29,6 @@ from support.stores import (
 
 SHAPE = grid(3, 24, top_k=3, per_layer=[24, 20, 24])
 STORE = memory_store(SHAPE)
-
-
-class Guesses(ExpertPredictor):
-    """Says what it is told to. ``on_observe`` runs inside an event, right after its look-up;
-    ``on_predict`` once wrong prefetches are cancelled and the first demand loads submitted."""
-
-    def __init__(self, shape: ExpertShape, rng: np.random.Generator | None = None) -> None:
-        super().__init__(shape)
-        self.rng = rng
-        self.wanted: set[ExpertKey] = set()
-        self.on_observe: Callable[[Event], object] = lambda event: None
-        self.on_predict: Callable[[], object] = lambda: None
-
-    def observe(self, event: Event) -> None:
-        self.on_observe(event)
-
-    def predict(self) -> np.ndarray:
-        self.on_predict()
-        scores = np.zeros((self.shape.num_layers, self.shape.num_experts))
-        if self.rng is not None:
-            scores = self.rng.random(scores.shape) ** 4
-        for key in self.wanted:
-            scores[key] = 1.0
-        return scores
 
 
 def run(hierarchy: RamHierarchy, each: Event) -> list[ExpertKey]:

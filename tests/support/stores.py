@@ -7,16 +7,23 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from moe_infinity.cache.device_slots import DeviceSlots
+from moe_infinity.cache.host_tier import HostTier
+from moe_infinity.cache.pinned import PinnedArena
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import TransferEngine
+from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.memory import MemoryStore
+from moe_infinity.devices.base import Device
+from moe_infinity.devices.simulated import Clock, SimulatedDevice
 from moe_infinity.predictors import find_predictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.runner import ChooseMisses, EventRunner
+from moe_infinity.residency.shelf import Shelf
 from moe_infinity.types import Block, ExpertKey, ExpertShape, ExpertSpec, Part, ReadRange
 from support.routing import new_residency
 
@@ -123,6 +130,49 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.001)
     raise AssertionError("waited in vain")
+
+
+class TurnedClock(Clock):
+    """Time passes when somebody waits, or when the test says so."""
+
+    def __init__(self) -> None:
+        self.at_s = 0.0
+
+    def now_s(self) -> float:
+        return self.at_s
+
+    def wait_until(self, at_s: float) -> None:
+        self.at_s = max(self.at_s, at_s)
+
+
+@contextmanager
+def vram_hierarchy(
+    shape: ExpertShape,
+    store: ExpertStore,
+    num_slots: int,
+    num_ram_slots: int,
+    policy: str = "lru",
+    predictor: ExpertPredictor | None = None,
+    device: Device | None = None,
+    num_threads: int = 2,
+    num_spare: int = 2,
+) -> Iterator[VramHierarchy]:
+    """A device tier over a RAM tier, one size class each, closed in the end. Uploads go in chunks
+    of a page."""
+    device = device or SimulatedDevice(24.0, TurnedClock())
+    residency = new_residency(shape, [num_slots], policy)
+    planner = PrefetchPlanner(predictor or find_predictor("none")(shape), residency.directory)
+    below = new_residency(shape, [num_ram_slots], policy)
+    arena = PinnedArena((num_ram_slots,), (store.slot_bytes,), device)
+    engine = TransferEngine(store, num_threads, chunk_bytes=PAGE)
+    host = HostTier(Shelf(below.directory, below.policy), arena, engine)
+    slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
+    hierarchy = VramHierarchy(store, EventRunner(residency, planner), host, slots, device)
+    hierarchy.uploads.chunk_bytes = PAGE
+    try:
+        yield hierarchy
+    finally:
+        hierarchy.close()
 
 
 @contextmanager

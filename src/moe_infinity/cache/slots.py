@@ -22,6 +22,7 @@ class _Place(NamedTuple):
 
 class SlotArena:
     """Page-aligned slots, numbered through all size classes, of which low ones are used first.
+    whole: their memory, uint8.
 
     Pages are touched, and so cost memory, only when something is first loaded into them, or shortly
     before (``touch_ahead``).
@@ -37,9 +38,9 @@ class SlotArena:
         self.num_bytes = starts[-1]
         memory = allocate(self.num_bytes)
         self._view = memoryview(memory)
-        whole = torch.frombuffer(memory, dtype=torch.uint8)
-        self._tensors = [whole[each.start : each.start + each.size] for each in self._places]
-        at = whole.data_ptr()
+        self.whole = torch.frombuffer(memory, dtype=torch.uint8)
+        self._tensors = [self.whole[each.start : each.start + each.size] for each in self._places]
+        at = self.whole.data_ptr()
         regions = [(at + start, end - start) for start, end in itertools.pairwise(starts)]
         self._toucher = Toucher(memory, regions)
 
@@ -51,7 +52,12 @@ class SlotArena:
         """Let go of the memory; it is freed when the last view of a slot is. Idempotent."""
         self._toucher.close()
         self._tensors.clear()
+        self.whole = self.whole[:0].clone()
         self._view = memoryview(b"")
+
+    def places(self) -> list[tuple[int, int]]:
+        """Where each slot begins in ``whole``, and its bytes."""
+        return [(each.start, each.size) for each in self._places]
 
     def buffer(self, slot: int) -> memoryview:
         """Writable bytes of one slot, for something that is loaded."""

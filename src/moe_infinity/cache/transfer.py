@@ -30,16 +30,32 @@ class TransferState(Enum):
 class Transfer:
     """One expert on its way into a buffer. Its fields belong to the engine's lock."""
 
-    __slots__ = ("_buffer", "_reading", "_unclaimed", "error", "key", "priority", "state", "wanted")
+    __slots__ = (
+        "_after",
+        "_buffer",
+        "_reading",
+        "_unclaimed",
+        "error",
+        "key",
+        "priority",
+        "state",
+        "wanted",
+    )
 
     def __init__(
-        self, key: ExpertKey, buffer: memoryview, chunks: Iterable[ReadRange], priority: Priority
+        self,
+        key: ExpertKey,
+        buffer: memoryview,
+        chunks: Iterable[ReadRange],
+        priority: Priority,
+        after: Callable[[], None] | None,
     ) -> None:
         self.key = key
         self.priority = priority
         self.state = TransferState.QUEUED
         self.error: BaseException | None = None
         self.wanted = True  # False once cancelled; chunks already being read still finish
+        self._after = after
         self._buffer = buffer
         self._unclaimed = list(chunks)[::-1]
         self._reading = 0  # chunks that workers are reading now
@@ -86,10 +102,17 @@ class TransferEngine:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, key: ExpertKey, buffer: memoryview, priority: Priority) -> Transfer:
-        """Begin filling ``buffer`` with the expert; it must stay untouched until settled."""
+    def submit(
+        self,
+        key: ExpertKey,
+        buffer: memoryview,
+        priority: Priority,
+        after: Callable[[], None] | None = None,
+    ) -> Transfer:
+        """Begin filling ``buffer`` with the expert; it must stay untouched until settled. after:
+        waits, on a reader thread, until the buffer may be written to."""
         chunks = self._store.chunks(key, self._chunk_bytes)
-        transfer = Transfer(key, buffer, chunks, priority)
+        transfer = Transfer(key, buffer, chunks, priority, after)
         with self._lock:
             if self._closing:
                 raise RuntimeError("the transfer engine is closed")
@@ -172,6 +195,8 @@ class TransferEngine:
             transfer, chunk = claimed
             error: BaseException | None = None
             try:
+                if transfer._after is not None:
+                    transfer._after()
                 start = chunk.slot_offset
                 buffer = transfer._buffer[start : start + chunk.num_bytes]
                 self._store.read_into(transfer.key, buffer, chunk)

@@ -1,0 +1,141 @@
+"""RAM between the disk and a device: slots that a device copies from, filled by reader threads."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from moe_infinity.cache.pinned import PinnedArena
+from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
+from moe_infinity.devices.base import Mark
+from moe_infinity.residency.directory import State
+from moe_infinity.residency.runner import Settled
+from moe_infinity.residency.running import Load
+from moe_infinity.residency.shelf import Found, Shelf
+from moe_infinity.stats import Counters
+from moe_infinity.types import ExpertKey, Priority
+
+
+class HostTier:
+    """Carries out what a Shelf decides. One thread drives it.
+
+    A slot that copies read from or write to is guarded by a mark: the next who writes to it waits
+    for that, a reader thread by itself, a stream without the host.
+    """
+
+    def __init__(self, shelf: Shelf, arena: PinnedArena, engine: TransferEngine) -> None:
+        self.shelf = shelf
+        self.arena = arena
+        self._engine = engine
+        self._in_flight: dict[ExpertKey, Transfer] = {}
+        self._waiting: deque[tuple[ExpertKey, Priority]] = deque()  # for room
+        self._dropped: list[ExpertKey] = []  # cancelled before they had a slot
+        self._guards: dict[int, Mark] = {}  # by slot
+
+    @property
+    def is_reading(self) -> bool:
+        return bool(self._in_flight)
+
+    def ask(self, key: ExpertKey, priority: Priority, counters: Counters) -> bool:
+        """Want ``key``; whether it is here now. If not, ``collect`` will name it."""
+        found, load = self.shelf.ask(key)
+        if found is Found.HERE:
+            counters.now.ram_hits += 1
+            return True
+        if found is Found.NO_ROOM:
+            self._waiting.append((key, priority))
+        elif load is not None:
+            counters.read(key.layer)
+            self._read(load, priority)
+        elif priority is Priority.DEMAND:
+            self.promote(key)
+        return False
+
+    def collect(self, counters: Counters) -> list[Settled]:
+        """What was asked for and has arrived, or will not, since the last call."""
+        settled = [Settled(key, arrived=False) for key in self._dropped]
+        self._dropped.clear()
+        for transfer in self._engine.take_settled():
+            del self._in_flight[transfer.key]
+            if transfer.state is TransferState.DONE:
+                self.shelf.complete(transfer.key)
+                settled.append(Settled(transfer.key, arrived=True))
+                continue
+            self.shelf.fail(transfer.key)
+            error = transfer.error if transfer.priority is Priority.DEMAND else None
+            settled.append(Settled(transfer.key, False, error))
+        for _ in range(len(self._waiting)):
+            key, priority = self._waiting.popleft()
+            if self.ask(key, priority, counters):
+                settled.append(Settled(key, arrived=True))
+        return settled
+
+    def promote(self, key: ExpertKey) -> None:
+        if key in self._in_flight:
+            self._engine.promote(self._in_flight[key])
+            return
+        raised = [(k, Priority.DEMAND if k == key else p) for k, p in self._waiting]
+        self._waiting = deque(sorted(raised, key=lambda each: each[1]))
+
+    def cancel(self, key: ExpertKey) -> None:
+        """Load no more of what was asked for; ``collect`` will say that it has not arrived."""
+        if key in self._in_flight:
+            self._engine.cancel(self._in_flight[key])
+            return
+        self._waiting = deque(each for each in self._waiting if each[0] != key)
+        self._dropped.append(key)
+
+    def wait(self) -> float:
+        """Until a read has settled; returns the seconds it took."""
+        return self._engine.wait_any()
+
+    def source(self, key: ExpertKey) -> tuple[torch.Tensor, Mark | None]:
+        """The bytes of a resident expert, and what a copy of them has to wait for."""
+        slot = self.shelf.directory.slot(key)
+        return self.arena.tensor(slot), self._guards.get(slot)
+
+    def guard(self, key: ExpertKey, mark: Mark) -> None:
+        """A copy from or to the expert's slot is over when ``mark`` is reached."""
+        self._guards[self.shelf.directory.slot(key)] = mark
+
+    def take_back(self, key: ExpertKey) -> tuple[torch.Tensor, Mark | None] | None:
+        """Where the bytes of an expert that leaves the device belong, and what their copy has to
+        wait for; ``guard`` it. None: nothing is to be copied."""
+        load = self.shelf.take_back(key)
+        if load is None:
+            return None
+        self.arena.buffer(load.slot)
+        return self.arena.tensor(load.slot), self._guards.get(load.slot)
+
+    def take_activity(self) -> tuple[float, int]:
+        return self._engine.take_activity()
+
+    def holds(self, key: ExpertKey) -> bool:
+        return self.shelf.directory.state(key) is State.RESIDENT
+
+    def drain(self) -> None:
+        """Give up every read and everything that waits for room."""
+        self._engine.drain()
+        self._in_flight.clear()
+        self._waiting.clear()
+        self._dropped.clear()
+
+    def check_integrity(self) -> None:
+        self.shelf.check_integrity()
+        in_flight = set(self.shelf.directory.keys_in(State.IN_FLIGHT))
+        assert in_flight == self._in_flight.keys(), (
+            f"in flight without a transfer, or the reverse: {in_flight ^ self._in_flight.keys()}"
+        )
+
+    def close(self) -> None:
+        """Copies have to be over."""
+        self._engine.close()
+        self.drain()
+        self.arena.close()
+
+    def _read(self, load: Load, priority: Priority) -> None:
+        guard = self._guards.pop(load.slot, None)
+        buffer = self.arena.buffer(load.slot)
+        after = None if guard is None else guard.wait
+        self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority, after)

@@ -1,0 +1,135 @@
+"""Copies from host slots to device slots: demand at once, the others chunk by chunk behind it."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_infinity.devices.base import Device, Mark, Stream
+from moe_infinity.types import ExpertKey, Priority
+
+# A demand copy waits for this much of a prefetch at most: 0.2 ms of PCIe 4. Smaller ones cost the
+# link more than they win.
+CHUNK_BYTES = 4 * 1024**2
+_CHUNKS_AT_ONCE = 2  # on the link: one that is copied, one that follows without a gap
+
+
+@dataclass
+class _Upload:
+    key: ExpertKey
+    target: torch.Tensor
+    source: torch.Tensor
+    after: list[Mark]
+    num_begun_bytes: int = 0
+    last: Mark | None = None
+
+
+@dataclass
+class Uploads:
+    """Begins copies on two streams of their own; an upload whose last byte is on a stream counts
+    as begun, and whoever uses it lets that stream's mark pass first.
+
+    Prefetches are put on their stream a chunk at a time, each time somebody looks: what is not on
+    it yet can be overtaken or cancelled.
+    """
+
+    device: Device
+    chunk_bytes: int = CHUNK_BYTES
+    _queue: deque[_Upload] = field(default_factory=deque)  # of prefetches, oldest first
+    _begun: list[tuple[ExpertKey, Mark]] = field(default_factory=list)
+    _on_link: deque[Mark] = field(default_factory=deque)  # ends of chunks of prefetches
+
+    def __post_init__(self) -> None:
+        self._demand: Stream = self.device.new_stream("up")
+        self._ahead: Stream = self.device.new_stream("up")
+
+    def begin(
+        self,
+        key: ExpertKey,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        priority: Priority,
+        after: list[Mark],
+    ) -> None:
+        """Copy ``source`` to ``target``, [n] uint8 both, once the marks are reached."""
+        upload = _Upload(key, target, source, after)
+        if priority is Priority.DEMAND:
+            self._finish(upload, self._demand, source.numel())
+        else:
+            self._queue.append(upload)
+
+    def promote(self, key: ExpertKey) -> bool:
+        """An event waits for it; False if it is not queued here."""
+        upload = self._take(key)
+        if upload is None:
+            return False
+        if upload.last is not None:
+            upload.after.append(upload.last)
+        self._finish(upload, self._demand, upload.source.numel())
+        return True
+
+    def cancel(self, key: ExpertKey) -> Mark | None:
+        """Copy no more of a queued upload. Returns what its slots have to wait for: None if no
+        part of it is on the link. Raises KeyError if it is not queued."""
+        upload = self._take(key)
+        if upload is None:
+            raise KeyError(key)
+        return upload.last
+
+    def is_queued(self, key: ExpertKey) -> bool:
+        return any(upload.key == key for upload in self._queue)
+
+    def take_begun(self) -> list[tuple[ExpertKey, Mark]]:
+        """Uploads that are wholly on a stream, and the mark that says when they are done."""
+        self._pump()
+        begun, self._begun = self._begun, []
+        return begun
+
+    def wait(self) -> None:
+        """Until more of the queue can be put on the link."""
+        if self._on_link:
+            self._on_link[0].wait()
+
+    @property
+    def has_queued(self) -> bool:
+        return bool(self._queue)
+
+    def drain(self) -> None:
+        """Drop what is queued and wait for what is on the link."""
+        self._queue.clear()
+        self._begun.clear()
+        self._on_link.clear()
+        for stream in (self._demand, self._ahead):
+            stream.mark().wait()
+
+    def _pump(self) -> None:
+        while self._on_link and self._on_link[0].is_reached():
+            self._on_link.popleft()
+        while self._queue and len(self._on_link) < _CHUNKS_AT_ONCE:
+            upload = self._queue[0]
+            if self._finish(upload, self._ahead, self.chunk_bytes):
+                self._queue.popleft()
+            assert upload.last is not None
+            self._on_link.append(upload.last)
+
+    def _finish(self, upload: _Upload, stream: Stream, most_bytes: int) -> bool:
+        """Put up to so many further bytes on ``stream``; whether those were the last."""
+        while upload.after:
+            stream.after(upload.after.pop())
+        start = upload.num_begun_bytes
+        end = min(start + most_bytes, upload.source.numel())
+        stream.copy(upload.target[start:end], upload.source[start:end])
+        upload.num_begun_bytes, upload.last = end, stream.mark()
+        if end < upload.source.numel():
+            return False
+        self._begun.append((upload.key, upload.last))
+        return True
+
+    def _take(self, key: ExpertKey) -> _Upload | None:
+        for upload in self._queue:
+            if upload.key == key:
+                self._queue.remove(upload)
+                return upload
+        return None

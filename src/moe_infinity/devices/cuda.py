@@ -1,0 +1,132 @@
+"""An NVIDIA GPU by way of torch: streams, events, pinned host memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import torch
+
+from moe_infinity.devices.base import Device, Direction, Mark, Stream
+from moe_infinity.errors import BudgetError, ConfigError, DeviceError
+
+_cuda: Any = torch.cuda  # which is typed in parts only
+_OLDEST_DRIVER = "525"  # of CUDA 12, which torch's builds need
+_MOST_OPEN_STALLS = 512  # events that are kept until it is known when they were reached
+
+
+class CudaDevice(Device):
+    """One GPU. Raises ConfigError where there is none, or none that can be used."""
+
+    def __init__(self, index: int = 0) -> None:
+        _require_cuda(index)
+        self.torch_device = torch.device("cuda", index)
+        properties = _cuda.get_device_properties(index)
+        self.name = properties.name
+        self.has_bf16 = properties.major >= 8
+        _cuda.set_device(index)
+        self._stalls: deque[tuple[Any, Any]] = deque()
+        self._stall_s = 0.0
+        self.compute = _CudaStream(_cuda.current_stream(index), self._stalls)
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        try:
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        except _cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{self.name}: got a request for {num_bytes} bytes of device memory, expected at "
+                f"most the {self.free_bytes()} that are free; close what else uses the GPU, or "
+                f"ask for less vram"
+            ) from error
+
+    def new_stream(self, direction: Direction) -> Stream:
+        return _CudaStream(_cuda.Stream(self.torch_device))
+
+    def pin(self, host: torch.Tensor) -> bool:
+        refused = _cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
+        return int(refused) == 0
+
+    def unpin(self, host: torch.Tensor) -> None:
+        _cuda.cudart().cudaHostUnregister(host.data_ptr())
+
+    def free_bytes(self) -> int:
+        """Of the driver's, and what torch has taken from it and does not use."""
+        free, _ = _cuda.mem_get_info(self.torch_device)
+        kept = _cuda.memory_reserved(self.torch_device)
+        return int(free + kept - _cuda.memory_allocated(self.torch_device))
+
+    def total_bytes(self) -> int:
+        return int(_cuda.mem_get_info(self.torch_device)[1])
+
+    def take_stall_s(self) -> float:
+        while self._stalls and self._stalls[0][1].query():
+            began, ended = self._stalls.popleft()
+            self._stall_s += began.elapsed_time(ended) / 1e3
+        while len(self._stalls) > _MOST_OPEN_STALLS:  # not worth waiting for
+            self._stalls.popleft()
+        taken, self._stall_s = self._stall_s, 0.0
+        return taken
+
+    def close(self) -> None:
+        try:
+            _cuda.synchronize(self.torch_device)
+        except RuntimeError as error:  # lost in mid-run: there is nothing left to wait for
+            raise DeviceError(f"{self.name}: lost ({error}), expected it to finish") from error
+
+
+class _CudaMark(Mark):
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def is_reached(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class _CudaStream(Stream):
+    def __init__(self, stream: Any, stalls: deque[tuple[Any, Any]] | None = None) -> None:
+        """stalls: where to put the events around what this stream waits for."""
+        self._stream = stream
+        self._stalls = stalls
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        with _cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, _CudaMark)
+        if self._stalls is None:
+            self._stream.wait_event(mark.event)
+            return
+        began = _cuda.Event(enable_timing=True)
+        ended = _cuda.Event(enable_timing=True)
+        began.record(self._stream)
+        self._stream.wait_event(mark.event)
+        ended.record(self._stream)
+        self._stalls.append((began, ended))
+
+    def mark(self) -> Mark:
+        event = _cuda.Event()
+        event.record(self._stream)
+        return _CudaMark(event)
+
+
+def _require_cuda(index: int) -> None:
+    if torch.version.cuda is None:
+        raise ConfigError(
+            f"device: got cuda, expected a torch that was built for it; this one "
+            f"({torch.__version__}) computes on the CPU: install a CUDA build of torch, or leave "
+            f"device out"
+        )
+    try:
+        _cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device: got cuda, but the driver does not answer ({error}), expected a GPU with a "
+            f"driver of {_OLDEST_DRIVER} or newer; see nvidia-smi, or leave device out"
+        ) from error
+    count = _cuda.device_count()
+    if index >= count:
+        raise ConfigError(f"device: got cuda:{index}, expected an index below {count}")

@@ -1,0 +1,183 @@
+"""A device in ordinary memory behind a link of a given speed: what a GPU would wait, without one.
+
+Copies take effect when they end, not when they are begun: who forgets to wait computes with bytes
+that are not there yet, as on a GPU. The processor computes.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from abc import ABC, abstractmethod
+
+import torch
+
+from moe_infinity.checkpoint.direct_io import allocate
+from moe_infinity.devices.base import Device, Direction, Mark, Stream
+from moe_infinity.errors import BudgetError
+from moe_infinity.machine import available_bytes
+
+PCIE4_GBPS = 24.0  # what x16 of the fourth generation delivers
+_Copy = tuple[torch.Tensor, torch.Tensor]
+
+
+class Clock(ABC):
+    """Seconds that pass; tests bring one that they turn themselves."""
+
+    @abstractmethod
+    def now_s(self) -> float: ...
+
+    @abstractmethod
+    def wait_until(self, at_s: float) -> None: ...
+
+
+class WallClock(Clock):
+    """The machine's."""
+
+    def now_s(self) -> float:
+        return time.perf_counter()
+
+    def wait_until(self, at_s: float) -> None:
+        time.sleep(max(0.0, at_s - time.perf_counter()))
+
+
+class SimulatedDevice(Device):
+    """One link with two directions that do not disturb each other, as PCIe has."""
+
+    def __init__(
+        self,
+        link_gbps: float = PCIE4_GBPS,
+        clock: Clock | None = None,
+        memory_bytes: int | None = None,
+        pins: bool = True,
+    ) -> None:
+        """memory_bytes: of the device; None: what the machine has. pins: whether ``pin`` works."""
+        self.name = f"simulated, {link_gbps:g} GB/s"
+        self.torch_device = torch.device("cpu")
+        self.link_gbps = link_gbps
+        self._clock = clock or WallClock()
+        self.compute = _Computation(self)
+        self._memory_bytes = memory_bytes
+        self._taken_bytes = 0
+        self._pins = pins
+        self._lock = threading.Lock()
+        self._busy_until_s: dict[Direction, float] = {"up": 0.0, "down": 0.0}
+        self._begun: list[tuple[float, int, _Copy]] = []  # heap, by the time at which they end
+        self._order = itertools.count()
+        self._stall_s = 0.0
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        if num_bytes > self.free_bytes():
+            raise BudgetError(
+                f"{self.name}: got a request for {num_bytes} bytes, expected at most the "
+                f"{self.free_bytes()} that are free; ask for less vram"
+            )
+        self._taken_bytes += num_bytes
+        return torch.frombuffer(allocate(num_bytes), dtype=torch.uint8)[:num_bytes]
+
+    def new_stream(self, direction: Direction) -> Stream:
+        return _Copies(self, direction)
+
+    def pin(self, host: torch.Tensor) -> bool:
+        return self._pins
+
+    def unpin(self, host: torch.Tensor) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        if self._memory_bytes is None:
+            return available_bytes()
+        return self._memory_bytes - self._taken_bytes
+
+    def total_bytes(self) -> int:
+        return self._memory_bytes or available_bytes()
+
+    def take_stall_s(self) -> float:
+        taken, self._stall_s = self._stall_s, 0.0
+        return taken
+
+    def close(self) -> None:
+        with self._lock:
+            last_s = max((at_s for at_s, *_ in self._begun), default=0.0)
+        self.wait_until(last_s)
+
+    def begin(self, copy: _Copy, direction: Direction, not_before_s: float) -> float:
+        """Put a copy on the link, behind those of its direction. Returns when it ends."""
+        with self._lock:
+            starts_s = max(self._clock.now_s(), not_before_s, self._busy_until_s[direction])
+            ends_s = starts_s + copy[1].numel() / (self.link_gbps * 1e9)
+            self._busy_until_s[direction] = ends_s
+            heapq.heappush(self._begun, (ends_s, next(self._order), copy))
+        return ends_s
+
+    def has_reached(self, at_s: float) -> bool:
+        if self._clock.now_s() < at_s:
+            return False
+        self._end_copies()
+        return True
+
+    def wait_until(self, at_s: float) -> float:
+        """Let time pass; returns how much."""
+        before_s = self._clock.now_s()
+        if before_s < at_s:
+            self._clock.wait_until(at_s)
+        self._end_copies(at_s)
+        return max(0.0, at_s - before_s)
+
+    def count_stall(self, seconds: float) -> None:
+        self._stall_s += seconds
+
+    def _end_copies(self, at_least_s: float = 0.0) -> None:
+        with self._lock:
+            now_s = max(self._clock.now_s(), at_least_s)
+            while self._begun and self._begun[0][0] <= now_s:
+                target, source = heapq.heappop(self._begun)[2]
+                target.copy_(source)
+
+
+class _At(Mark):
+    def __init__(self, device: SimulatedDevice, at_s: float) -> None:
+        self.at_s = at_s
+        self._device = device
+
+    def is_reached(self) -> bool:
+        return self._device.has_reached(self.at_s)
+
+    def wait(self) -> None:
+        self._device.wait_until(self.at_s)
+
+
+class _Copies(Stream):
+    def __init__(self, device: SimulatedDevice, direction: Direction) -> None:
+        self._device = device
+        self._direction: Direction = direction
+        self._ends_s = 0.0  # of what was put on last
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        self._ends_s = self._device.begin((target, source), self._direction, self._ends_s)
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, _At)
+        self._ends_s = max(self._ends_s, mark.at_s)
+
+    def mark(self) -> Mark:
+        return _At(self._device, self._ends_s)
+
+
+class _Computation(Stream):
+    """The calling thread computes: what it has begun is done."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        target.copy_(source)
+
+    def after(self, mark: Mark) -> None:
+        assert isinstance(mark, _At)
+        self._device.count_stall(self._device.wait_until(mark.at_s))
+
+    def mark(self) -> Mark:
+        return _At(self._device, 0.0)
