@@ -171,11 +171,13 @@ def test_a_demand_copy_waits_for_two_chunks_of_a_prefetch_at_most() -> None:
 
 def test_a_disproved_prefetch_is_cancelled_between_chunks() -> None:
     device = SimulatedDevice(SLOW_GBPS, TurnedClock())
-    guesses = Guesses(SHAPE)
-    with vram_hierarchy(SHAPE, STORE, 40, TOTAL, predictor=guesses, device=device) as hierarchy:
+    guesses, store = Guesses(SHAPE), ScriptedStore(STORE)
+    store.hold(ExpertKey(1, 1))
+    with vram_hierarchy(SHAPE, store, 40, TOTAL, predictor=guesses, device=device) as hierarchy:
         guesses.wanted = {ExpertKey(1, 1)}
         hierarchy.begin_pass("decode")
         run(hierarchy, decode(0, 0))
+        store.release(ExpertKey(1, 1))
         while not hierarchy.uploads.is_queued(ExpertKey(1, 1)):
             hierarchy.wait()  # for the disk
             hierarchy.runner._collect(hierarchy)
