@@ -66,8 +66,10 @@ def test_formatted_sizes_are_near(num_bytes: int) -> None:
     [
         ({"ram": "8XB"}, "ram: got '8XB', expected a size"),
         ({"ram": 0}, "ram: got 0, expected a size"),
-        ({"vram": "8GiB"}, "vram: got '8GiB', expected None.*leave vram out"),
-        ({"device": "cuda"}, "device: got 'cuda', expected one of cpu"),
+        ({"vram": "8GiB", "device": "cpu"}, "vram: got '8GiB' with device cpu.*leave vram out"),
+        ({"vram": "much"}, "vram: got 'much', expected a size"),
+        ({"vram_slots": 0}, "vram_slots: got 0, expected a whole number of at least 1"),
+        ({"device": "gpu"}, "device: got 'gpu', expected auto, cpu, cuda"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of .*float32, bfloat16, float16"),
         ({"miss": "skip"}, "miss: got 'skip', expected one of load"),
         ({"ram_slots": 0}, "ram_slots: got 0, expected a whole number of at least 1"),
@@ -88,7 +90,7 @@ def test_defaults() -> None:
     assert (config.ram, config.ram_bytes, config.device, config.policy) == (
         "auto",
         None,
-        "cpu",
+        "auto",
         "next_use",
     )
     assert EngineConfig(ram="1GiB").ram_bytes == 2**30

@@ -24,7 +24,8 @@ from moe_infinity.forecast import (
 )
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, examine
-from moe_infinity.planning import Plan, make_plan
+from moe_infinity.plan import Plan
+from moe_infinity.planning import make_plan
 from moe_infinity.preparation import opened_source, packing_job
 from support.checkpoints import tiny_checkpoint
 

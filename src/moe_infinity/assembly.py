@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import NamedTuple
 
+from moe_infinity.cache.device_slots import DeviceSlots
+from moe_infinity.cache.driven import DrivenHierarchy
+from moe_infinity.cache.host_tier import HostTier
+from moe_infinity.cache.pinned import PinnedArena
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
+from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.gguf import GgufCheckpoint
 from moe_infinity.checkpoint.hub_names import is_gguf
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
+from moe_infinity.device_plan import DeviceFacts
+from moe_infinity.devices.base import Device
+from moe_infinity.devices.choice import open_device
 from moe_infinity.errors import ConfigError
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, read_config
 from moe_infinity.model.routers import has_routers
 from moe_infinity.model.rules import MissRule
-from moe_infinity.planning import Plan
+from moe_infinity.plan import Plan
+from moe_infinity.planning import make_plan
 from moe_infinity.policies import find_policy
 from moe_infinity.policies._guarded import GuardedPolicy
 from moe_infinity.policies.base import CachePolicy
@@ -27,12 +37,14 @@ from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.registry import make
+from moe_infinity.reporting import DeviceSpeeds
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.room import FEWEST_SLOTS
 from moe_infinity.residency.runner import EventRunner
+from moe_infinity.residency.shelf import Shelf
 from moe_infinity.stats import Counters
 
 _TRIAL_PASSES = 8  # of looking ahead, and of doing without
@@ -45,6 +57,19 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GgufCheckpoint(path)
     read_config(path)
     return PackedCheckpoint(path) if is_packed(path) else SafetensorsCheckpoint(path)
+
+
+def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Plan]:
+    """The device that was asked for, opened, and the plan for it and this machine's RAM.
+
+    Raises ConfigError or BudgetError.
+    """
+    device = open_device(config.device, config.vram_bytes is not None)
+    facts = None
+    if device is not None:
+        sizes = (device.free_bytes(), device.total_bytes())
+        facts = DeviceFacts(device.name, *sizes, device.runtime_bytes, device.host_bytes)
+    return device, make_plan(anatomy, config, facts)
 
 
 def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:
@@ -63,7 +88,8 @@ def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
     few slots to spare any, or where the model has no routers that can be asked."""
     if config.prefetch != "auto":
         return config.prefetch
-    if plan.num_slots >= anatomy.shape.num_total or max(plan.slots_per_class) < FEWEST_SLOTS:
+    slots_per_class = (plan.device or plan).slots_per_class
+    if sum(slots_per_class) >= anatomy.shape.num_total or max(slots_per_class) < FEWEST_SLOTS:
         return "none"
     names = [module.name for module in anatomy.experts]
     return (
@@ -81,40 +107,77 @@ def reading_of(config: EngineConfig, speeds: Bandwidths | None) -> tuple[int, in
     return config.num_read_threads or num_threads, chunk_bytes
 
 
+class Chosen(NamedTuple):
+    """What was decided beside the plan. speeds: of the machine, as far as they are known."""
+
+    prefetch: str
+    miss_rule: MissRule
+    speeds: Bandwidths | None
+
+
 def build_hierarchy(
     checkpoint: Checkpoint,
     anatomy: Anatomy,
     plan: Plan,
     config: EngineConfig,
-    prefetch: str,
-    miss_rule: MissRule,
-    reading: tuple[int, int],
-) -> RamHierarchy:
-    """The cache of ``plan`` over the checkpoint's experts, with its reader threads started.
-    reading: how many they are, and bytes of one read."""
-    policy_class, predictor_class = find_policy(config.policy), find_predictor(prefetch)
-    policy = GuardedPolicy(make(policy_class, anatomy.shape, plan.num_slots, config.seed))
-    predictor = GuardedPredictor(make(predictor_class, anatomy.shape, config.seed))
-    directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
+    chosen: Chosen,
+    device: Device | None = None,
+) -> DrivenHierarchy:
+    """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
     store = checkpoint.expert_store(anatomy.specs)
+    runner = _runner(anatomy, plan, config, chosen)
+    predictor = find_predictor(chosen.prefetch)
+    tries = config.prefetch == "auto" and predictor.foresight is not None
+    pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
+    with contextlib.ExitStack() as undo:
+        sizes = (plan.slots_per_class, plan.slot_bytes)
+        arena = SlotArena(*sizes) if device is None else PinnedArena(*sizes, device)
+        undo.callback(arena.close)
+        engine = TransferEngine(store, *reading_of(config, chosen.speeds))
+        undo.callback(engine.close)
+        hierarchy: DrivenHierarchy
+        if device is None or plan.device is None:
+            hierarchy = RamHierarchy(store, runner, arena, engine, pays)
+        else:
+            assert isinstance(arena, PinnedArena)
+            host = HostTier(_shelf(anatomy, plan, config), arena, engine)
+            top = plan.device
+            slots = DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare)
+            hierarchy = VramHierarchy(store, runner, host, slots, device, pays)
+        undo.pop_all()
+    return hierarchy
+
+
+def speeds_of(device: Device) -> DeviceSpeeds:
+    """What a report needs to know of it."""
+    return DeviceSpeeds(device.name, device.link_gbps(), device.memory_gbps())
+
+
+def _runner(anatomy: Anatomy, plan: Plan, config: EngineConfig, chosen: Chosen) -> EventRunner:
+    """Decides on the tier that is computed from."""
+    slots_per_class = (plan.device or plan).slots_per_class
+    predictor = make(find_predictor(chosen.prefetch), anatomy.shape, config.seed)
+    directory = Directory(anatomy.shape, slots_per_class, plan.class_of_layer)
+    policy = _policy(anatomy, sum(slots_per_class), config)
     layer_bytes = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
         layer_bytes[key.layer] = max(layer_bytes[key.layer], spec.read_bytes)
-    runner = EventRunner(
+    miss_rule = chosen.miss_rule
+    return EventRunner(
         Residency(directory, policy, Counters(layer_bytes)),
-        PrefetchPlanner(predictor, directory),
+        PrefetchPlanner(GuardedPredictor(predictor), directory),
         miss_rule.load if miss_rule.lossy else None,
     )
-    tries = config.prefetch == "auto" and predictor_class.foresight is not None
-    pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
-    with contextlib.ExitStack() as undo:
-        arena = SlotArena(plan.slots_per_class, plan.slot_bytes)
-        undo.callback(arena.close)
-        engine = TransferEngine(store, *reading)
-        undo.callback(engine.close)
-        hierarchy = RamHierarchy(store, runner, arena, engine, pays)
-        undo.pop_all()
-    return hierarchy
+
+
+def _shelf(anatomy: Anatomy, plan: Plan, config: EngineConfig) -> Shelf:
+    """Decides on RAM below a device, by the same policy."""
+    directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
+    return Shelf(directory, _policy(anatomy, plan.num_slots, config))
+
+
+def _policy(anatomy: Anatomy, num_slots: int, config: EngineConfig) -> CachePolicy:
+    return GuardedPolicy(make(find_policy(config.policy), anatomy.shape, num_slots, config.seed))
 
 
 def _refuse_oracles(predictor: type[ExpertPredictor]) -> None:

@@ -16,7 +16,7 @@ for _power, _letter in enumerate("KMGT", start=1):
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 _MISS_RULES = ("load",)
-_DEVICES = ("cpu",)
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|simulated(:\d{1,4}(\.\d{1,3})?)?")
 KERNELS = ("auto", "native", "torch")
 
 # Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
@@ -93,14 +93,15 @@ class EngineConfig:
     """Options of ``MoE(...)``; the command line is derived from these names and defaults."""
 
     ram: int | str = "auto"  # bytes for the whole process; "auto": what the machine can spare
-    vram: int | str | None = None  # bytes of device memory; None: no GPU tier
-    device: str = "cpu"
+    vram: int | str = "auto"  # bytes of device memory; "auto": what the desktop can spare
+    device: str = "auto"  # cpu; cuda, cuda:1; simulated, simulated:12 (GB/s); auto: cuda or cpu
     dtype: str | None = None  # None: as the checkpoint says
-    kernel: str = "auto"  # native: compiled for this processor; torch; auto: native if it is there
+    kernel: str = "auto"  # native: compiled for this CPU; triton: for GPUs; torch; auto: the best
     policy: str = "next_use"
     prefetch: str = "auto"  # "auto": ask the model's next routers early, where that is possible
     miss: str = "load"
     ram_slots: int | None = None  # capacity in experts, all layers together; with ram, both bind
+    vram_slots: int | None = None  # the same of the device
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
     max_batch: int = 1
     num_read_threads: int | None = None  # None: as measured on this machine, four before that
@@ -112,16 +113,20 @@ class EngineConfig:
                 f"ram: got {self.ram!r}, that is {parse_size(self.ram)} bytes, expected memory for "
                 f"a whole process; did you mean {str(self.ram).strip()}GiB?"
             )
-        if self.vram is not None:
+        if not _DEVICE.fullmatch(self.device):
             raise ConfigError(
-                f"vram: got {self.vram!r}, expected None: this version computes on the CPU; "
-                f"leave vram out"
+                f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or simulated"
             )
-        _choice("device", self.device, _DEVICES)
+        if self.vram_bytes is not None and self.device == "cpu":
+            raise ConfigError(
+                f"vram: got {self.vram!r} with device cpu, which has none; leave vram out, or "
+                f"choose device cuda"
+            )
         _choice("dtype", self.dtype, _DTYPES)
         _choice("miss", self.miss, _MISS_RULES)
         _choice("kernel", self.kernel, KERNELS)
         _positive("ram_slots", self.ram_slots)
+        _positive("vram_slots", self.vram_slots)
         _positive("max_context", self.max_context)
         _positive("max_batch", self.max_batch)
         _positive("num_read_threads", self.num_read_threads)
@@ -130,6 +135,11 @@ class EngineConfig:
     def ram_bytes(self) -> int | None:
         """The budget in bytes, None for "auto"."""
         return None if self.ram == "auto" else parse_size(self.ram, "ram")
+
+    @property
+    def vram_bytes(self) -> int | None:
+        """The device's budget in bytes, None for "auto"."""
+        return None if self.vram == "auto" else parse_size(self.vram, "vram")
 
 
 def _choice(name: str, got: str | None, known: tuple[str | None, ...]) -> None:

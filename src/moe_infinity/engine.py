@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 from moe_infinity.assembly import (
+    Chosen,
     build_hierarchy,
     choose_prefetch,
     find_choices,
     open_checkpoint,
-    reading_of,
+    plan_here,
+    speeds_of,
 )
 from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
@@ -30,7 +32,9 @@ from moe_infinity.model.inputs import (
     as_batch,
     context_tokens,
     load_tokenizer,
+    may_be_padded,
     num_rows,
+    placed,
     tokens_left,
     wants_our_cache,
 )
@@ -40,7 +44,6 @@ from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, LoadMisses, lossy_rules
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
-from moe_infinity.planning import make_plan
 from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
 from moe_infinity.reporting import Routing, RunFacts, build_stats
 from moe_infinity.request import Request
@@ -72,19 +75,19 @@ class MoE:
             self.checkpoint = open_checkpoint(self.path)
             undo.callback(self.checkpoint.close)
             anatomy = examine(self.checkpoint, self.config.dtype)
-            self.plan = make_plan(anatomy, self.config)
+            self.device, self.plan = plan_here(anatomy, self.config)
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
             self._rules = (KeepRouting(), LoadMisses())
             prefetch = choose_prefetch(self.config, anatomy, self.plan)
             read_bytes = next(iter(anatomy.specs.values())).read_bytes
             self._speeds = Speeds(self.checkpoint.files, read_bytes)
-            reading = reading_of(self.config, self._speeds.remembered)
+            chosen = Chosen(prefetch, self._rules[1], self._speeds.remembered)
             self._hierarchy = build_hierarchy(
-                self.checkpoint, anatomy, self.plan, self.config, prefetch, self._rules[1], reading
+                self.checkpoint, anatomy, self.plan, self.config, chosen, self.device
             )
             undo.callback(self._hierarchy.close)
             self.model: Any
-            self.model, modules = load(self.checkpoint, anatomy)
+            self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
             routing, kernel = self._rules[0], self.config.kernel
             self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, routing, kernel)
@@ -126,6 +129,7 @@ class MoE:
         kept = kwargs.get("logits_to_keep", 0)
         positions = kept if isinstance(kept, int) and kept else scored.shape[1]
         self._require_room(ids, scored.shape[0] * positions)
+        ids, kwargs = placed((ids, kwargs), self.model.device)
         with self._requesting(generates=False), torch.inference_mode():
             if not (config.is_encoder_decoder and "past_key_values" in kwargs):
                 # Their encoders refuse to be told to use a cache.
@@ -143,8 +147,7 @@ class MoE:
         rows = num_rows(self.model.generation_config, ids, kwargs)
         length = context_tokens(config, ids, max_new_tokens, kwargs)
         self.plan.require(rows, length, "prompt and new tokens")
-        pad = self.model.generation_config.pad_token_id
-        if pad is None or not (ids == pad).any():  # else the library infers what is padding
+        if not may_be_padded(self.model.generation_config, ids):
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
         if wants_our_cache(self.model.generation_config, kwargs):
             kwargs.setdefault("past_key_values", self.new_cache())
@@ -155,9 +158,10 @@ class MoE:
             else:
                 self._require_room(ids, ids.shape[0])
         left = None if config.is_encoder_decoder else tokens_left(ids, cache)
+        ids, kwargs = placed((ids, kwargs), self.model.device)
         with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
             tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
-        return tokens
+        return tokens.cpu()
 
     def new_cache(self) -> Any:
         """An empty KV cache of the planned context, for ``past_key_values``; None for families that
@@ -188,13 +192,15 @@ class MoE:
             bandwidths = self.bandwidths()
         facts = RunFacts(
             shape=self._shape,
-            num_slots=self.plan.num_slots,
+            num_slots=(self.plan.device or self.plan).num_slots,
             dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._speeds.bytes_written + self._learned.bytes_written,
             lossy=self.checkpoint.lossy + lossy_rules(self._rules),
             bandwidths=bandwidths,
             faults=self._hierarchy.faults + self._wiring.faults,
             choices=(self.config.policy, self._prefetch),
+            device=speeds_of(self.device) if self.device else None,
+            ram_slots=self.plan.num_slots if self.device else 0,
         )
         if total:
             summed = Counters(counters.expert_bytes, *self._total)
@@ -202,8 +208,7 @@ class MoE:
         routing = None
         if self._wiring.recorder.is_complete:
             routing = Routing(list(self._wiring.recorder.accesses), request.initial)
-        ttft = request.first_token_s - request.start_s if request.first_token_s else None
-        return build_stats(counters, facts, ttft if request.generates else None, routing)
+        return build_stats(counters, facts, request.ttft_s, routing)
 
     @contextlib.contextmanager
     def recording(
@@ -221,7 +226,8 @@ class MoE:
             yield recorder
 
     def residency(self) -> list[dict[str, list[int]]]:
-        """For every MoE layer, which experts are in which tier: ``{"ram": [...], "disk": ...}``."""
+        """For every MoE layer, which experts are in which tier: ``{"ram": [...], "disk": ...}``,
+        and ``"vram"`` with a device."""
         return self._hierarchy.tiers()
 
     def bandwidths(self) -> Bandwidths | None:

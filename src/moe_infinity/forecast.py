@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from moe_infinity.machine import Bandwidths
-from moe_infinity.planning import Plan
+from moe_infinity.plan import Plan
 
 # Decode hit rate of the default policy against the share of resident experts, on real routing:
 # replays of Qwen3-30B-A3B, gpt-oss-120b and the bundled model. Random routing has the share itself.

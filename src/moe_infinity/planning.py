@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from moe_infinity.config import (
@@ -11,12 +10,21 @@ from moe_infinity.config import (
     EngineConfig,
     format_bytes,
 )
-from moe_infinity.errors import BudgetError, PlanExceededError
+from moe_infinity.device_plan import (
+    NUM_SPARE,
+    DeviceFacts,
+    DeviceNeeds,
+    Fewest,
+    device_budget,
+    plan_device,
+)
+from moe_infinity.errors import BudgetError
 from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.workspace import workspace_bytes
+from moe_infinity.plan import Plan
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
 from moe_infinity.types import ExpertSpec
@@ -37,108 +45,15 @@ _BUDGET_SLACK_BYTES = 8 * 1024**2
 _TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Where every byte of the budget goes. All sizes in bytes."""
-
-    budget_bytes: int
-    dense_bytes: int
-    dense_read_bytes: int  # of them, what one token reads: a row of the embedding, not all
-    kv_bytes: int
-    workspace_bytes: int
-    staging_bytes: int
-    runtime_bytes: int
-    slots_per_class: tuple[int, ...]
-    slot_bytes: tuple[int, ...]
-    class_of_layer: tuple[int, ...]
-    experts_total: int
-    expert_bytes_total: int
-    bytes_per_token: int  # expert weights one token uses in one pass
-    read_bytes_per_token: int  # what reading all of them moves, alignment included
-    working_set: int  # experts one token uses in one pass
-    max_context: int
-    max_batch: int
-    smallest_budget_bytes: int
-
-    @property
-    def num_slots(self) -> int:
-        return sum(self.slots_per_class)
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(n * b for n, b in zip(self.slots_per_class, self.slot_bytes, strict=True))
-
-    @property
-    def share_resident(self) -> float:
-        return self.num_slots / self.experts_total
-
-    @property
-    def holds_working_set(self) -> bool:
-        return self.num_slots >= self.working_set
-
-    @property
-    def used_bytes(self) -> int:
-        return self.cache_bytes + self.fixed_bytes
-
-    @property
-    def fixed_bytes(self) -> int:
-        return (
-            self.dense_bytes
-            + self.kv_bytes
-            + self.workspace_bytes
-            + self.staging_bytes
-            + self.runtime_bytes
-        )
-
-    def require(self, rows: int, length: int, what: str) -> None:
-        """Raise PlanExceededError for more rows or a longer context than there is memory for."""
-        if rows > self.max_batch:
-            raise PlanExceededError(
-                f"batch: got {rows} rows, expected at most the planned {self.max_batch}; open the "
-                f"model with max_batch={rows}"
-            )
-        if length > self.max_context:
-            raise PlanExceededError(
-                f"context: got {length} tokens ({what}), expected at most the planned "
-                f"{self.max_context}; open the model with max_context={length} "
-                f"(--max-context), or ask for fewer tokens"
-            )
-
-    def require_room(self, needed_bytes: int, what: str) -> None:
-        """Raise PlanExceededError if one pass needs more than its workspace and what is left."""
-        room = self.workspace_bytes + max(0, self.budget_bytes - self.used_bytes)
-        if needed_bytes > room:
-            raise PlanExceededError(
-                f"{what}: one pass needs {format_bytes(needed_bytes)} for activations and logits, "
-                f"expected at most {format_bytes(room)}; pass logits_to_keep=1, fewer tokens, or "
-                f"open with more ram"
-            )
-
-    def arithmetic(self) -> str:
-        """One line per term, for people."""
-        rows = [
-            ("dense weights", self.dense_bytes),
-            (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
-            ("activations and logits", self.workspace_bytes),
-            ("transfer staging and prediction", self.staging_bytes),
-            ("runtime", self.runtime_bytes),
-            (f"expert slots ({self.num_slots} of {self.experts_total})", self.cache_bytes),
-        ]
-        lines = [f"  {name:<40} {format_bytes(size):>12}" for name, size in rows]
-        lines.append(
-            f"  {'sum, of ' + format_bytes(self.budget_bytes):<40} "
-            f"{format_bytes(self.used_bytes):>12}"
-        )
-        return "\n".join(lines)
-
-
 class _Needs:
     """What a model takes beside its expert slots, as a function of the context."""
 
-    def __init__(self, anatomy: Anatomy, config: EngineConfig) -> None:
+    def __init__(self, anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None) -> None:
+        self._facts = facts
         self.staging_bytes = _TRANSFER_BYTES + _prediction_bytes(anatomy, config)
         self.dense_bytes = _dense_bytes(anatomy)
         self.runtime_bytes = resident_bytes() + RUNTIME_MARGIN_BYTES
+        self.runtime_bytes += facts.host_bytes if facts is not None else 0
         self.kv = KvShape.of(anatomy.meta)
         self._anatomy = anatomy
         self._rows = config.max_batch
@@ -149,22 +64,45 @@ class _Needs:
     def workspace_bytes(self, context: int) -> int:
         return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
 
+    def computing(self, context: int) -> DeviceNeeds:
+        """What lies where products are computed."""
+        growing = (self.kv_bytes(context), self.workspace_bytes(context))
+        return DeviceNeeds(self.dense_bytes, *growing)
+
     def total(self, context: int) -> int:
-        growing = self.kv_bytes(context) + self.workspace_bytes(context)
-        return self.dense_bytes + growing + self.staging_bytes + self.runtime_bytes
+        """In RAM."""
+        beside = self.staging_bytes + self.runtime_bytes
+        return beside if self._facts else self.computing(context).total + beside
+
+    def beside_slots(self, context: int) -> int:
+        """In the memory that the context has to fit into."""
+        if self._facts is None:
+            return self.total(context)
+        return self.computing(context).total + self._facts.runtime_bytes
+
+    def at_opening(self) -> int:
+        """In RAM, before slots are used: dense weights pass through it on their way to a device."""
+        return self.dense_bytes + self.staging_bytes + self.runtime_bytes
 
 
-def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
-    """Divide the budget. Raises BudgetError with the arithmetic if it cannot work."""
+def make_plan(anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None = None) -> Plan:
+    """Divide the budget, and that of the device if there is one. Raises BudgetError with the
+    arithmetic if it cannot work."""
     budget = config.ram_bytes or _auto_budget()
-    needs = _Needs(anatomy, config)
+    device_bytes = device_budget(facts, config.vram_bytes) if facts else None
+    needs = _Needs(anatomy, config, facts)
     classes, class_of_layer = size_classes(anatomy)
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
-    context = _context(anatomy, config, needs.kv, budget)
-    shortest = config.max_context or min(context, _SHORTEST_CONTEXT)
-    while context > shortest and needs.total(context) + cache_bytes > budget:
-        context = max(shortest, context // 2)
+    context, shortest = _contexts(anatomy, config, needs, device_bytes or budget, cache_bytes)
+    slots = divide(budget - needs.total(context), smallest, config.ram_slots)
+    device = None
+    if facts is not None and device_bytes is not None:
+        fewest = Fewest(smallest, needs.computing(shortest))
+        num_spare = 0 if sum(slots) >= anatomy.shape.num_total else NUM_SPARE
+        device = plan_device(
+            facts, device_bytes, needs.computing(context), fewest, config.vram_slots, num_spare
+        )
     plan = Plan(
         budget_bytes=budget,
         dense_bytes=needs.dense_bytes,
@@ -173,7 +111,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         workspace_bytes=needs.workspace_bytes(context),
         staging_bytes=needs.staging_bytes,
         runtime_bytes=needs.runtime_bytes,
-        slots_per_class=divide(budget - needs.total(context), smallest, config.ram_slots),
+        slots_per_class=slots,
         slot_bytes=tuple(c.slot_bytes for c in classes),
         class_of_layer=class_of_layer,
         experts_total=anatomy.shape.num_total,
@@ -183,17 +121,30 @@ def make_plan(anatomy: Anatomy, config: EngineConfig) -> Plan:
         working_set=anatomy.shape.working_set,
         max_context=context,
         max_batch=config.max_batch,
-        smallest_budget_bytes=_round_up(needs.total(shortest) + cache_bytes),
+        smallest_budget_bytes=_smallest(needs, shortest, cache_bytes),
+        device=device,
     )
     _refuse_too_small(plan, smallest, config)
     return plan
 
 
+def _contexts(
+    anatomy: Anatomy, config: EngineConfig, needs: _Needs, budget: int, cache_bytes: int
+) -> tuple[int, int]:
+    """The context to plan for, and the shortest that would do. budget: of the memory it is in."""
+    context = _context(anatomy, config, needs.kv, budget)
+    shortest = config.max_context or min(context, _SHORTEST_CONTEXT)
+    while context > shortest and needs.beside_slots(context) + cache_bytes > budget:
+        context = max(shortest, context // 2)
+    return context, shortest
+
+
 def _refuse_too_small(
     plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig
 ) -> None:
+    passes_through = plan.device is not None and plan.fixed_bytes + plan.dense_bytes
     for slots, (needed, _) in zip(plan.slots_per_class, smallest, strict=True):
-        if slots >= needed:
+        if slots >= needed and passes_through <= plan.budget_bytes:
             continue
         if config.ram_slots is not None and config.ram_slots < sum(n for n, _ in smallest):
             raise BudgetError(
@@ -203,10 +154,15 @@ def _refuse_too_small(
         raise BudgetError(
             f"the model will not fit into ram={format_bytes(plan.budget_bytes)}:\n"
             f"{plan.arithmetic()}\n"
-            f"at least {needed} expert slots are needed (one token's experts of one layer); the "
+            f"at least {needed} expert slots are needed (one token's experts of one layer)"
+            f"{', and dense weights pass through RAM' if plan.device else ''}; the "
             f"smallest budget that works is {format_bytes(plan.smallest_budget_bytes)}"
             + ("" if config.max_context is None else "; a smaller max_context needs less")
         )
+
+
+def _smallest(needs: _Needs, context: int, cache_bytes: int) -> int:
+    return _round_up(max(needs.total(context) + cache_bytes, needs.at_opening()))
 
 
 def _round_up(budget: int) -> int:

@@ -13,6 +13,15 @@ from moe_infinity.types import ExpertShape, Phase
 
 
 @dataclass(frozen=True)
+class DeviceSpeeds:
+    """A device's name, how fast experts come to it, and how fast it reads its memory."""
+
+    name: str
+    link_gbps: float
+    memory_gbps: float | None  # None: it computes from the machine's
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """What a report needs beside the counters."""
 
@@ -24,6 +33,8 @@ class RunFacts:
     bandwidths: Bandwidths | None
     faults: tuple[str, ...] = ()
     choices: tuple[str, str] = ("", "")  # policy and predictor
+    device: DeviceSpeeds | None = None
+    ram_slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ def build_stats(
         faults=facts.faults,
         policy=facts.choices[0],
         prefetch=facts.choices[1],
+        device=facts.device.name if facts.device else "",
+        ram_slots=facts.ram_slots,
     )
 
 
@@ -98,10 +111,15 @@ def _limit_fraction(phase: PhaseCounters, loaded_bytes: int, facts: RunFacts) ->
     """Time the bytes need at measured bandwidths, perfectly overlapped, over the time taken."""
     if facts.bandwidths is None or phase.wall_s <= 0:
         return None
-    read_s = loaded_bytes / (facts.bandwidths.disk_gbps * 1e9)
+    read_bytes = loaded_bytes if facts.device is None else phase.disk_bytes
+    limit_s = [read_bytes / (facts.bandwidths.disk_gbps * 1e9)]
+    memory_gbps = facts.bandwidths.memory_gbps
+    if facts.device is not None:
+        limit_s.append(loaded_bytes / (facts.device.link_gbps * 1e9))
+        memory_gbps = facts.device.memory_gbps or memory_gbps
     computed = phase.computed_bytes + phase.num_passes * facts.dense_bytes
-    compute_s = computed / (facts.bandwidths.memory_gbps * 1e9)
-    return min(1.0, max(read_s, compute_s) / phase.wall_s)
+    limit_s.append(computed / (memory_gbps * 1e9))
+    return min(1.0, max(limit_s) / phase.wall_s)
 
 
 def _optimal_bytes(counters: Counters, facts: RunFacts, routing: Routing) -> dict[Phase, int]:

@@ -22,6 +22,13 @@ class Request:
     generates: bool = True
     prompt_left: int | None = None  # tokens not yet through; None: a step's length tells its phase
 
+    @property
+    def ttft_s(self) -> float | None:
+        """Time to the first new token; None before it, and where none was asked for."""
+        if not self.generates or not self.first_token_s:
+            return None
+        return self.first_token_s - self.start_s
+
     def phase_of(self, step: Step) -> Phase:
         """Also a prompt's last chunk of one token is prefill, and several drafted ones are not."""
         if self.prompt_left is None or self.end_s is not None:

@@ -97,6 +97,10 @@ class PhaseStats:
     the time taken. read_gbps: what the disk delivered while reads were under way, 1e9 bytes/s.
     belady_fraction: the same with the bytes that the offline optimum would have
     missed on this routing. None where nothing was measured.
+
+    With a device all of these are about its memory: demand and prefetch bytes were copied from RAM.
+    Beneath, ram_hits of those loads were found there, and disk_loads read first; demoted_bytes were
+    copied back.
     """
 
     hits: int
@@ -108,6 +112,10 @@ class PhaseStats:
     wasted_prefetch_bytes: int
     stall_s: float
     read_gbps: float | None
+    ram_hits: int
+    disk_loads: int
+    disk_bytes: int
+    demoted_bytes: int
     compute_s: float
     wall_s: float
     num_tokens: int
@@ -125,7 +133,8 @@ class Stats:
     memory since it started. bytes_written: by this process to its state file. slots: capacity in
     experts. bit_exact: nothing that was chosen can change the logits; lossy names what does.
     faults: a policy or predictor that failed, and what took its place. policy and prefetch: the
-    names of those that were chosen.
+    names of those that were chosen. device: a GPU's name, "" where the CPU computes from RAM; slots
+    are its own then, and ram_slots those beneath.
     """
 
     prefill: PhaseStats
@@ -153,6 +162,8 @@ class Stats:
     faults: tuple[str, ...] = ()
     policy: str = ""
     prefetch: str = ""
+    device: str = ""
+    ram_slots: int = 0
 
 
 def hit_rate(counters: PhaseCounters) -> float | None:
@@ -175,6 +186,10 @@ def phase_stats(
         wasted_prefetch_bytes=counters.wasted_prefetch_bytes,
         stall_s=counters.stall_s,
         read_gbps=_gbps(counters.read_bytes, counters.read_busy_s),
+        ram_hits=counters.ram_hits,
+        disk_loads=counters.disk_loads,
+        disk_bytes=counters.disk_bytes,
+        demoted_bytes=counters.demoted_bytes,
         compute_s=counters.compute_s,
         wall_s=counters.wall_s,
         num_tokens=counters.num_tokens,

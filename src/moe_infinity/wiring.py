@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
@@ -48,7 +48,7 @@ class Wiring:
         model: Any,
         modules: list[Any],
         anatomy: Anatomy,
-        hierarchy: RamHierarchy,
+        hierarchy: DrivenHierarchy,
         routing: RoutingRule,
         kernel: str,
     ) -> None:
@@ -58,7 +58,7 @@ class Wiring:
         self._model = model
         self._hierarchy = hierarchy
         step = Step(0, "decode", 1, 1)
-        self.kernel = choose(kernel)
+        self.kernel = choose(kernel, next(model.parameters()).device)
         maths = [anatomy.adapter.math(module) for module in modules]
         compiled = are_coded(anatomy) or not any(math.is_transposed for math in maths)
         has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)

@@ -149,7 +149,7 @@ class TestNames:
 
     def test_dtype_and_device(self) -> None:
         assert "dtype: got 'int4', expected one of" in refused("run", "--dtype", "int4", "hi")
-        assert "device: got 'cuda', expected one of cpu" in refused("run", "--device", "cuda", "hi")
+        assert "device: got 'gpu', expected auto, cpu" in refused("run", "--device", "gpu", "hi")
 
 
 class TestPrompt:

@@ -34,9 +34,19 @@ MaxContext = Annotated[
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16. Default: as the checkpoint says.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1, or auto: a GPU if there is one. "
+        "simulated:24 keeps experts behind a link of 24 GB/s, without a GPU."
+    ),
+]
+Vram = Annotated[
+    str, typer.Option(help="Memory of the device: a size such as 8GiB, or auto: what is free.")
+]
 Kernel = Annotated[
-    str, typer.Option(help="native (compiled), torch, or auto: native where there is one.")
+    str,
+    typer.Option(help="native (compiled), triton (GPUs), torch, or auto: the best there is."),
 ]
 Policy = Annotated[
     str, typer.Option(help=f"Which experts stay: {', '.join(policy_names())}, or module:Class.")
@@ -99,6 +109,21 @@ def stats_dict(stats: Stats) -> dict[str, Any]:
     return dataclasses.asdict(stats)
 
 
+def _where(stats: Stats) -> str:
+    if not stats.device:
+        return "in memory"
+    return f"on {stats.device}, {stats.ram_slots} in RAM beneath"
+
+
+def _beneath(stats: Stats) -> str:
+    phases = (stats.prefill, stats.decode)
+    read, back = sum(p.disk_bytes for p in phases), sum(p.demoted_bytes for p in phases)
+    return (
+        f"of what was copied to the device {sum(p.ram_hits for p in phases)} experts were in RAM; "
+        f"{format_bytes(read)} were read from the disk, {format_bytes(back)} copied back"
+    )
+
+
 def print_stats(stats: Stats) -> None:
     """The small table after an answer, on standard error so that text can be piped."""
     if stats.prefill.num_tokens + stats.decode.num_tokens == 0:
@@ -114,7 +139,7 @@ def print_stats(stats: Stats) -> None:
         "hit rate",
         "hits",
         "misses",
-        "read from disk",
+        "copied to device" if stats.device else "read from disk",
         "waited",
         "limit",
     ):
@@ -125,8 +150,10 @@ def print_stats(stats: Stats) -> None:
     console = Console(stderr=True)
     console.print()
     console.print(table)
+    if stats.device:
+        console.print(_beneath(stats), highlight=False)
     console.print(
-        f"{stats.slots} of {stats.experts_total} experts fit in memory | first token after "
+        f"{stats.slots} of {stats.experts_total} experts fit {_where(stats)} | first token after "
         f"{_number(stats.ttft_s, 2)} s | peak memory {format_bytes(stats.peak_rss_bytes)} | "
         f"written {stats.bytes_written} B | "
         f"policy {stats.policy}, prefetch {stats.prefetch} | "

@@ -29,6 +29,7 @@ def run(
     max_context: common.MaxContext = None,
     dtype: common.Dtype = None,
     device: common.Device = DEFAULTS.device,
+    vram: common.Vram = str(DEFAULTS.vram),
     kernel: common.Kernel = DEFAULTS.kernel,
     policy: common.Policy = DEFAULTS.policy,
     prefetch: common.Prefetch = DEFAULTS.prefetch,
@@ -55,7 +56,7 @@ def run(
         "dtype": dtype,
     }
     options |= {"device": device, "policy": policy, "prefetch": prefetch, "seed": seed}
-    options["kernel"] = kernel
+    options |= {"kernel": kernel, "vram": vram}
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens)
     with MoE(path, **options) as moe:
         if verify:
@@ -202,9 +203,13 @@ def _say_plan(moe: Any) -> None:
     total = psutil.virtual_memory().total
     if plan.budget_bytes > total:
         print(f"note: this machine has {format_bytes(total)} of memory", file=sys.stderr)
+    fits = f"{plan.num_slots} of {plan.experts_total} experts fit"
+    if plan.device is not None:
+        top = plan.device
+        fits += f"; {format_bytes(top.budget_bytes)} of {top.name}, {top.num_slots} fit"
     print(
-        f"[{moe.path.name}: {format_bytes(plan.budget_bytes)} of memory, {plan.num_slots} of "
-        f"{plan.experts_total} experts fit, {plan.max_context} tokens of context]",
+        f"[{moe.path.name}: {format_bytes(plan.budget_bytes)} of memory, {fits}; "
+        f"{plan.max_context} tokens of context]",
         file=sys.stderr,
     )
 

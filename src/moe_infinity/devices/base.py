@@ -47,10 +47,13 @@ class Device(ABC):
     """Where dense weights lie and products are computed.
 
     name: for reports. torch_device: where tensors have to be. compute: the stream on which torch
-    and our kernels launch.
+    and our kernels launch. runtime_bytes: what driver and libraries take of its memory; host_bytes:
+    and, once kernels are there, of RAM.
     """
 
     name: str
+    runtime_bytes: int = 0
+    host_bytes: int = 0
     torch_device: torch.device
     compute: Stream
 
@@ -78,6 +81,15 @@ class Device(ABC):
     @abstractmethod
     def total_bytes(self) -> int:
         """The device's whole memory."""
+
+    @abstractmethod
+    def link_gbps(self) -> float:
+        """Bytes that pinned memory delivers, 1e9 a second; measured once where it has to be."""
+
+    @abstractmethod
+    def memory_gbps(self) -> float | None:
+        """Bytes that the device reads of its own memory, 1e9 a second; measured once. None: its
+        memory is the machine's."""
 
     @abstractmethod
     def take_stall_s(self) -> float:

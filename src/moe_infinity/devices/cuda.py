@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +14,20 @@ from moe_infinity.errors import BudgetError, ConfigError, DeviceError
 
 _cuda: Any = torch.cuda  # which is typed in parts only
 _OLDEST_DRIVER = "525"  # of CUDA 12, which torch's builds need
+# What a context, cuBLAS's workspace and loaded kernels take, and in RAM beside what is resident
+# after the start: an estimate on the safe side, not measured.
+_RUNTIME_BYTES = 700 * 1024**2
+_HOST_BYTES = 512 * 1024**2
+_MEASURED_BYTES = 256 * 1024**2  # beyond the caches of every card
+_MEASURED_RUNS = 5
 _MOST_OPEN_STALLS = 512  # events that are kept until it is known when they were reached
 
 
 class CudaDevice(Device):
     """One GPU. Raises ConfigError where there is none, or none that can be used."""
+
+    runtime_bytes = _RUNTIME_BYTES
+    host_bytes = _HOST_BYTES
 
     def __init__(self, index: int = 0) -> None:
         _require_cuda(index)
@@ -27,6 +38,8 @@ class CudaDevice(Device):
         _cuda.set_device(index)
         self._stalls: deque[tuple[Any, Any]] = deque()
         self._stall_s = 0.0
+        self._link_gbps: float | None = None
+        self._memory_gbps: float | None = None
         self.compute = _CudaStream(_cuda.current_stream(index), self._stalls)
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -57,6 +70,32 @@ class CudaDevice(Device):
 
     def total_bytes(self) -> int:
         return int(_cuda.mem_get_info(self.torch_device)[1])
+
+    def link_gbps(self) -> float:
+        if self._link_gbps is None:
+            host = torch.ones(_MEASURED_BYTES, dtype=torch.uint8).pin_memory()
+            there = torch.empty_like(host, device=self.torch_device)
+            copy = partial(there.copy_, host, non_blocking=True)
+            self._link_gbps = _MEASURED_BYTES / self._best_s(copy) / 1e9
+        return self._link_gbps
+
+    def memory_gbps(self) -> float | None:
+        if self._memory_gbps is None:
+            there = torch.ones(_MEASURED_BYTES // 4, device=self.torch_device)
+            self._memory_gbps = _MEASURED_BYTES / self._best_s(there.sum) / 1e9
+        return self._memory_gbps
+
+    def _best_s(self, work: Callable[[], object]) -> float:
+        """Seconds of the quickest of several runs, by the device's own clock."""
+        found = []
+        for _ in range(_MEASURED_RUNS):
+            began, ended = (_cuda.Event(enable_timing=True) for _ in range(2))
+            began.record()
+            work()
+            ended.record()
+            ended.synchronize()
+            found.append(began.elapsed_time(ended) / 1e3)
+        return float(min(found))
 
     def take_stall_s(self) -> float:
         while self._stalls and self._stalls[0][1].query():

@@ -56,7 +56,7 @@ class SimulatedDevice(Device):
         """memory_bytes: of the device; None: what the machine has. pins: whether ``pin`` works."""
         self.name = f"simulated, {link_gbps:g} GB/s"
         self.torch_device = torch.device("cpu")
-        self.link_gbps = link_gbps
+        self._link_gbps = link_gbps
         self._clock = clock or WallClock()
         self.compute = _Computation(self)
         self._memory_bytes = memory_bytes
@@ -94,6 +94,12 @@ class SimulatedDevice(Device):
     def total_bytes(self) -> int:
         return self._memory_bytes or available_bytes()
 
+    def link_gbps(self) -> float:
+        return self._link_gbps
+
+    def memory_gbps(self) -> float | None:
+        return None
+
     def take_stall_s(self) -> float:
         taken, self._stall_s = self._stall_s, 0.0
         return taken
@@ -107,7 +113,7 @@ class SimulatedDevice(Device):
         """Put a copy on the link, behind those of its direction. Returns when it ends."""
         with self._lock:
             starts_s = max(self._clock.now_s(), not_before_s, self._busy_until_s[direction])
-            ends_s = starts_s + copy[1].numel() / (self.link_gbps * 1e9)
+            ends_s = starts_s + copy[1].numel() / (self._link_gbps * 1e9)
             self._busy_until_s[direction] = ends_s
             heapq.heappush(self._begun, (ends_s, next(self._order), copy))
         return ends_s

@@ -5,7 +5,7 @@ Layouts byte by byte: docs/packed_format.md. R: rows, C: columns of a matrix [ou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ _WINDOW = 15  # exponents that a code of 4 bits can name; the sixteenth marks an
 _MAX_COLUMNS = 2**16
 MAX_EXCEPTIONS = 0.01  # of a matrix; with more it does not pay
 
+_CPU = torch.device("cpu")
 Bytes = NDArray[np.uint8]
 
 
@@ -42,6 +43,8 @@ class PackedMatrix:
 
     def decode_rows(self, first: int, count: int) -> torch.Tensor:
         """[count, cols] of ``decode``, of any format but EXACT12."""
+        if not self.data.is_cpu:
+            return self.to(_CPU).decode_rows(first, count).to(self.data.device)
         if self.scales is not None:
             rows = range(first, first + count)
             shape = (self.rows, self.cols)
@@ -53,13 +56,24 @@ class PackedMatrix:
         data = self.data[first * size : (first + count) * size]
         return PackedMatrix(self.format, count, self.cols, data).decode()
 
+    def to(self, device: torch.device) -> PackedMatrix:
+        """The same matrix in memory of ``device``."""
+        scales = self.scales
+        if scales is not None:
+            scales = scales._replace(values=scales.values.to(device))
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return replace(self, data=self.data.to(device), scales=scales, zeros=zeros)
+
     @property
     def num_bytes(self) -> int:
         """Of the codes."""
         return self.rows * row_bytes(self.format, self.cols)
 
     def decode(self) -> torch.Tensor:
-        """[rows, cols]: bfloat16 of EXACT12, else float32."""
+        """[rows, cols]: bfloat16 of EXACT12, else float32. What lies elsewhere is brought to the
+        CPU and back: right, and slow."""
+        if not self.data.is_cpu:
+            return self.to(_CPU).decode().to(self.data.device)
         if self.format == "EXACT12":
             bits = _decode_exact12(self.data.numpy(), self.rows, self.cols)
             return torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16)

@@ -121,7 +121,7 @@ class ExpertsLayer:
         routed = (ids >= 0) & (ids < self.num_experts)
         places = _places_by_expert(ids, routed)
         allocate = torch.empty if routed.all() else torch.zeros
-        out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype)
+        out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype, device=x.device)
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             where = [places[key.expert] for key in keys]  # positions in [T * K]
@@ -129,7 +129,7 @@ class ExpertsLayer:
             self._runtime.kernel.run(self.math, jobs)
             for job, place in zip(jobs, where, strict=True):
                 if len(place) > 1:
-                    out[torch.from_numpy(place)] = job.out
+                    out[torch.from_numpy(place).to(x.device)] = job.out
 
         observer = self._runtime.observer
         real: NDArray[np.bool_] = np.any(routed, axis=1)
@@ -173,7 +173,7 @@ def _job(views: Views, x: torch.Tensor, out: torch.Tensor, place: NDArray[np.int
         at = int(place[0])
         token = at // top_k
         return Job(views, x[token : token + 1], out[at : at + 1])
-    tokens = x[torch.from_numpy(place // top_k)]
+    tokens = x[torch.from_numpy(place // top_k).to(x.device)]
     return Job(views, tokens, torch.empty_like(tokens))
 
 

@@ -39,6 +39,23 @@ def as_batch(input_ids: Any, num_ids: int | None = None) -> torch.Tensor:
     return ids
 
 
+def placed(given: Any, device: torch.device) -> Any:
+    """What was given, its tensors, in lists and tables too, on the device the model computes on."""
+    if isinstance(given, torch.Tensor):
+        return given.to(device)
+    if isinstance(given, dict):
+        return {name: placed(value, device) for name, value in given.items()}
+    if type(given) in (list, tuple):
+        return type(given)(placed(value, device) for value in given)
+    return given
+
+
+def may_be_padded(defaults: Any, ids: torch.Tensor) -> bool:
+    """Whether the library has to infer what is padding. defaults: the generation config."""
+    pad = defaults.pad_token_id
+    return pad is not None and bool((ids == pad).any())
+
+
 def wants_our_cache(defaults: Any, options: Any) -> bool:
     """Whether ``generate`` is to run with the cache of the plan; both at once would be wrong."""
     config = options.get("generation_config") or defaults

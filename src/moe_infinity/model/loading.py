@@ -27,6 +27,7 @@ from moe_infinity.checkpoint.expert_layout import (
     sort_tensors,
 )
 from moe_infinity.checkpoint.safetensors import ITEM_BYTES
+from moe_infinity.devices.base import Device
 from moe_infinity.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -40,6 +41,7 @@ from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.coded_linears import CodedLinear, attach_coded, coded_linears
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, lazy_tensor
+from moe_infinity.model.packed_linears import move
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.model.soundness import refuse_strays, require_complete, require_fitting
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
@@ -143,8 +145,11 @@ def _specs(
     return specs
 
 
-def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.Module]]:
-    """Build the model with its dense weights in owned memory. Returns it and its experts modules.
+def load(
+    checkpoint: Checkpoint, anatomy: Anatomy, device: Device | None = None
+) -> tuple[nn.Module, list[nn.Module]]:
+    """Build the model with its dense weights in owned memory, or on a device. Returns it and its
+    experts modules.
 
     Raises CorruptCheckpointError if a dense tensor is missing, ReadError if one cannot be read.
     """
@@ -177,6 +182,8 @@ def load(checkpoint: Checkpoint, anatomy: Anatomy) -> tuple[nn.Module, list[nn.M
         raise failures[0]
     require_complete(checkpoint, info)
     attach_coded(model, checkpoint, anatomy.coded, anatomy.dtype, own)
+    if device is not None:
+        move(model, device.torch_device)
     # Of training, and some configs keep it: every pass would collect them and compute a loss.
     model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)

@@ -250,5 +250,6 @@ class Observer:
         if step.token_ids is None:
             return None
         embed: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        vectors: torch.Tensor = embed(torch.from_numpy(step.token_ids))
+        ids = torch.from_numpy(step.token_ids).to(embed.weight.device)
+        vectors: torch.Tensor = embed(ids)
         return as_recorded(vectors)

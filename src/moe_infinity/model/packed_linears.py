@@ -27,6 +27,15 @@ def packed_of(module: nn.Module) -> PackedMatrix | None:
     return found
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """Bring every weight to ``device``, coded ones too."""
+    if device.type == "cpu":
+        return
+    model.to(device)
+    for module, weight in _coded(model):
+        attach_packed(module, weight.to(device))
+
+
 def run_packed(model: nn.Module, kernel: ExpertKernel) -> bool:
     """Let ``kernel`` do the coded linear layers of ``model``; whether a compiled one does any."""
     coded = list(_coded(model))

@@ -170,7 +170,7 @@ class RouterTaps:
             changes = np.zeros((depth, x.shape[-1]), dtype=np.float32)
             changes[: len(known)] = known
             self._changes[layer] = changes
-        return x[None] + torch.from_numpy(changes[:reach, None]).to(x.dtype)
+        return x[None] + torch.from_numpy(changes[:reach, None]).to(x)
 
     def _normed(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         norm = self._norms[layer]

@@ -1,0 +1,115 @@
+"""The engine with a device tier, simulated: the same words to the last bit, budgets, reports."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.errors import BudgetError, ConfigError, MoEInfinityError
+from support.engine import BUDGET, generate, leaving_nothing
+
+PROMPT = torch.randint(1, 4000, (1, 40), generator=torch.Generator().manual_seed(3))  # [1, S] int64
+NUM_STEPS = 6
+NARROW = "simulated:0.5"  # GB/s: copies are waited for
+
+
+def logits(**options: Any) -> list[torch.Tensor]:
+    """Of a prefill and some decode steps of the bundled model."""
+    with MoE(bundled_model_path(), ram=BUDGET, **options) as moe:
+        cache = moe.new_cache()
+        said = [moe(PROMPT, past_key_values=cache).logits]
+        for step in range(NUM_STEPS):
+            said.append(moe(PROMPT[:, step : step + 1], past_key_values=cache).logits)
+            moe.check_integrity()
+    return said
+
+
+@pytest.fixture(scope="module")
+def without() -> list[torch.Tensor]:
+    return logits(device="cpu")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"vram_slots": 4},
+        {"vram_slots": 13, "ram_slots": 4},
+        {"vram_slots": 40, "ram_slots": 40, "policy": "lru"},
+        {"vram_slots": 40, "ram_slots": 220, "prefetch": "gate_lookahead"},
+        {"vram_slots": 256, "ram_slots": 8},
+        {"vram_slots": 40, "device": NARROW, "prefetch": "gate_lookahead"},
+        {"vram_slots": 40, "ram_slots": 60, "device": NARROW},
+    ],
+    ids=str,
+)
+def test_the_device_changes_no_bit(options: dict[str, Any], without: list[torch.Tensor]) -> None:
+    said = logits(**{"device": "simulated", **options})
+    assert all(map(torch.equal, said, without))
+
+
+def test_report_counts_each_tier(tiny: Path) -> None:
+    with leaving_nothing(), MoE(tiny, ram=BUDGET, device=NARROW, vram_slots=8, ram_slots=9) as moe:
+        generate(moe, 16)
+        stats = moe.stats()
+        assert stats.device == "simulated, 0.5 GB/s"
+        assert (stats.slots, stats.ram_slots) == (8, 9)
+        loads = stats.misses + stats.late  # of members; what came ahead in vain is beside them
+        both = (stats.prefill, stats.decode)
+        assert sum(phase.ram_hits + phase.disk_loads for phase in both) >= stats.misses
+        assert loads and sum(phase.disk_loads for phase in both) >= moe.stats().experts_total
+        assert sum(phase.demoted_bytes for phase in both) > 0
+        assert stats.stall_s > 0
+        assert 0 < (stats.limit_fraction or 0) <= 1
+        tiers = moe.residency()
+        assert sum(len(layer["vram"]) for layer in tiers) == 8
+        for layer in tiers:
+            assert sorted(layer["vram"] + layer["ram"] + layer["disk"]) == list(range(8))
+
+
+def test_what_fits_into_ram_is_read_once(tiny: Path) -> None:
+    with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=8) as moe:
+        generate(moe, 8)
+        generate(moe, 8)
+        total = moe.stats(total=True)
+        assert sum(p.disk_loads for p in (total.prefill, total.decode)) <= total.experts_total
+        assert moe.stats().decode.disk_loads == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"vram": "100KiB"}, BudgetError, "the smallest budget that works is"),
+        ({"vram": "4096TiB"}, BudgetError, "that are free"),
+        ({"vram_slots": 1}, BudgetError, "vram_slots: got 1, expected at least"),
+        ({"vram": "8GiB", "device": "cpu"}, ConfigError, "leave vram out"),
+        ({"device": "gpu"}, ConfigError, "expected auto, cpu, cuda"),
+        ({"vram": "lots"}, ConfigError, "vram: got 'lots'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused(
+    tiny: Path, options: dict[str, Any], error: type[MoEInfinityError], words: str
+) -> None:
+    with leaving_nothing(), pytest.raises(error, match=words):
+        MoE(tiny, **{"ram": BUDGET, "device": "simulated", **options})
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch was built for CUDA")
+def test_a_gpu_that_is_not_there_is_named(tiny: Path) -> None:
+    with pytest.raises(ConfigError, match="install a CUDA build of torch"):
+        MoE(tiny, device="cuda")
+    with pytest.raises(ConfigError, match="expected a GPU for it"):
+        MoE(tiny, vram="8GiB")
+
+
+def test_smallest_device_budget_works(tiny: Path) -> None:
+    with pytest.raises(BudgetError) as refused:
+        MoE(tiny, ram=BUDGET, device="simulated", vram="100KiB", max_context=64)
+    smallest = str(refused.value).rsplit("the smallest budget that works is ", 1)[1]
+    options = {"device": "simulated", "vram": smallest, "max_context": 64}
+    with MoE(tiny, ram=BUDGET, **options) as moe:
+        generate(moe)
+        assert moe.plan.device is not None
+        assert moe.plan.device.used_bytes <= moe.plan.device.budget_bytes
