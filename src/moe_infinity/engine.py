@@ -45,7 +45,7 @@ from moe_infinity.model.rules import KeepRouting, LoadMisses, lossy_rules
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
-from moe_infinity.reporting import Routing, RunFacts, build_stats
+from moe_infinity.reporting import RunFacts, build_stats
 from moe_infinity.request import Request
 from moe_infinity.speeds import Speeds
 from moe_infinity.stats import Counters, PhaseCounters, Stats
@@ -205,10 +205,7 @@ class MoE:
         if total:
             summed = Counters(counters.expert_bytes, *self._total)
             return build_stats(summed, facts, None, None)
-        routing = None
-        if self._wiring.recorder.is_complete:
-            routing = Routing(list(self._wiring.recorder.accesses), request.initial)
-        return build_stats(counters, facts, request.ttft_s, routing)
+        return build_stats(counters, facts, request.ttft_s, self._wiring.routing())
 
     @contextlib.contextmanager
     def recording(

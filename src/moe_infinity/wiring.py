@@ -24,6 +24,7 @@ from moe_infinity.model.rules import KeepRouting, RoutingRule
 from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.reporting import Routing
 from moe_infinity.request import Request
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.recorder import Recorder
@@ -100,6 +101,12 @@ class Wiring:
             observer.drop(self._wishes)
             if self._wishes == Wishes():
                 self._runtime.observer = None
+
+    def routing(self) -> Routing | None:
+        """Of the request, as it was recorded; None if not all of it was."""
+        if not self.recorder.is_complete:
+            return None
+        return Routing(list(self.recorder.accesses), self.request.initial)
 
     @property
     def faults(self) -> tuple[str, ...]:
