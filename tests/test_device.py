@@ -41,6 +41,9 @@ def without() -> list[torch.Tensor]:
         {"vram_slots": 256, "ram_slots": 8},
         {"vram_slots": 40, "device": NARROW, "prefetch": "gate_lookahead"},
         {"vram_slots": 40, "ram_slots": 60, "device": NARROW},
+        {"vram_slots": 13, "miss": "cpu"},
+        {"vram_slots": 40, "ram_slots": 60, "miss": "cpu", "kernel": "native"},
+        {"vram_slots": 13, "miss": "auto", "device": NARROW},
     ],
     ids=str,
 )
@@ -68,6 +71,18 @@ def test_report_counts_each_tier(tiny: Path) -> None:
             assert sorted(layer["vram"] + layer["ram"] + layer["disk"]) == list(range(8))
 
 
+def test_misses_that_the_processor_computes_are_counted_and_named(tiny: Path) -> None:
+    with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=8, miss="cpu") as moe:
+        generate(moe, 16)
+        generate(moe, 16)
+        decode = moe.stats().decode
+        assert decode.on_cpu == decode.misses > 0  # RAM holds everything by now
+        assert decode.demand_bytes == 0
+        assert moe.stats().lossy == ("misses computed on the CPU",)
+        assert not moe.stats().bit_exact
+        moe.check_integrity()
+
+
 def test_what_fits_into_ram_is_read_once(tiny: Path) -> None:
     with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=8) as moe:
         generate(moe, 8)
@@ -84,6 +99,8 @@ def test_what_fits_into_ram_is_read_once(tiny: Path) -> None:
         ({"vram": "4096TiB"}, BudgetError, "that are free"),
         ({"vram_slots": 1}, BudgetError, "vram_slots: got 1, expected at least"),
         ({"vram": "8GiB", "device": "cpu"}, ConfigError, "leave vram out"),
+        ({"miss": "cpu", "device": "cpu"}, ConfigError, "leave miss out"),
+        ({"miss": "skip"}, ConfigError, "expected one of copy, cpu, auto"),
         ({"device": "gpu"}, ConfigError, "expected auto, cpu, cuda"),
         ({"vram": "lots"}, ConfigError, "vram: got 'lots'"),
     ],

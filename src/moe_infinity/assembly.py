@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy
@@ -27,7 +27,6 @@ from moe_infinity.errors import ConfigError
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, read_config
 from moe_infinity.model.routers import has_routers
-from moe_infinity.model.rules import MissRule
 from moe_infinity.plan import Plan
 from moe_infinity.planning import make_plan
 from moe_infinity.policies import find_policy
@@ -36,10 +35,12 @@ from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.predictors._guarded import GuardedPredictor
 from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.product_speed import measure_matvec_gbps
 from moe_infinity.registry import make
 from moe_infinity.reporting import DeviceSpeeds
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.meters import PaysMeter
+from moe_infinity.residency.miss_split import MissMode, MissSplit
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
 from moe_infinity.residency.room import FEWEST_SLOTS
@@ -64,7 +65,7 @@ def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Pl
 
     Raises ConfigError or BudgetError.
     """
-    device = open_device(config.device, config.vram_bytes is not None)
+    device = open_device(config.device, config.needs_device)
     facts = None
     if device is not None:
         sizes = (device.free_bytes(), device.total_bytes())
@@ -111,8 +112,8 @@ class Chosen(NamedTuple):
     """What was decided beside the plan. speeds: of the machine, as far as they are known."""
 
     prefetch: str
-    miss_rule: MissRule
     speeds: Bandwidths | None
+    device: Device | None
 
 
 def build_hierarchy(
@@ -121,7 +122,6 @@ def build_hierarchy(
     plan: Plan,
     config: EngineConfig,
     chosen: Chosen,
-    device: Device | None = None,
 ) -> DrivenHierarchy:
     """The cache of ``plan`` over the checkpoint's experts, with its reader threads started."""
     store = checkpoint.expert_store(anatomy.specs)
@@ -131,6 +131,7 @@ def build_hierarchy(
     pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
     with contextlib.ExitStack() as undo:
         sizes = (plan.slots_per_class, plan.slot_bytes)
+        device = chosen.device
         arena = SlotArena(*sizes) if device is None else PinnedArena(*sizes, device)
         undo.callback(arena.close)
         engine = TransferEngine(store, *reading_of(config, chosen.speeds))
@@ -144,6 +145,8 @@ def build_hierarchy(
             top = plan.device
             slots = DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare)
             hierarchy = VramHierarchy(store, runner, host, slots, device, pays)
+            if config.miss != "copy":
+                hierarchy.share_misses(_split(anatomy, config, chosen))
         undo.pop_all()
     return hierarchy
 
@@ -162,11 +165,9 @@ def _runner(anatomy: Anatomy, plan: Plan, config: EngineConfig, chosen: Chosen) 
     layer_bytes = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
         layer_bytes[key.layer] = max(layer_bytes[key.layer], spec.read_bytes)
-    miss_rule = chosen.miss_rule
     return EventRunner(
         Residency(directory, policy, Counters(layer_bytes)),
         PrefetchPlanner(GuardedPredictor(predictor), directory),
-        miss_rule.load if miss_rule.lossy else None,
     )
 
 
@@ -174,6 +175,16 @@ def _shelf(anatomy: Anatomy, plan: Plan, config: EngineConfig) -> Shelf:
     """Decides on RAM below a device, by the same policy."""
     directory = Directory(anatomy.shape, plan.slots_per_class, plan.class_of_layer)
     return Shelf(directory, _policy(anatomy, plan.num_slots, config))
+
+
+def _split(anatomy: Anatomy, config: EngineConfig, chosen: Chosen) -> MissSplit:
+    """By the link's speed and what a product of this model's experts reaches on the processor."""
+    assert chosen.device is not None
+    expert_bytes = next(iter(anatomy.specs.values())).weight_bytes
+    speeds = chosen.speeds
+    cpu_gbps = speeds.matvec_gbps if speeds else measure_matvec_gbps(expert_bytes)
+    mode = cast(MissMode, config.miss)
+    return MissSplit(mode, chosen.device.link_gbps(), cpu_gbps, anatomy.shape.num_layers)
 
 
 def _policy(anatomy: Anatomy, num_slots: int, config: EngineConfig) -> CachePolicy:

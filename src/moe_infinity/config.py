@@ -15,7 +15,7 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS |= {_letter: 1024**_power, f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
 _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
-_MISS_RULES = ("load",)
+_MISS_RULES = ("copy", "cpu", "auto")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|simulated(:\d{1,4}(\.\d{1,3})?)?")
 KERNELS = ("auto", "native", "torch")
 
@@ -99,7 +99,7 @@ class EngineConfig:
     kernel: str = "auto"  # native: compiled for this CPU; triton: for GPUs; torch; auto: the best
     policy: str = "next_use"
     prefetch: str = "auto"  # "auto": ask the model's next routers early, where that is possible
-    miss: str = "load"
+    miss: str = "copy"  # to the device; cpu: computed in RAM; auto: both at once, as far as it pays
     ram_slots: int | None = None  # capacity in experts, all layers together; with ram, both bind
     vram_slots: int | None = None  # the same of the device
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
@@ -117,10 +117,13 @@ class EngineConfig:
             raise ConfigError(
                 f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or simulated"
             )
-        if self.vram_bytes is not None and self.device == "cpu":
+        if self.vram != "auto":
+            parse_size(self.vram, "vram")
+        if self.device == "cpu" and self.needs_device:
+            name = self.needs_device
             raise ConfigError(
-                f"vram: got {self.vram!r} with device cpu, which has none; leave vram out, or "
-                f"choose device cuda"
+                f"{name}: got {getattr(self, name)!r} with device cpu, which computes from RAM; "
+                f"leave {name} out, or choose device cuda"
             )
         _choice("dtype", self.dtype, _DTYPES)
         _choice("miss", self.miss, _MISS_RULES)
@@ -135,6 +138,13 @@ class EngineConfig:
     def ram_bytes(self) -> int | None:
         """The budget in bytes, None for "auto"."""
         return None if self.ram == "auto" else parse_size(self.ram, "ram")
+
+    @property
+    def needs_device(self) -> str:
+        """An option that was chosen and makes no sense without a device; "" if there is none."""
+        chosen = {"vram": self.vram != "auto", "vram_slots": self.vram_slots is not None}
+        chosen["miss"] = self.miss != "copy"
+        return next((name for name, is_chosen in chosen.items() if is_chosen), "")
 
     @property
     def vram_bytes(self) -> int | None:

@@ -41,7 +41,7 @@ from moe_infinity.model.inputs import (
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import examine, load
 from moe_infinity.model.routers import Wishes
-from moe_infinity.model.rules import KeepRouting, LoadMisses, lossy_rules
+from moe_infinity.model.rules import KeepRouting, lossy_rules
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
@@ -77,20 +77,20 @@ class MoE:
             anatomy = examine(self.checkpoint, self.config.dtype)
             self.device, self.plan = plan_here(anatomy, self.config)
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
-            self._rules = (KeepRouting(), LoadMisses())
+            self._routing = KeepRouting()
             prefetch = choose_prefetch(self.config, anatomy, self.plan)
             read_bytes = next(iter(anatomy.specs.values())).read_bytes
             self._speeds = Speeds(self.checkpoint.files, read_bytes)
-            chosen = Chosen(prefetch, self._rules[1], self._speeds.remembered)
+            chosen = Chosen(prefetch, self._speeds.remembered, self.device)
             self._hierarchy = build_hierarchy(
-                self.checkpoint, anatomy, self.plan, self.config, chosen, self.device
+                self.checkpoint, anatomy, self.plan, self.config, chosen
             )
             undo.callback(self._hierarchy.close)
             self.model: Any
             self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
-            routing, kernel = self._rules[0], self.config.kernel
-            self._wiring = Wiring(self.model, modules, anatomy, self._hierarchy, routing, kernel)
+            parts = (self.model, modules, anatomy, self._hierarchy)
+            self._wiring = Wiring(*parts, self._routing, self.config)
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,
@@ -195,7 +195,7 @@ class MoE:
             num_slots=(self.plan.device or self.plan).num_slots,
             dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._speeds.bytes_written + self._learned.bytes_written,
-            lossy=self.checkpoint.lossy + lossy_rules(self._rules),
+            lossy=self.checkpoint.lossy + lossy_rules((self._routing,)) + self._hierarchy.lossy,
             bandwidths=bandwidths,
             faults=self._hierarchy.faults + self._wiring.faults,
             choices=(self.config.policy, self._prefetch),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from moe_infinity.cache.driven import DrivenHierarchy
+from moe_infinity.config import EngineConfig
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
@@ -51,7 +52,7 @@ class Wiring:
         anatomy: Anatomy,
         hierarchy: DrivenHierarchy,
         routing: RoutingRule,
-        kernel: str,
+        config: EngineConfig,
     ) -> None:
         self.request = Request(time.perf_counter())
         self.recorder = Recorder()
@@ -59,13 +60,14 @@ class Wiring:
         self._model = model
         self._hierarchy = hierarchy
         step = Step(0, "decode", 1, 1)
-        self.kernel = choose(kernel, next(model.parameters()).device)
+        self.kernel = choose(config.kernel, next(model.parameters()).device)
         maths = [anatomy.adapter.math(module) for module in modules]
         compiled = are_coded(anatomy) or not any(math.is_transposed for math in maths)
         has_packed, is_fast = run_packed(model, self.kernel), speed_up(model, self.kernel)
         speed_up_latents(model, self.kernel)
         self._threads = FewThreads((has_packed or is_fast) and compiled)
-        self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step)
+        beside = choose("auto") if config.miss != "copy" else None
+        self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, beside)
         layers = self._attach(modules, maths)
         self._chain = None
         if type(routing) is KeepRouting:
@@ -122,7 +124,9 @@ class Wiring:
 
     def close(self) -> None:
         self._threads.end()
-        self.kernel.close()
+        for kernel in (self.kernel, self._runtime.host_kernel):
+            if kernel is not None:
+                kernel.close()
         self._tap.close()
         if self._runtime.observer is not None:
             self._runtime.observer.close()

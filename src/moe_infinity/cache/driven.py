@@ -58,6 +58,7 @@ class DrivenHierarchy(Hierarchy, Carrier):
         self._layer_bytes = _layer_bytes_of(store)
         self._stalls = StallMeter()
         self._pays = pays
+        self.meters = [] if pays is None else [pays]
         self._stalled_s = 0.0  # in the running event
         self._event_ended_s: float | None = None  # of decode
         self._of_pass = _Spent()
@@ -85,6 +86,14 @@ class DrivenHierarchy(Hierarchy, Carrier):
         found = (getattr(member, "fault", None) for member in members)
         return tuple(fault for fault in found if fault)
 
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """What of the cache's ways may change logits, for reports."""
+        return ()
+
+    def complete_event(self, event: Event) -> None:
+        """The runner is done with it: what is left of its members is computed now."""
+
     def get_ready(self) -> None:
         """Everything else of the model is in memory: slots may be made ready."""
 
@@ -107,6 +116,7 @@ class DrivenHierarchy(Hierarchy, Carrier):
         with self._undone_if_interrupted():
             self._computing = compute
             self.runner.run(event, self, foreseen)
+            self.complete_event(event)
             self.count_activity()
             self._count_stall(event.phase)
 
@@ -187,8 +197,8 @@ class DrivenHierarchy(Hierarchy, Carrier):
         spent, self._of_pass = self._of_pass, _Spent()
         if spent.num_events:
             self._stalls.spend(spent.stall_s, spent.wall_s, spent.num_events)
-            if self._pays is not None:
-                self._pays.spend(spent.wall_s, spent.num_events)
+            for meter in self.meters:
+                meter.spend(spent.wall_s, spent.num_events)
 
     @contextmanager
     def _undone_if_interrupted(self) -> Iterator[None]:

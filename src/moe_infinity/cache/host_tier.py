@@ -9,12 +9,14 @@ import torch
 from moe_infinity.cache.pinned import PinnedArena
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.devices.base import Mark
+from moe_infinity.kernels.base import Views
+from moe_infinity.kernels.formats import part_views
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.runner import Settled
 from moe_infinity.residency.running import Load
 from moe_infinity.residency.shelf import Found, Shelf
 from moe_infinity.stats import Counters
-from moe_infinity.types import ExpertKey, Priority
+from moe_infinity.types import ExpertKey, ExpertSpec, Priority
 
 
 class HostTier:
@@ -94,6 +96,16 @@ class HostTier:
         """The bytes of a resident expert, and what a copy of them has to wait for."""
         slot = self.shelf.directory.slot(key)
         return self.arena.tensor(slot), self._guards.get(slot)
+
+    def views_of(self, key: ExpertKey, spec: ExpertSpec) -> Views:
+        """The parts of a resident expert where they lie; waits for what is copied back there."""
+        slot = self.shelf.directory.slot(key)
+        guard = self._guards.get(slot)
+        if guard is not None:
+            guard.wait()
+        views = part_views(spec, self.arena.tensor(slot))
+        views.on_host = True
+        return views
 
     def guard(self, key: ExpertKey, mark: Mark) -> None:
         """A copy from or to the expert's slot is over when ``mark`` is reached."""

@@ -15,10 +15,12 @@ from moe_infinity.kernels.packed import PackedMatrix
 class Views(dict[str, list[torch.Tensor | PackedMatrix]]):
     """An expert's parts by name, each a list of blocks that lie in its slot.
 
-    prepared: what a kernel made of them, kept while they are.
+    prepared: what a kernel made of them, kept while they are. on_host: they lie in RAM, while the
+    model computes on a device.
     """
 
     prepared: Any = None
+    on_host: bool = False
 
 
 @dataclass(frozen=True)

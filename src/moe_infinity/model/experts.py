@@ -32,6 +32,7 @@ class Runtime:
     routing: RoutingRule
     recorder: Recorder
     step: Step
+    host_kernel: ExpertKernel | None = None  # of misses that are computed in RAM beside a device
     observer: Observer | None = None  # None: nobody asked to see more than the routing
 
 
@@ -124,6 +125,9 @@ class ExpertsLayer:
         out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype, device=x.device)
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
+            if views[0].on_host and not x.is_cpu:
+                self._compute_beside(x, out, views, [places[key.expert] for key in keys])
+                return
             where = [places[key.expert] for key in keys]  # positions in [T * K]
             jobs = [_job(each, x, out, place) for each, place in zip(views, where, strict=True)]
             self._runtime.kernel.run(self.math, jobs)
@@ -141,6 +145,28 @@ class ExpertsLayer:
         out = out.view(num_tokens, top_k, -1)
         sums = [_combine(out[s], weights[s], x.dtype) for s in _slices(num_tokens, _COMBINE_TOKENS)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _compute_beside(
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        views: list[Views],
+        where: list[NDArray[np.int64]],
+    ) -> None:
+        """On the processor what lies in RAM, for a model on a device: tokens are brought over, and
+        results back. where: of each expert, its positions in out [T * K, H]."""
+        assert self._runtime.host_kernel is not None, "misses are copied: nobody computes in RAM"
+        top_k = len(out) // len(x)
+        tokens = x.cpu()
+        places = torch.from_numpy(np.concatenate(where))
+        results = torch.empty((len(places), out.shape[-1]), dtype=out.dtype)
+        jobs, done = [], 0
+        for each, place in zip(views, where, strict=True):
+            own = results[done : done + len(place)]
+            jobs.append(Job(each, tokens[torch.from_numpy(place // top_k)], own))
+            done += len(place)
+        self._runtime.host_kernel.run(self.math, jobs)
+        out[places.to(out.device)] = results.to(out.device)
 
     def _event(
         self,

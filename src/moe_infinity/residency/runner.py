@@ -78,7 +78,7 @@ class EventRunner:
     ) -> None:
         self.residency = residency
         self.planner = planner
-        self._choose_misses = choose_misses
+        self.choose_misses = choose_misses
         self._pending: list[ExpertKey] = []  # members of the event that have a slot, uncomputed
 
     def begin_request(self) -> None:
@@ -123,8 +123,8 @@ class EventRunner:
         self.planner.observe(event, found)
         if foreseen is not None and carrier.looks_ahead():
             self.planner.predictor.foresee(event.layer, foreseen)
-        if self._choose_misses is not None:
-            wanted = self._choose_misses(event, found.misses)
+        if self.choose_misses is not None:
+            wanted = self.choose_misses(event, found.misses)
             self.residency.skip(set(found.misses).difference(wanted))
         for key in found.disproved:
             carrier.cancel(key)
