@@ -35,6 +35,7 @@ LAYERS = (
     ("planning",),
     ("forecast", "original_api", "reporting", "request", "learned", "speeds"),
     ("assembly",),
+    ("device_wiring",),
     ("wiring", "preparation"),
     ("engine",),
     ("server", "cli"),

@@ -90,7 +90,7 @@ class MoE:
             self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
             parts = (self.model, modules, anatomy, self._hierarchy)
-            self._wiring = Wiring(*parts, self._routing, self.config)
+            self._wiring = Wiring(*parts, self._routing, self.config, self.plan.max_context)
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,

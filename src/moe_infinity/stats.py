@@ -26,6 +26,7 @@ class PhaseCounters:
     disk_bytes: int = 0
     demoted_bytes: int = 0  # copied back from the device to RAM
     on_cpu: int = 0  # misses that the processor computed where they lay
+    directed_passes: int = 0  # that the device directed by itself
     stall_s: float = 0.0  # time the compute waited for loads
     read_busy_s: float = 0.0  # time in which reads were under way
     read_bytes: int = 0  # bytes that arrived in it
@@ -102,6 +103,7 @@ class PhaseStats:
     With a device all of these are about its memory: demand and prefetch bytes were copied from RAM.
     Beneath, ram_hits of those loads were found there, and disk_loads read first; demoted_bytes were
     copied back. on_cpu: misses that were not copied, for the processor computed them.
+    directed_passes: forward passes whose routing, victims and copies the device decided by itself.
     """
 
     hits: int
@@ -118,6 +120,7 @@ class PhaseStats:
     disk_bytes: int
     demoted_bytes: int
     on_cpu: int
+    directed_passes: int
     compute_s: float
     wall_s: float
     num_tokens: int
@@ -193,6 +196,7 @@ def phase_stats(
         disk_bytes=counters.disk_bytes,
         demoted_bytes=counters.demoted_bytes,
         on_cpu=counters.on_cpu,
+        directed_passes=counters.directed_passes,
         compute_s=counters.compute_s,
         wall_s=counters.wall_s,
         num_tokens=counters.num_tokens,

@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from moe_infinity.cache.driven import DrivenHierarchy
+from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.config import EngineConfig
+from moe_infinity.device_wiring import DeviceWiring
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
@@ -53,6 +55,7 @@ class Wiring:
         hierarchy: DrivenHierarchy,
         routing: RoutingRule,
         config: EngineConfig,
+        max_context: int,
     ) -> None:
         self.request = Request(time.perf_counter())
         self.recorder = Recorder()
@@ -77,6 +80,9 @@ class Wiring:
         self._wish = predictor.foresight
         if self._wishes != Wishes():
             self._runtime.observer = self._observer()
+        self._device: DeviceWiring | None = None
+        if isinstance(hierarchy, VramHierarchy):
+            self._device = DeviceWiring(model, hierarchy, self._runtime, maths, max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
 
     def begin_request(self, request: Request) -> None:
@@ -112,11 +118,14 @@ class Wiring:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        observer = self._runtime.observer
-        return (observer.fault,) if observer is not None and observer.fault else ()
+        observer, device = self._runtime.observer, self._device
+        own = (observer.fault,) if observer is not None and observer.fault else ()
+        return own + (device.faults if device is not None else ())
 
     def finish(self, counters: Counters) -> None:
         """The request is over, well or not."""
+        if self._device is not None:
+            self._device.finish()
         self._threads.end()
         if self._chain is not None:
             self._chain.forget()
@@ -128,6 +137,8 @@ class Wiring:
             if kernel is not None:
                 kernel.close()
         self._tap.close()
+        if self._device is not None:
+            self._device.close()
         if self._runtime.observer is not None:
             self._runtime.observer.close()
 
@@ -156,14 +167,19 @@ class Wiring:
     def _begin_step(self, step: Step) -> None:
         step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
         self._threads.begin(step)
+        is_directed = self._device is not None and self._device.begin_step(step)
         observer = self._runtime.observer
-        embeddings = observer.begin_step(step) if observer else None
-        self._hierarchy.begin_pass(step.phase, embeddings, step.real_ids())
+        embeddings = observer.begin_step(step) if observer and not is_directed else None
+        if not is_directed:
+            self._hierarchy.begin_pass(step.phase, embeddings, step.real_ids())
         now = self._hierarchy.counters.now
+        now.directed_passes += is_directed
         now.num_passes += 1
         now.num_tokens += step.num_rows * step.length
 
     def _end_step(self) -> None:
+        if self._device is not None:
+            self._device.end_step()
         if self._runtime.observer is not None:
             self._runtime.observer.end_step()
         self.request.end_step(self._runtime.step, time.perf_counter())

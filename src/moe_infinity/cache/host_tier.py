@@ -18,6 +18,8 @@ from moe_infinity.residency.shelf import Found, Shelf
 from moe_infinity.stats import Counters
 from moe_infinity.types import ExpertKey, ExpertSpec, Priority
 
+_FILL_AT_ONCE = 4  # experts that nobody asked for: a demand read waits for a chunk of each
+
 
 class HostTier:
     """Carries out what a Shelf decides. One thread drives it.
@@ -34,6 +36,9 @@ class HostTier:
         self._waiting: deque[tuple[ExpertKey, Priority]] = deque()  # for room
         self._dropped: list[ExpertKey] = []  # cancelled before they had a slot
         self._guards: dict[int, Mark] = {}  # by slot
+        self._filling: set[ExpertKey] = set()  # in flight without being asked for
+        self._to_fill: deque[ExpertKey] = deque()
+        self._plan_filling()
 
     @property
     def is_reading(self) -> bool:
@@ -50,9 +55,23 @@ class HostTier:
         elif load is not None:
             counters.read(key.layer)
             self._read(load, priority)
-        elif priority is Priority.DEMAND:
-            self.promote(key)
+        else:
+            self._filling.discard(key)
+            if priority is Priority.DEMAND:
+                self.promote(key)
         return False
+
+    def fill(self, counters: Counters) -> None:
+        """Where there is room for every expert, read some of those that nobody asked for yet, while
+        the disk has nothing else to do."""
+        if self._in_flight:
+            return
+        for _ in range(min(_FILL_AT_ONCE, len(self._to_fill))):
+            load = self.shelf.fetch(self._to_fill.popleft())
+            if load is not None:
+                counters.read(load.key.layer)
+                self._filling.add(load.key)
+                self._read(load, Priority.PREFETCH)
 
     def collect(self, counters: Counters) -> list[Settled]:
         """What was asked for and has arrived, or will not, since the last call."""
@@ -60,11 +79,15 @@ class HostTier:
         self._dropped.clear()
         for transfer in self._engine.take_settled():
             del self._in_flight[transfer.key]
+            was_asked = transfer.key not in self._filling
+            self._filling.discard(transfer.key)
             if transfer.state is TransferState.DONE:
                 self.shelf.complete(transfer.key)
-                settled.append(Settled(transfer.key, arrived=True))
+                settled += [Settled(transfer.key, arrived=True)] if was_asked else []
                 continue
             self.shelf.fail(transfer.key)
+            if not was_asked:
+                continue
             error = transfer.error if transfer.priority is Priority.DEMAND else None
             settled.append(Settled(transfer.key, False, error))
         for _ in range(len(self._waiting)):
@@ -129,9 +152,9 @@ class HostTier:
     def drain(self) -> None:
         """Give up every read and everything that waits for room."""
         self._engine.drain()
-        self._in_flight.clear()
-        self._waiting.clear()
-        self._dropped.clear()
+        for pending in (self._in_flight, self._waiting, self._dropped, self._filling):
+            pending.clear()
+        self._plan_filling()
 
     def check_integrity(self) -> None:
         self.shelf.check_integrity()
@@ -145,6 +168,13 @@ class HostTier:
         self._engine.close()
         self.drain()
         self.arena.close()
+
+    def _plan_filling(self) -> None:
+        directory = self.shelf.directory
+        self._to_fill.clear()
+        if directory.num_slots >= directory.shape.num_total:
+            counts = enumerate(directory.shape.experts_per_layer)
+            self._to_fill.extend(ExpertKey(layer, e) for layer, n in counts for e in range(n))
 
     def _read(self, load: Load, priority: Priority) -> None:
         guard = self._guards.pop(load.slot, None)

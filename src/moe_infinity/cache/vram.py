@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-
-import numpy as np
-
 from moe_infinity.cache.base import Compute
+from moe_infinity.cache.beside import Beside
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy, layouts_of
 from moe_infinity.cache.host_tier import HostTier
@@ -57,8 +54,7 @@ class VramHierarchy(DrivenHierarchy):
         self._awaited: set[int] = set()  # slots for whose mark the computation waits already
         self._layouts = layouts_of(store)
         self._views: dict[int, tuple[int, int, Views]] = {}  # by slot: layout, address, views
-        self._split: MissSplit | None = None
-        self._for_cpu: list[ExpertKey] = []  # of the running event, pinned in RAM
+        self._beside: Beside | None = None
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -72,16 +68,31 @@ class VramHierarchy(DrivenHierarchy):
     @property
     def lossy(self) -> tuple[str, ...]:
         """What another way of computing misses may change, for reports."""
-        return ("misses computed on the CPU",) if self._split is not None else ()
+        return ("misses computed on the CPU",) if self._beside is not None else ()
 
     def share_misses(self, split: MissSplit) -> None:
         """Let the processor compute some misses from RAM instead of copying them."""
-        self._split = split
+        self._beside = Beside(split, self.residency, self._host, self.store)
         self.meters.append(split.pays)
-        self.runner.choose_misses = self._to_copy
+        self.runner.choose_misses = self._beside.choose
 
     def get_ready(self) -> None:
         self._host.arena.touch_ahead()
+
+    @property
+    def slots(self) -> DeviceSlots:
+        return self._slots
+
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way, and nothing loaded ahead awaits its verdict."""
+        return not self._coming and not self.residency.room.ahead
+
+    def taken_over(self) -> None:
+        """The device has changed its slots by itself, in the order of its computation, and the
+        directory says how by now."""
+        self._uploaded.clear()
+        self._awaited.clear()
+        self._host.shelf.reset(self.residency.directory.states == State.RESIDENT)
 
     def begin_request(self) -> None:
         self._host.shelf.policy.begin_request()
@@ -93,6 +104,7 @@ class VramHierarchy(DrivenHierarchy):
 
     def begin_pass(self, phase: Phase, *seen: object) -> None:
         self._host.shelf.begin_pass(phase)
+        self._host.fill(self.counters)
         super().begin_pass(phase, *seen)  # type: ignore[arg-type]
 
     def run_event(self, event: Event, compute: Compute, *foreseen: object) -> None:
@@ -100,34 +112,9 @@ class VramHierarchy(DrivenHierarchy):
         super().run_event(event, compute, *foreseen)  # type: ignore[arg-type]
 
     def complete_event(self, event: Event) -> None:
-        """Beside the device, which works on what was launched for it before."""
-        if not self._for_cpu:
-            return
-        assert self._computing is not None and self._split is not None
-        keys, self._for_cpu = self._for_cpu, []
-        views = [self._host.views_of(key, self.store.specs[key]) for key in keys]
-        start = time.perf_counter()
-        self._computing(keys, views)
-        expert_bytes = self.store.specs[keys[0]].weight_bytes
-        self._split.learn(len(keys), expert_bytes, time.perf_counter() - start)
-        for key in keys:
-            self._host.shelf.given_back(key)
-        self.counters.now.on_cpu += len(keys)
-
-    def _to_copy(self, event: Event, misses: list[ExpertKey]) -> list[ExpertKey]:
-        """Of an event's misses, those that are copied; the policy says which would stay longest."""
-        here = [key for key in misses if self._host.holds(key)]
-        if event.phase == "prefill" or not here or self._split is None:
-            return misses
-        count = self._split.choose(len(here), self.store.specs[here[0]].weight_bytes)
-        if not count:
-            return misses
-        flat = np.array([self.residency.directory.flat(key) for key in here])
-        worst = self.residency.policy.victims(flat, count, event.layer)
-        self._for_cpu = sorted(self.residency.directory.key(int(each)) for each in worst)
-        for key in self._for_cpu:
-            self._host.shelf.ask(key)
-        return [key for key in misses if key not in self._for_cpu]
+        assert self._computing is not None, "no event is running"
+        if self._beside is not None:
+            self.counters.now.on_cpu += self._beside.compute(self._computing)
 
     def tier_of(self, key: ExpertKey) -> TierName:
         if self.residency.directory.state(key) is State.RESIDENT:
@@ -223,9 +210,10 @@ class VramHierarchy(DrivenHierarchy):
         self._down.mark().wait()
 
     def forget_transfers(self) -> None:
-        pending = (self._coming, self._unwanted, self._cancelled, self._free_after, self._for_cpu)
-        for each in pending:
-            each.clear()
+        for pending in (self._coming, self._unwanted, self._cancelled, self._free_after):
+            pending.clear()
+        if self._beside is not None:
+            self._beside.forget()
         self._uploaded.clear()  # whoever comes next waits for nothing: all copies are over
         self._awaited.clear()
         self._host.shelf.reset(self.residency.directory.states == State.RESIDENT)

@@ -7,6 +7,7 @@ order streams among each other and let the host know.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -94,6 +95,12 @@ class Device(ABC):
     @abstractmethod
     def take_stall_s(self) -> float:
         """Seconds that ``compute`` spent waiting in ``after``, as far as known and not yet told."""
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        """Record what ``work`` launches, without doing it. Returns what does it, again and again,
+        with whatever its tensors hold then. Raises RuntimeError for work that cannot be recorded;
+        nothing was done then."""
+        return work
 
     def close(self) -> None:
         """Wait for everything that was put on a stream. Idempotent."""

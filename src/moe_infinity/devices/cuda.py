@@ -106,6 +106,13 @@ class CudaDevice(Device):
         taken, self._stall_s = self._stall_s, 0.0
         return taken
 
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = _cuda.CUDAGraph()
+        with _cuda.graph(graph):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
     def close(self) -> None:
         try:
             _cuda.synchronize(self.torch_device)

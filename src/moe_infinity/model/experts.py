@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
+from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.observer import LONE, Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
@@ -33,6 +34,7 @@ class Runtime:
     recorder: Recorder
     step: Step
     host_kernel: ExpertKernel | None = None  # of misses that are computed in RAM beside a device
+    directed: DirectedExperts | None = None  # None: the device cannot direct its experts itself
     observer: Observer | None = None  # None: nobody asked to see more than the routing
 
 
@@ -69,6 +71,9 @@ class ExpertsLayer:
         top_k_index, top_k_weights = self._runtime.routing.select(
             self.layer, top_k_index, top_k_weights
         )
+        directed = self._runtime.directed
+        if directed is not None and directed.is_on:
+            return directed.run(self.layer, x, top_k_index, top_k_weights)
         x = x.contiguous()
         num_tokens = x.shape[0]
         step = self._runtime.step

@@ -20,6 +20,15 @@ from moe_infinity.model.skeleton import find_experts
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class FixedPlace:
+    """position: [1] int64, a tensor, so that work that was recorded once finds the place of later
+    tokens. length: of keys and values that are attended to, those behind the position masked."""
+
+    position: torch.Tensor
+    length: int
+
+
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     """Keys and values [rows, heads, max_context, head_dim]; what is handed out is a view.
 
@@ -33,10 +42,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self._max_context = max_context
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.fixed: FixedPlace | None = None  # where the pass that runs puts its one token
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.fixed is not None:
+            return self._update_in_place(self.fixed, key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[-2]
@@ -64,6 +76,26 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         keys, values = self._own(like_keys, like_values)
         self.keys, self.values = keys.narrow(-2, 0, end), values.narrow(-2, 0, end)
         return keys, values, start
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether its memory is there, and holds one row."""
+        return self._room is not None and self._room[0].shape[0] == 1
+
+    def grow_to(self, length: int) -> None:
+        """Passes with a fixed place have filled the memory up to ``length`` tokens."""
+        assert self._room is not None, "nothing was ever written"
+        keys, values = self._room
+        self.keys, self.values = keys.narrow(-2, 0, length), values.narrow(-2, 0, length)
+
+    def _update_in_place(
+        self, fixed: FixedPlace, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._room is not None, "nothing was ever written"
+        keys, values = self._room
+        keys.index_copy_(-2, fixed.position, key_states)
+        values.index_copy_(-2, fixed.position, value_states)
+        return keys.narrow(-2, 0, fixed.length), values.narrow(-2, 0, fixed.length)
 
     def next_place(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
         """What ``extend`` by one token would return if nothing has to be moved or made for it, and

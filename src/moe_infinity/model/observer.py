@@ -57,6 +57,7 @@ class Observer:
 
     def __post_init__(self) -> None:
         self._taps: RouterTaps | None = None
+        self.is_paused = False  # nobody may be asked: the device decides, without the host
         self._handles: list[RemovableHandle] = []
         self._norm_handles: list[RemovableHandle] = []
         self._step = Step(0, "prefill", 1, 1)
@@ -210,6 +211,8 @@ class Observer:
 
     def _awaited(self) -> dict[ForesightMode, int]:
         """Depth by mode: a trace records everything, the cache listens while it waits for loads."""
+        if self.is_paused:
+            return {}
         wishes = list(self.traced) if self.trace is not None else []
         if self.wish is not None and self.hierarchy.looks_ahead():
             wishes.append(self.wish)

@@ -60,6 +60,13 @@ class Shelf:
         self.directory.pin(key)
         return (Found.HERE if state is State.RESIDENT else Found.COMING), None
 
+    def fetch(self, key: ExpertKey) -> Load | None:
+        """Begin to load what nobody asked for, if there is a slot to spare; it is not pinned."""
+        is_absent = self.directory.state(key) is State.ABSENT
+        if not is_absent or not self.directory.num_free(self.directory.class_of(key)):
+            return None
+        return self._begin(key)
+
     def complete(self, key: ExpertKey) -> None:
         """The bytes that were loaded have arrived."""
         self.directory.complete(key)

@@ -1,0 +1,156 @@
+"""Decode passes of one token over tensors that stay where they are, so that they can be recorded.
+
+The library attends to as many keys as there are, a new shape at every token; here to a power of two
+of them, those that are not there yet masked. A device's decode goes this way whoever directs its
+experts: the same products in the same order, and so the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from moe_infinity.devices.base import Device
+from moe_infinity.model.directed import DirectedExperts
+from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
+
+_log = logging.getLogger(__name__)
+_SHORTEST = 256  # keys attended to at least
+_ATTENTION = "sdpa"
+_MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
+_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+_HARMLESS = {"use_cache", "logits_to_keep", "return_dict"}
+
+
+class StaticDecode:
+    """Stands before a model's ``forward``; what it does not know goes the library's way.
+
+    fault: why passes are no longer recorded, if they were to be.
+    """
+
+    def __init__(self, model: Any, device: Device, max_context: int) -> None:
+        self.directed: DirectedExperts | None = None
+        self.fault: str | None = None
+        self._model, self._device = model, device
+        self._stock: Callable[..., Any] = model.forward
+        self._max_context = max_context
+        where = device.torch_device
+        self._token = torch.zeros((1, 1), dtype=torch.int64, device=where)
+        self._position = torch.zeros(1, dtype=torch.int64, device=where)
+        self._places = torch.arange(max_context, device=where)
+        self._logits: dict[int, torch.Tensor] = {}  # by length
+        self._recorded: dict[int, Callable[[], None]] = {}
+        self._cache: Any = None
+        model.forward = self.forward
+
+    def close(self) -> None:
+        self._model.__dict__.pop("forward", None)
+
+    def can(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call is a pass of one token that can go this way."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        if ids is None or ids.shape != (1, 1) or cache is None:
+            return False
+        if any(kwargs[name] is not None for name in kwargs.keys() - _KNOWN - _HARMLESS):
+            return False
+        layers = getattr(cache, "layers", ())
+        length = cache.get_seq_length()
+        mask = kwargs.get("attention_mask")
+        is_plain = mask is None or (mask.dim() == 2 and mask.shape[1] == length + 1)
+        begun = all(type(each) is PreallocatedLayer and each.has_begun for each in layers)
+        return bool(layers) and begun and is_plain and 0 < length < self._max_context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args and "input_ids" not in kwargs:
+            kwargs["input_ids"], args = args[0], args[1:]
+        if args or not self.can(kwargs) or self._is_masked(kwargs):
+            return self._stock(*args, **kwargs)
+        cache = kwargs["past_key_values"]
+        if cache is not self._cache:  # what was recorded has its memory in it
+            self._recorded.clear()
+            self._logits.clear()
+            self._cache = cache
+        position = cache.get_seq_length()
+        self._token.copy_(kwargs["input_ids"])
+        self._position.fill_(position)
+        length = min(self._max_context, max(_SHORTEST, 1 << position.bit_length()))
+        self._run(length)
+        for layer in cache.layers:
+            layer.grow_to(position + 1)
+        if kwargs.get("return_dict") is False:
+            return (self._logits[length].clone(), cache)
+        return CausalLMOutputWithPast(logits=self._logits[length].clone(), past_key_values=cache)
+
+    def _run(self, length: int) -> None:
+        """A length's first pass readies what it needs, the second is recorded. Without the device's
+        own direction there is a host in it: nothing to record."""
+        if self.directed is None or not self.directed.is_on or self.fault:
+            self._pass(length)
+        elif length in self._recorded:
+            self._recorded[length]()
+        elif length in self._logits:
+            self._record(length)
+        else:
+            self._pass(length)
+
+    def _record(self, length: int) -> None:
+        try:
+            self._recorded[length] = self._device.capture(lambda: self._pass(length))
+        except RuntimeError as error:
+            self.fault = (
+                f"decode was not recorded as a graph ({error}); it is launched piece by piece"
+            )
+            _log.warning("%s", self.fault)
+            self._pass(length)
+            return
+        self._recorded[length]()
+
+    def _pass(self, length: int) -> None:
+        """All of a pass, from the token in its place to the logits in theirs."""
+        seen = (self._places[:length] <= self._position)[None, None, None]  # [1, 1, 1, length]
+        with self._in_place(length):
+            said = self._stock(
+                input_ids=self._token,
+                position_ids=self._position[None],
+                attention_mask=seen,
+                past_key_values=self._cache,
+                use_cache=True,
+            )
+        if length not in self._logits:
+            self._logits[length] = torch.empty_like(said.logits)
+        self._logits[length].copy_(said.logits)
+
+    @contextlib.contextmanager
+    def _in_place(self, length: int) -> Iterator[None]:
+        fixed = FixedPlace(self._position, length)
+        for layer in self._cache.layers:
+            layer.fixed = fixed
+        try:
+            yield
+        finally:
+            for layer in self._cache.layers:
+                layer.fixed = None
+
+    def _is_masked(self, kwargs: dict[str, Any]) -> bool:
+        """Whether padding is in the way. Asked of every new cache, for padding comes first."""
+        mask = kwargs.get("attention_mask")
+        if mask is None or kwargs["past_key_values"] is self._cache:
+            return False
+        return not bool(mask.all())
+
+
+def is_static(config: Any) -> bool:
+    """Whether a model's decode of one token can go this way: attention to everything before, by
+    torch's own function, with positions that mean the same in every context."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = rope.values() if any(isinstance(v, dict) for v in rope.values()) else [rope]
+    moving = any(isinstance(v, dict) and v.get("rope_type") in _MOVING_ROPE for v in kinds)
+    return (
+        not config.is_encoder_decoder and config._attn_implementation == _ATTENTION and not moving
+    )
