@@ -1,11 +1,16 @@
 """What every test shares: a private state folder, a known disk, one torch thread, stable
 property tests."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before triton is imported: its kernels run on the CPU, unless whoever has a GPU says "0".
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import HealthCheck, settings
 
 from moe_infinity import MoE, machine, speeds
