@@ -1,5 +1,6 @@
 """Whole experts on the GPU's kernel against the plain one: formats, layouts, activations."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,9 +152,6 @@ def test_halves_of_one_coded_block(
 
 
 def test_what_has_no_layout_here_is_computed_plainly(kernel: gpu.Kernel) -> None:
-    coded = encoded(random(96, 64).bfloat16(), "Q8_0")
-    views = Views(gate_up_proj=[coded], down_proj=[random(48, 24), random(48, 40)])
-    views["gate_up_proj"].append(random(64, 32))
     math = ExpertMath(True, False, True, gated(SILU))
     views = Views(gate_up_proj=[random(64, 10), random(64, 86)], down_proj=[random(48, 64)])
     assert lay_out(kind_of(math), views) is None
@@ -180,7 +178,8 @@ def test_what_is_not_finite_shows(kernel: gpu.Kernel, dtype: torch.dtype) -> Non
         for tokens in (2, MANY):
             x = torch.ones(tokens, 64, dtype=dtype)
             x[-1, 5] = value
-            found = kernel.forward(GATED, views, x.to(DEVICE)).cpu()
+            with np.errstate(invalid="ignore", over="ignore"):
+                found = kernel.forward(GATED, views, x.to(DEVICE)).cpu()
             assert not found[-1].isfinite().any() and found[:-1].isfinite().all()
 
 
