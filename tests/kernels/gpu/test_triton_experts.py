@@ -136,9 +136,7 @@ def test_every_step_is_rounded(kernel: gpu.Kernel, name: str) -> None:
 
 @pytest.mark.parametrize("number_format", ["EXACT12", *OF_PLANES])
 @pytest.mark.parametrize("in_turns", [False, True])
-def test_halves_of_one_coded_block(
-    kernel: gpu.Kernel, number_format: str, in_turns: bool
-) -> None:
+def test_halves_of_one_coded_block(kernel: gpu.Kernel, number_format: str, in_turns: bool) -> None:
     """Whatever lies beside the rows; coded matrices are [out, in], also of transposed models."""
     if number_format == "EXACT12":
         blocks = [encoded(strange(80, 48), "EXACT12"), encoded(strange(48, 40), "EXACT12")]
