@@ -15,7 +15,7 @@ import triton.language as tl
 
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
 from moe_infinity.kernels.gpu import tuning
-from moe_infinity.kernels.gpu.indices import is_computed, of_jobs, of_one, room_for, rows_of
+from moe_infinity.kernels.gpu.indices import Places, is_computed, of_jobs, of_one, room_for, rows_of
 from moe_infinity.kernels.gpu.launches import Jobs, launch_inner, launch_product
 from moe_infinity.kernels.gpu.layout import (
     DOWN,
@@ -70,21 +70,47 @@ class Kernel(ExpertKernel):
         return out
 
     def run(self, math: ExpertMath, jobs: list[Job]) -> None:
-        """Experts laid out alike go together, those of few tokens and those of many apart."""
-        launches: dict[tuple[Layout, Way, torch.dtype], list[tuple[Job, Row]]] = defaultdict(list)
-        most = max((len(job.x) for job in jobs if len(job.x) <= tuning.FEW), default=1)
-        for job in jobs:
-            found = self._prepared(math, job.views)
-            if found is None or job.x.dtype not in PLAIN or job.x.shape[1] != found[0].hidden:
-                job.out.copy_(self._plainly(math, job))
-            elif len(job.x):
-                layout, row = found
-                count = len(job.x) if len(job.x) > tuning.FEW else most
-                way = self.tuned.way(count, layout.up.is_tall)
-                launches[layout, way, job.x.dtype].append((job, row))
-        for (layout, way, _), together in launches.items():
-            with _on(together[0][0].x):
-                self._launch(math, layout, way, *map(list, zip(*together, strict=True)))
+        """In place where all results lie in one tensor, as those of decode do."""
+        jobs = [job for job in jobs if len(job.x)]
+        if not jobs:
+            return
+        x, token_of = rows_of([job.x.contiguous() for job in jobs])
+        out, place_of = room_for([job.out for job in jobs])
+        self.run_placed(math, [job.views for job in jobs], x, out, token_of, place_of)
+        if out.untyped_storage().data_ptr() != jobs[0].out.untyped_storage().data_ptr():
+            for job, places in zip(jobs, place_of, strict=True):
+                job.out.copy_(out[places[0] : places[-1] + 1])
+
+    def run_placed(
+        self,
+        math: ExpertMath,
+        experts: list[Views],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        token_of: Places,
+        place_of: Places,
+    ) -> None:
+        """Of each expert rows ``token_of`` of x [T, H] into rows ``place_of`` of out [N, H], both
+        contiguous. Experts laid out alike go together, of few tokens and of many apart."""
+        counts = [len(tokens) for tokens in token_of]
+        most = max((count for count in counts if count <= tuning.FEW), default=1)
+        launches: dict[tuple[Layout, Way], list[tuple[Row, int]]] = defaultdict(list)
+        for at, (views, count) in enumerate(zip(experts, counts, strict=True)):
+            found = self._prepared(math, views)
+            if found is None or x.dtype not in PLAIN or x.shape[1] != found[0].hidden:
+                tokens = torch.from_numpy(token_of[at]).to(x.device)
+                places = torch.from_numpy(place_of[at]).to(x.device).long()
+                out[places] = self._plainly(math, views, x[tokens])
+            elif count:
+                way = self.tuned.way(max(count, most), found[0].up.is_tall)
+                launches[found[0], way].append((found[1], at))
+        for (layout, way), some in launches.items():
+            rows, which = zip(*some, strict=True)
+            tokens_of, places_of = ([each[at] for at in which] for each in (token_of, place_of))
+            limit = way.tokens if way.is_many else tuning.FEW
+            with _on(x):
+                jobs = of_jobs(list(rows), tokens_of, places_of, limit, x.device)
+                self.compute(math, layout, way, jobs, x, out)
 
     def compute(
         self,
@@ -135,19 +161,6 @@ class Kernel(ExpertKernel):
     def close(self) -> None:
         self._linears.clear()
 
-    def _launch(
-        self, math: ExpertMath, layout: Layout, way: Way, jobs: list[Job], rows: list[Row]
-    ) -> None:
-        """One layout and one way: x and out where they are if they lie in one tensor."""
-        x, token_of = rows_of([job.x.contiguous() for job in jobs])
-        out, place_of = room_for([job.out for job in jobs])
-        most = way.tokens if way.is_many else tuning.FEW
-        on_device = of_jobs(rows, token_of, place_of, most, x.device)
-        self.compute(math, layout, way, on_device, x, out)
-        if out.untyped_storage().data_ptr() != jobs[0].out.untyped_storage().data_ptr():
-            for job, places in zip(jobs, place_of, strict=True):
-                job.out.copy_(out[places[0] : places[-1] + 1])
-
     def _gate_up(self, layout: Layout, way: Way, jobs: Jobs, x: torch.Tensor) -> torch.Tensor:
         """[P, 2I] as the model's own gate wants it; [P, I] where there is no gate."""
         num_jobs, dot, inner = len(jobs.which), self._dot(x.dtype), layout.inner
@@ -184,15 +197,15 @@ class Kernel(ExpertKernel):
         found: tuple[Layout, Row] | None = kept[1]
         return found
 
-    def _plainly(self, math: ExpertMath, job: Job) -> torch.Tensor:
+    def _plainly(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         blocks: dict[str, Any] = {
             name: [
                 self._on_device(block, math.is_transposed and not name.endswith("_bias"))
                 for block in part
             ]
-            for name, part in job.views.items()
+            for name, part in views.items()
         }
-        return self._reference.forward(math, Views(blocks), job.x)
+        return self._reference.forward(math, Views(blocks), x)
 
     def _on_device(self, block: PackedMatrix | torch.Tensor, is_turned: bool) -> torch.Tensor:
         """A block as a plain tensor. Codes are decoded by numpy, so they go to the CPU and back:
