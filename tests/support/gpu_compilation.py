@@ -1,5 +1,6 @@
-"""Compiles the GPU kernel's steps for GPUs that need not be there, as a program: formats, then
-capabilities as its arguments; says what it compiled, a line each. TRITON_INTERPRET must be 0."""
+"""Compiles the GPU kernel's steps for GPUs that need not be there, as a program: formats, types of
+tokens, capabilities and numbers of tokens as its arguments, with commas between. Says what it
+compiled, a line each. TRITON_INTERPRET must be 0."""
 
 import itertools
 import sys
@@ -13,10 +14,9 @@ from triton.compiler import ASTSource
 from moe_infinity.kernels.gpu.layout import UP, Matrix, lay_out_matrix
 from moe_infinity.kernels.gpu.steps import inner_step, product_step
 from moe_infinity.kernels.gpu.tuning import Way, load
-from support.gpu import random, stored
+from support.gpu import DTYPES, OF_256, random, stored
 
 TYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-FEW, MANY = (1, 8), (16, 64)  # tokens
 
 
 def compile_step(step: Any, constants: dict[str, Any], x: str, capability: int, way: Way) -> Any:
@@ -33,13 +33,16 @@ def compile_step(step: Any, constants: dict[str, Any], x: str, capability: int, 
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def of_format(number_format: str) -> Matrix:
+def of_format(number_format: str) -> list[Matrix]:
+    """Of several steps to the right, of one, and where there can be such, of an odd shape."""
     if number_format == "transposed":
-        found = lay_out_matrix(random(512, 64).bfloat16().T)
+        blocks = [random(*shape).bfloat16().T for shape in ((512, 64), (40, 33))]
     else:
-        found = lay_out_matrix(stored(number_format, 64, 512))
-    assert found is not None
-    return found[0]
+        shapes = [(64, 512), (64, 256 if number_format in OF_256 else 64)]
+        shapes += [(33, 139)] if number_format in (*DTYPES, "EXACT12") else []
+        blocks = [stored(number_format, *shape) for shape in shapes]
+    found = [lay_out_matrix(block) for block in blocks]
+    return [each[0] for each in found if each is not None]
 
 
 def both_steps(matrix: Matrix, x: str, capability: int, tokens: int) -> list[int]:
@@ -57,12 +60,12 @@ def both_steps(matrix: Matrix, x: str, capability: int, tokens: int) -> list[int
     ]
 
 
-def main(formats: str, types: str, capabilities: str) -> None:
-    for number_format, x, capability, tokens in itertools.product(
-        formats.split(","), types.split(","), capabilities.split(","), (*FEW, *MANY)
-    ):
-        shared = both_steps(of_format(number_format), x, int(capability), tokens)
-        print(number_format, x, capability, tokens, *shared, flush=True)
+def main(formats: str, types: str, capabilities: str, tokens: str) -> None:
+    lists = (each.split(",") for each in (formats, types, capabilities, tokens))
+    for number_format, x, capability, count in itertools.product(*lists):
+        for matrix in of_format(number_format):
+            shared = both_steps(matrix, x, int(capability), int(count))
+            print(number_format, x, capability, count, *shared, flush=True)
 
 
 if __name__ == "__main__":

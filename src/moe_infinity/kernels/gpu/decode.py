@@ -48,16 +48,16 @@ def tile(M: tl.constexpr, data, side, zeros, rows, c0, state, W: tl.constexpr):
 
 @triton.jit
 def begin(M: tl.constexpr, side, rows):
-    """The state before the first tile: of EXACT12 each row's next exception."""
+    """The state before the first tile: of EXACT12 each row's next exception and the last one's end,
+    and the first column of all that has one."""
     if M.format == "EXACT12":
         starts = _starts(M, side)
         always = rows >= 0
         at = u32(M, starts + rows * 4, always).to(tl.int32)
         end = u32(M, starts + rows * 4 + 4, always).to(tl.int32)
-        column, bits = _exception(M, starts, at, end)
-        state = (at, end, column, bits, tl.min(column, axis=0))
+        state = (at, end, _soonest(M, starts, at, end))
     else:
-        state = (rows, rows, rows, rows, tl.program_id(0))
+        state = (rows, rows, tl.program_id(0))
     return state
 
 
@@ -84,18 +84,16 @@ def _starts(M: tl.constexpr, side):
 
 
 @triton.jit
-def _exception(M: tl.constexpr, starts, at, end):
-    """Column and true bits of each row's next exception."""
+def _soonest(M: tl.constexpr, starts, at, end):
     word = u32(M, starts + (M.block_rows + 1 + at) * 4, at < end)
-    column = tl.where(at < end, (word >> 16).to(tl.int32), _NO_COLUMN)
-    return column, (word & 0xFFFF).to(tl.int32)
+    return tl.min(tl.where(at < end, (word >> 16).to(tl.int32), _NO_COLUMN), axis=0)
 
 
 @triton.jit
 def _exact12(M: tl.constexpr, data, side, rows, c0, state, W: tl.constexpr):
-    """Codes first, then exceptions in place of what their codes gave: one of each row a turn, and
-    mostly no turn at all, for in a thousand weights there are few."""
-    at, end, column, true_bits, soon = state
+    """Codes first, then the true bits in place of codes 15; of a thousand weights few have them,
+    so most tiles have none."""
+    at, end, soon = state
     cols = c0 + tl.arange(0, W)
     units = c0 // 64 + tl.arange(0, W // 64)  # of 64 columns: half of a format's own
     start = pointer(M, data)
@@ -109,18 +107,20 @@ def _exact12(M: tl.constexpr, data, side, rows, c0, state, W: tl.constexpr):
         small = tl.load(small_at, mask=(cols < M.cols)[None, :], other=0)
         codes = tl.load(code_at, mask=(units * 64 < M.cols)[None, :, None], other=0)
     top = tl.load(pointer(M, side) + rows).to(tl.int32)
-    exponent = (top[:, None] - low_then_high(codes, W).to(tl.int32)) & 255
+    codes = low_then_high(codes, W).to(tl.int32)
     small = small.to(tl.int32)
-    bits = (small & 0x80) << 8 | exponent << 7 | (small & 0x7F)
-    while soon < c0 + W:
-        bits = tl.where(column[:, None] == cols[None, :], true_bits[:, None], bits)
-        at = tl.where(column < c0 + W, at + 1, at)
-        column, true_bits = _exception(M, _starts(M, side), at, end)
-        soon = tl.min(column, axis=0)
+    bits = (small & 0x80) << 8 | ((top[:, None] - codes) & 255) << 7 | (small & 0x7F)
+    if soon < c0 + W:
+        starts, is_exception = _starts(M, side), (codes == 15).to(tl.int32)
+        which = at[:, None] + tl.cumsum(is_exception, axis=1) - is_exception
+        word = u32(M, starts + (M.block_rows + 1 + which) * 4, is_exception != 0)
+        bits = tl.where(is_exception != 0, (word & 0xFFFF).to(tl.int32), bits)
+        at += tl.sum(is_exception, axis=1)
+        soon = _soonest(M, starts, at, end)
     if M.cols % W != 0:
         bits = tl.where((cols < M.cols)[None, :], bits, 0)
     weights = bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return weights, (at, end, column, true_bits, soon)
+    return weights, (at, end, soon)
 
 
 @triton.jit
