@@ -91,8 +91,8 @@ def _soonest(M: tl.constexpr, starts, at, end):
 
 @triton.jit
 def _exact12(M: tl.constexpr, data, side, rows, c0, state, W: tl.constexpr):
-    """Codes first, then the true bits in place of codes 15; of a thousand weights few have them,
-    so most tiles have none."""
+    """Codes first, then the true bits in place of codes 15, one of each row a turn; of a thousand
+    weights few have them, so most tiles have none."""
     at, end, soon = state
     cols = c0 + tl.arange(0, W)
     units = c0 // 64 + tl.arange(0, W // 64)  # of 64 columns: half of a format's own
@@ -111,11 +111,16 @@ def _exact12(M: tl.constexpr, data, side, rows, c0, state, W: tl.constexpr):
     small = small.to(tl.int32)
     bits = (small & 0x80) << 8 | ((top[:, None] - codes) & 255) << 7 | (small & 0x7F)
     if soon < c0 + W:
-        starts, is_exception = _starts(M, side), (codes == 15).to(tl.int32)
-        which = at[:, None] + tl.cumsum(is_exception, axis=1) - is_exception
-        word = u32(M, starts + (M.block_rows + 1 + which) * 4, is_exception != 0)
-        bits = tl.where(is_exception != 0, (word & 0xFFFF).to(tl.int32), bits)
-        at += tl.sum(is_exception, axis=1)
+        starts = _starts(M, side)
+        counts = tl.sum((codes == 15).to(tl.int32), axis=1)
+        most, turn = tl.max(counts, axis=0), tl.program_id(0) * 0
+        while turn < most:
+            word = u32(M, starts + (M.block_rows + 1 + at + turn) * 4, turn < counts)
+            column = tl.where(turn < counts, (word >> 16).to(tl.int32), _NO_COLUMN)
+            is_it = column[:, None] == cols[None, :]
+            bits = tl.where(is_it, (word & 0xFFFF).to(tl.int32)[:, None], bits)
+            turn += 1
+        at += counts
         soon = _soonest(M, starts, at, end)
     if M.cols % W != 0:
         bits = tl.where((cols < M.cols)[None, :], bits, 0)
