@@ -62,7 +62,7 @@ class Kernel(ExpertKernel):
         self._has_bf16 = is_cuda and torch.cuda.get_device_capability(device) >= _BF16_CAPABILITY
         self._reference = Reference()
         self._kinds: dict[int, tuple[ExpertMath, Kind]] = {}  # by id of the first
-        self._linears: dict[int, _Linear] = {}  # by id of the weight
+        self._linears: dict[tuple[int, int], _Linear] = {}  # by id of weight and bias
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -144,7 +144,7 @@ class Kernel(ExpertKernel):
     ) -> torch.Tensor:
         """x [..., cols] by a matrix [rows, cols], plus bias [rows] -> [..., rows]. The weight is
         kept until ``close``."""
-        ready = self._linears.get(id(weight)) or self._ready(weight, bias)
+        ready = self._linears.get((id(weight), id(bias))) or self._ready(weight, bias)
         if ready is None or x.dtype not in PLAIN:
             whole = self._on_device(weight, False).to(x.dtype)
             return torch.nn.functional.linear(x, whole, bias)
@@ -228,7 +228,8 @@ class Kernel(ExpertKernel):
             return None
         matrix, row = found
         table = torch.tensor([row], dtype=torch.int64, device=self.device)
-        ready = self._linears[id(weight)] = _Linear(weight, bias, matrix, table)
+        ready = _Linear(weight, bias, matrix, table)
+        self._linears[id(weight), id(bias)] = ready
         return ready
 
     def _kind_of(self, math: ExpertMath) -> Kind:
