@@ -17,7 +17,7 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 _MISS_RULES = ("copy", "cpu", "auto")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|simulated(:\d{1,4}(\.\d{1,3})?)?")
-KERNELS = ("auto", "native", "torch")
+KERNELS = ("auto", "native", "torch", "triton")
 
 # Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
 # matrix product decides its last bits, and logits must not depend on how much memory there is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +23,7 @@ from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.runner import Carrier, EventRunner
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey, Part, Phase, TierName
+from moe_infinity.types import ExpertKey, ExpertSpec, Part, Phase, TierName
 
 
 @dataclass(slots=True)
@@ -225,10 +225,10 @@ class DrivenHierarchy(Hierarchy, Carrier):
         """After ``drain`` and the runner's: nothing is in flight, and no place is known."""
 
 
-def layouts_of(store: ExpertStore) -> dict[ExpertKey, int]:
+def numbered(specs: Mapping[ExpertKey, ExpertSpec]) -> dict[ExpertKey, int]:
     """Numbers that are equal for experts whose parts lie in the same places of their slots."""
     numbers: dict[tuple[Part, ...], int] = {}
-    return {key: numbers.setdefault(spec.parts, len(numbers)) for key, spec in store.specs.items()}
+    return {key: numbers.setdefault(spec.parts, len(numbers)) for key, spec in specs.items()}
 
 
 def _layer_bytes_of(store: ExpertStore) -> dict[int, int | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_infinity.cache.driven import DrivenHierarchy, layouts_of
+from moe_infinity.cache.driven import DrivenHierarchy, numbered
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
@@ -38,7 +38,7 @@ class RamHierarchy(DrivenHierarchy):
         self._arena = arena
         self._engine = engine
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._layouts = layouts_of(store)
+        self._layouts = numbered(store.specs)
         if all(map(is_viewable, store.specs.values())):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +17,14 @@ CHUNK_BYTES = 4 * 1024**2
 _CHUNKS_AT_ONCE = 2  # on the link: one that is copied, one that follows without a gap
 
 
+Piece = tuple[torch.Tensor, torch.Tensor]  # target and source, [n] uint8 both
+
+
 @dataclass
 class _Upload:
     key: ExpertKey
-    target: torch.Tensor
-    source: torch.Tensor
+    left: deque[Piece]
     after: list[Mark]
-    num_begun_bytes: int = 0
     last: Mark | None = None
 
 
@@ -48,15 +50,14 @@ class Uploads:
     def begin(
         self,
         key: ExpertKey,
-        target: torch.Tensor,
-        source: torch.Tensor,
+        pieces: Iterable[Piece],
         priority: Priority,
         after: list[Mark],
     ) -> None:
-        """Copy ``source`` to ``target``, [n] uint8 both, once the marks are reached."""
-        upload = _Upload(key, target, source, after)
+        """Copy what an expert consists of, once the marks are reached."""
+        upload = _Upload(key, deque(pieces), after)
         if priority is Priority.DEMAND:
-            self._finish(upload, self._demand, source.numel())
+            self._finish(upload, self._demand)
         else:
             self._queue.append(upload)
 
@@ -67,7 +68,7 @@ class Uploads:
             return False
         if upload.last is not None:
             upload.after.append(upload.last)
-        self._finish(upload, self._demand, upload.source.numel())
+        self._finish(upload, self._demand)
         return True
 
     def cancel(self, key: ExpertKey) -> Mark | None:
@@ -114,15 +115,19 @@ class Uploads:
             assert upload.last is not None
             self._on_link.append(upload.last)
 
-    def _finish(self, upload: _Upload, stream: Stream, most_bytes: int) -> bool:
-        """Put up to so many further bytes on ``stream``; whether those were the last."""
+    def _finish(self, upload: _Upload, stream: Stream, most_bytes: int | None = None) -> bool:
+        """Put all that is left on ``stream``, or the next so many bytes; whether it was all."""
         while upload.after:
             stream.after(upload.after.pop())
-        start = upload.num_begun_bytes
-        end = min(start + most_bytes, upload.source.numel())
-        stream.copy(upload.target[start:end], upload.source[start:end])
-        upload.num_begun_bytes, upload.last = end, stream.mark()
-        if end < upload.source.numel():
+        while upload.left:
+            target, source = upload.left.popleft()
+            stream.copy(target[:most_bytes], source[:most_bytes])
+            if most_bytes is not None:
+                if source.numel() > most_bytes:
+                    upload.left.appendleft((target[most_bytes:], source[most_bytes:]))
+                break
+        upload.last = stream.mark()
+        if upload.left:
             return False
         self._begun.append((upload.key, upload.last))
         return True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from moe_infinity.cache.base import Compute
 from moe_infinity.cache.beside import Beside
+from moe_infinity.cache.device_layout import device_layout
 from moe_infinity.cache.device_slots import DeviceSlots
-from moe_infinity.cache.driven import DrivenHierarchy, layouts_of
+from moe_infinity.cache.driven import DrivenHierarchy, numbered
 from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.cache.uploads import Uploads
 from moe_infinity.checkpoint.base import ExpertStore
@@ -52,7 +53,8 @@ class VramHierarchy(DrivenHierarchy):
         self._free_after: dict[ExpertKey, list[Mark]] = {}  # of coming ones: of their memory
         self._uploaded: dict[int, Mark] = {}  # by slot: when what was copied to it is there
         self._awaited: set[int] = set()  # slots for whose mark the computation waits already
-        self._layouts = layouts_of(store)
+        self.layouts = {key: device_layout(spec) for key, spec in store.specs.items()}
+        self._numbers = numbered({key: each.spec for key, each in self.layouts.items()})
         self._views: dict[int, tuple[int, int, Views]] = {}  # by slot: layout, address, views
         self._beside: Beside | None = None
 
@@ -187,12 +189,12 @@ class VramHierarchy(DrivenHierarchy):
         super().compute(keys)
 
     def views_of(self, key: ExpertKey) -> Views:
-        slot, layout = self.residency.directory.slot(key), self._layouts[key]
+        slot, layout = self.residency.directory.slot(key), self._numbers[key]
         memory = self._slots.memory(slot)
         kept = self._views.get(slot)
         if kept is not None and kept[:2] == (layout, memory.data_ptr()):
             return kept[2]
-        spec = self.store.specs[key]
+        spec = self.layouts[key].spec
         views = part_views(spec, memory)
         if is_viewable(spec):  # copies must not outlive the call: they are in no budget
             self._views[slot] = (layout, memory.data_ptr(), views)
@@ -257,8 +259,9 @@ class VramHierarchy(DrivenHierarchy):
         for mark in (guard, uploaded):
             if mark is not None:
                 self._down.after(mark)
-        num_bytes = self.store.specs[victim].slot_bytes
-        self._down.copy(target[:num_bytes], self._slots.memory(slot)[:num_bytes])
+        memory = self._slots.memory(slot)
+        for start, num_bytes, there in self.layouts[victim].segments:
+            self._down.copy(target[start : start + num_bytes], memory[there : there + num_bytes])
         copied = self._down.mark()
         self._host.guard(victim, copied)
         self.counters.demote(victim.layer)
@@ -269,6 +272,9 @@ class VramHierarchy(DrivenHierarchy):
         after = self._free_after.pop(key)
         if guard is not None:
             after.append(guard)
-        num_bytes = self.store.specs[key].slot_bytes
-        target = self._slots.memory(self.residency.directory.slot(key))[:num_bytes]
-        self.uploads.begin(key, target, source[:num_bytes], self._coming[key], after)
+        memory = self._slots.memory(self.residency.directory.slot(key))
+        pieces = [
+            (memory[there : there + num_bytes], source[start : start + num_bytes])
+            for start, num_bytes, there in self.layouts[key].segments
+        ]
+        self.uploads.begin(key, pieces, self._coming[key], after)

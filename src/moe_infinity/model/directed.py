@@ -105,7 +105,7 @@ class DirectedExperts:
             spec = self._hierarchy.store.specs[ExpertKey(layer, 0)]
             alike = (spec.parts, id(math.gate), math.is_interleaved)
             if alike not in made:
-                found = [self._kernel.laid_out(math, part_views(spec, slot)) for slot in slots]
+                found = [self._kernel.lay_out(math, part_views(spec, slot)) for slot in slots]
                 rows = torch.tensor([row for _, row in found], dtype=torch.int64, device=device)
                 made[alike] = (found[0][0], rows)
             self._tables[layer] = made[alike]
@@ -142,6 +142,10 @@ def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath
         and next(iter(specs.values())).slot_bytes % ALIGNMENT_BYTES == 0
         and all(spec.parts == by_layer[key.layer].parts for key, spec in specs.items())
         and all(math.post is None for math in maths)
+        and all(
+            kernel.lay_out(math, part_views(by_layer[layer], hierarchy.slots.memory(0))) is not None
+            for layer, math in enumerate(maths)
+        )
     )
 
 

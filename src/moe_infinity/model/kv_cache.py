@@ -122,7 +122,8 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         *front, _, dim = like.shape
-        return torch.empty((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
+        # Zeros: masked places are multiplied by 0 all the same, and what memory held may be NaN.
+        return torch.zeros((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
 
 
 def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLayer | None:

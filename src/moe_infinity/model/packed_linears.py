@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,10 @@ def run_packed(model: nn.Module, kernel: ExpertKernel) -> bool:
     """Let ``kernel`` do the coded linear layers of ``model``; whether a compiled one does any."""
     coded = list(_coded(model))
     for module, weight in coded:
-        module.forward = _PackedLinear(kernel, module, weight).forward
+        if kernel.name == "triton":
+            module.forward = partial(_on_gpu, kernel, module, weight)
+        else:
+            module.forward = _PackedLinear(kernel, module, weight).forward
     return bool(coded) and isinstance(kernel, native.Kernel)
 
 
@@ -49,6 +53,11 @@ def _coded(model: nn.Module) -> Iterator[tuple[Any, PackedMatrix]]:
         weight = packed_of(module)
         if weight is not None:
             yield module, weight
+
+
+def _on_gpu(kernel: Any, module: Any, weight: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = kernel.linear(weight, x, module.bias)
+    return out
 
 
 class _PackedLinear:
