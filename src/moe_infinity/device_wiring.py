@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moe_infinity.cache.vram import VramHierarchy
+from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.model.directed import DirectedExperts, can_direct, is_ready
 from moe_infinity.model.experts import Runtime
@@ -58,6 +59,10 @@ class DeviceWiring:
             directed.begin()
         if observer is not None:
             observer.is_paused = directed.is_on
+        if directed.is_on:
+            self._hierarchy.counters.phase = step.phase
+            if self._hierarchy.cancelled.is_set():
+                raise CancelledError("the request was cancelled")
         return directed.is_on
 
     def end_step(self) -> None:

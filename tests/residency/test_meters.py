@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from moe_infinity.residency.directory import Directory
-from moe_infinity.residency.meters import Horizon, StallMeter, Threshold, WasteMeter
+from moe_infinity.residency.meters import (
+    Horizon,
+    QuickerMeter,
+    StallMeter,
+    Threshold,
+    WasteMeter,
+)
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.running import Lookup
 from support.guesses import Guessing
@@ -116,3 +122,30 @@ def test_several_events_at_once_count_as_many() -> None:
     for _ in range(12):
         apart.spend(0.075, 0.25)
     assert together.share == pytest.approx(apart.share) != StallMeter().share
+
+
+class TestQuicker:
+    def test_tries_both_and_keeps_the_quicker(self) -> None:
+        for on_s, off_s in ((1.0, 2.0), (2.0, 1.0)):
+            meter = QuickerMeter(window=4)
+            ways = []
+            for _ in range(40):
+                ways.append(meter.is_on)
+                meter.spend(on_s if meter.is_on else off_s)
+            assert ways[:8] == [False] * 4 + [True] * 4
+            assert set(ways[8:]) == {on_s < off_s}
+
+    def test_a_slow_first_pass_does_not_count(self) -> None:
+        meter = QuickerMeter(window=5)
+        for pass_number in range(30):
+            compiles = pass_number == 5
+            meter.spend(100.0 if compiles else 1.0 if meter.is_on else 2.0)
+        assert meter.is_on
+
+    def test_the_other_way_is_tried_again(self) -> None:
+        meter = QuickerMeter(window=2, retry=4)
+        ways = []
+        for _ in range(40):
+            ways.append(meter.is_on)
+            meter.spend(2.0 if meter.is_on else 1.0)
+        assert 0 < sum(ways[8:]) < 16

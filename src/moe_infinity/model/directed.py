@@ -41,7 +41,8 @@ class DirectedExperts:
             residency.directory.shape, residency.directory.num_slots, form, device
         )
         self._gather = gather
-        self._num_bytes = max(spec.slot_bytes for spec in hierarchy.store.specs.values())
+        # By piece of an expert: where it comes from, where it goes to, and how long it is.
+        self._pieces: list[tuple[torch.Tensor, torch.Tensor, int]] = []
         self._tables: dict[int, tuple[Any, torch.Tensor]] = {}  # by layer: layout, addresses
         self._passes = 0  # since the trace was read
         top_k = residency.directory.shape.top_k
@@ -81,7 +82,8 @@ class DirectedExperts:
         from moe_infinity.kernels.gpu.launches import Jobs
 
         decision = self._directory.decide(layer, top_k_index.reshape(-1).contiguous())
-        self._gather(decision, self._sources, self._targets, self._num_bytes)
+        for sources, targets, num_bytes in self._pieces:
+            self._gather(decision, sources, targets, num_bytes)
         layout, table = self._tables[layer]
         out = x.new_zeros(len(self._place_of), x.shape[1])  # [K, H]
         jobs = Jobs(table, decision.slots, self._starts, self._token_of, self._place_of)
@@ -91,24 +93,28 @@ class DirectedExperts:
 
     def _addresses(self) -> None:
         """Of every slot's memory and of every expert in RAM."""
-        residency, host = self._hierarchy.residency, self._hierarchy.host
-        device = self._hierarchy.device.torch_device
-        slots = [self._hierarchy.slots.memory(s) for s in range(residency.directory.num_slots)]
-        directory, sources = residency.directory, [0] * len(residency.directory.states)
-        for key in self._hierarchy.store.specs:
-            sources[directory.flat(key)] = host.source(key)[0].data_ptr()
-        self._sources = torch.tensor(sources, dtype=torch.int64, device=device)
-        targets = [memory.data_ptr() for memory in slots]
-        self._targets = torch.tensor(targets, dtype=torch.int64, device=device)
+        hierarchy = self._hierarchy
+        directory, host, layouts = hierarchy.residency.directory, hierarchy.host, hierarchy.layouts
+        slots = [hierarchy.slots.memory(slot) for slot in range(directory.num_slots)]
+        at = {key: host.source(key)[0].data_ptr() for key in layouts}
+        for number, piece in enumerate(next(iter(layouts.values())).segments):
+            sources = [0] * len(directory.states)
+            for key, layout in layouts.items():
+                sources[directory.flat(key)] = at[key] + layout.segments[number].start
+            targets = [slot.data_ptr() + piece.target for slot in slots]
+            self._pieces.append((self._tensor(sources), self._tensor(targets), piece.num_bytes))
         made: dict[Any, tuple[Any, torch.Tensor]] = {}
         for layer, math in enumerate(self._maths):
-            spec = self._hierarchy.store.specs[ExpertKey(layer, 0)]
+            spec = layouts[ExpertKey(layer, 0)].spec
             alike = (spec.parts, id(math.gate), math.is_interleaved)
             if alike not in made:
                 found = [self._kernel.lay_out(math, part_views(spec, slot)) for slot in slots]
-                rows = torch.tensor([row for _, row in found], dtype=torch.int64, device=device)
-                made[alike] = (found[0][0], rows)
+                made[alike] = (found[0][0], self._tensor([row for _, row in found]))
             self._tables[layer] = made[alike]
+
+    def _tensor(self, numbers: list[Any]) -> torch.Tensor:
+        device = self._hierarchy.device.torch_device
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
 
     def _read(self) -> None:
         """Account for what the device did since the last time."""
@@ -130,20 +136,20 @@ def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath
     """Whether the device could ever serve this model's passes by itself."""
     if kernel.name != "triton":
         return False
-    from moe_infinity.kernels.gpu.directed import ALIGNMENT_BYTES, kernel_form
+    from moe_infinity.kernels.gpu.directed import kernel_form
 
-    residency, specs = hierarchy.residency, hierarchy.store.specs
-    by_layer = {key.layer: spec for key, spec in specs.items()}
+    residency, layouts = hierarchy.residency, hierarchy.layouts
+    firsts = {key.layer: layout for key, layout in layouts.items() if key.expert == 0}
+    pieces = {tuple(piece[1:] for piece in layout.segments) for layout in layouts.values()}
     return (
         kernel_form(residency.policy) is not None
         and len(residency.directory.slots_per_class) == 1
-        and hierarchy.host.shelf.directory.num_slots >= len(specs)
-        and len({spec.slot_bytes for spec in specs.values()}) == 1
-        and next(iter(specs.values())).slot_bytes % ALIGNMENT_BYTES == 0
-        and all(spec.parts == by_layer[key.layer].parts for key, spec in specs.items())
+        and hierarchy.host.shelf.directory.num_slots >= len(layouts)
+        and len(pieces) == 1
+        and all(each.spec.parts == firsts[key.layer].spec.parts for key, each in layouts.items())
         and all(math.post is None for math in maths)
         and all(
-            kernel.lay_out(math, part_views(by_layer[layer], hierarchy.slots.memory(0))) is not None
+            kernel.lay_out(math, part_views(firsts[layer].spec, hierarchy.slots.memory(0)))
             for layer, math in enumerate(maths)
         )
     )
