@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe_infinity import MoE, bundled_model_path
-from moe_infinity.errors import BudgetError, ConfigError, MoEInfinityError
+from moe_infinity.errors import BudgetError, ConfigError, DeviceError, MoEInfinityError
 from support.engine import BUDGET, generate, leaving_nothing
 
 PROMPT = torch.randint(1, 4000, (1, 40), generator=torch.Generator().manual_seed(3))  # [1, S] int64
@@ -72,12 +72,12 @@ def test_report_counts_each_tier(tiny: Path) -> None:
 
 
 def test_misses_that_the_processor_computes_are_counted_and_named(tiny: Path) -> None:
-    with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=8, miss="cpu") as moe:
+    with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=16, miss="cpu") as moe:
         generate(moe, 16)
         generate(moe, 16)
         decode = moe.stats().decode
         assert decode.on_cpu == decode.misses > 0  # RAM holds everything by now
-        assert decode.demand_bytes == 0
+        assert decode.demand_bytes == 0 < decode.prefetch_bytes  # they are copied beside that
         assert moe.stats().lossy == ("misses computed on the CPU",)
         assert not moe.stats().bit_exact
         moe.check_integrity()
@@ -130,3 +130,52 @@ def test_smallest_device_budget_works(tiny: Path) -> None:
         generate(moe)
         assert moe.plan.device is not None
         assert moe.plan.device.used_bytes <= moe.plan.device.budget_bytes
+
+
+class TestOutOfMemory:
+    """In mid-run: what another program took, or a pass that needs more than was planned."""
+
+    @staticmethod
+    def once(moe: MoE, monkeypatch: pytest.MonkeyPatch, error: Exception, times: int = 1) -> None:
+        """The last block raises in the third pass, after the others have written their keys."""
+        block = moe.model.model.layers[-1]
+        real, calls = block.forward, []
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if 3 <= len(calls) < 3 + times:
+                raise error
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(block, "forward", failing)
+
+    @pytest.mark.parametrize("ram_slots", [None, 9])
+    def test_the_cache_makes_room(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch, ram_slots: int | None
+    ) -> None:
+        options = {"ram": BUDGET, "device": "simulated", "ram_slots": ram_slots}
+        with leaving_nothing(), MoE(tiny, vram_slots=16, **options) as moe:
+            expected = generate(moe)
+        with leaving_nothing(), MoE(tiny, vram_slots=16, **options) as moe:
+            self.once(moe, monkeypatch, torch.OutOfMemoryError("no room"))
+            assert torch.equal(generate(moe), expected)
+            stats = moe.stats()
+            assert stats.slots < 16
+            assert f"the cache was cut to {stats.slots} slots" in stats.faults[0]
+            moe.check_integrity()
+            assert torch.equal(generate(moe), expected)
+
+    def test_until_nothing_is_left_to_give(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=16) as moe:
+            self.once(moe, monkeypatch, torch.OutOfMemoryError("no room"), times=99)
+            with pytest.raises(BudgetError, match="the cache has nothing to give"):
+                generate(moe)
+            moe.check_integrity()
+
+    def test_a_lost_device_is_named(self, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        with MoE(tiny, ram=BUDGET, device="simulated", vram_slots=16) as moe:
+            self.once(moe, monkeypatch, torch.AcceleratorError("an illegal memory access"))
+            with pytest.raises(DeviceError, match=r"lost in mid-run \(an illegal memory access\)"):
+                generate(moe)

@@ -11,6 +11,7 @@ from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.model.directed import DirectedExperts, can_direct, is_ready
 from moe_infinity.model.experts import Runtime
+from moe_infinity.model.pressure import UnderPressure
 from moe_infinity.model.static_decode import StaticDecode, is_static
 from moe_infinity.model.taps import Step
 from moe_infinity.residency.meters import QuickerMeter
@@ -31,18 +32,17 @@ class DeviceWiring:
         self.meter = QuickerMeter()
         self._began_s: float | None = None  # the pass before, if it was of decode
         self._static: StaticDecode | None = None
-        kernel = runtime.kernel
-        if kernel.name != "triton" or not is_static(model.config):
-            return
-        self._static = StaticDecode(model, hierarchy.device, max_context)
-        if can_direct(hierarchy, kernel, maths):
-            directed = DirectedExperts(hierarchy, kernel, maths, runtime.recorder)
-            self._static.directed = runtime.directed = directed
+        if runtime.kernel.name == "triton" and is_static(model.config):
+            self._static = StaticDecode(model, hierarchy.device, max_context)
+            if can_direct(hierarchy, runtime.kernel, maths):
+                directed = DirectedExperts(hierarchy, runtime.kernel, maths, runtime.recorder)
+                self._static.directed = runtime.directed = directed
+        self._pressure = UnderPressure(model, hierarchy, self._give_up_direction)  # before all that
 
     @property
     def faults(self) -> tuple[str, ...]:
-        fault = self._static.fault if self._static is not None else None
-        return (fault,) if fault else ()
+        found = (self._pressure.fault, self._static.fault if self._static is not None else None)
+        return tuple(fault for fault in found if fault)
 
     def begin_step(self, step: Step) -> bool:
         """A pass starts; whether the device directs it, so that no host may be asked."""
@@ -80,8 +80,15 @@ class DeviceWiring:
             self._runtime.observer.is_paused = False
 
     def close(self) -> None:
+        self._pressure.close()
+
+    def _give_up_direction(self) -> None:
+        """Slots are about to go: the device's own directory has as many as before."""
+        if self._runtime.directed is not None:
+            self._runtime.directed.end()
+            self._runtime.directed = None
         if self._static is not None:
-            self._static.close()
+            self._static.directed = None
 
     def _tell_meter(self, is_lone: bool, was_directed: bool) -> None:
         """From the begin of a pass of decode to that of the next: the host waits in between, for it

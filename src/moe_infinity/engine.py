@@ -160,8 +160,9 @@ class MoE:
         left = None if config.is_encoder_decoder else tokens_left(ids, cache)
         ids, kwargs = placed((ids, kwargs), self.model.device)
         with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
-            tokens: torch.Tensor = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
-        return tokens.cpu()
+            tokens = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
+        on_host: torch.Tensor = placed(tokens, torch.device("cpu"))
+        return on_host
 
     def new_cache(self) -> Any:
         """An empty KV cache of the planned context, for ``past_key_values``; None for families that
@@ -192,7 +193,7 @@ class MoE:
             bandwidths = self.bandwidths()
         facts = RunFacts(
             shape=self._shape,
-            num_slots=(self.plan.device or self.plan).num_slots,
+            num_slots=self._hierarchy.residency.directory.num_usable,
             dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._speeds.bytes_written + self._learned.bytes_written,
             lossy=self.checkpoint.lossy + lossy_rules((self._routing,)) + self._hierarchy.lossy,

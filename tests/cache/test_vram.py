@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_infinity.cache.vram import VramHierarchy
@@ -62,6 +62,8 @@ def decode(layer: int, *experts: int) -> Event:
     return event(layer, list(experts), 24, "decode", 0)
 
 
+# A load that gets another slot than its victim had, for one is free.
+@example(40, 24, 2, 24.0, "next_use", True, 141)
 @settings(max_examples=25)
 @given(
     num_slots=st.sampled_from([1, 5, 16, 24, 40, 72]),
@@ -163,7 +165,7 @@ def test_a_demand_copy_waits_for_two_chunks_of_a_prefetch_at_most() -> None:
         guesses.wanted = {ExpertKey(1, 1), ExpertKey(1, 2)}
         hierarchy.begin_pass("decode")
         run(hierarchy, decode(0, 0))  # 1 s for its own; both are asked for behind it
-        before_s, chunk_s = clock.at_s, hierarchy.uploads.chunk_bytes / SLOT_BYTES
+        before_s, chunk_s = clock.at_s, hierarchy.memory.uploads.chunk_bytes / SLOT_BYTES
         run(hierarchy, decode(2, 5))
         assert clock.at_s - before_s <= 1.0 + 2 * chunk_s + 1e-9
         run(hierarchy, decode(1, 1, 2))
@@ -178,7 +180,7 @@ def test_a_disproved_prefetch_is_cancelled_between_chunks() -> None:
         hierarchy.begin_pass("decode")
         run(hierarchy, decode(0, 0))
         store.release(ExpertKey(1, 1))
-        while not hierarchy.uploads.is_queued(ExpertKey(1, 1)):
+        while not hierarchy.memory.uploads.is_queued(ExpertKey(1, 1)):
             hierarchy.wait()  # for the disk
             hierarchy.runner._collect(hierarchy)
         guesses.wanted = set()

@@ -168,7 +168,7 @@ def vram_hierarchy(
     host = HostTier(Shelf(below.directory, below.policy), arena, engine)
     slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
     hierarchy = VramHierarchy(store, EventRunner(residency, planner), host, slots, device)
-    hierarchy.uploads.chunk_bytes = PAGE
+    hierarchy.memory.uploads.chunk_bytes = PAGE
     try:
         yield hierarchy
     finally:

@@ -25,13 +25,15 @@ class _Upload:
     key: ExpertKey
     left: deque[Piece]
     after: list[Mark]
+    is_awaited: bool
     last: Mark | None = None
 
 
 @dataclass
 class Uploads:
-    """Begins copies on two streams of their own; an upload whose last byte is on a stream counts
-    as begun, and whoever uses it lets that stream's mark pass first.
+    """Begins copies on two streams of their own. A demanded upload whose last byte is on a stream
+    is told of at once, and whoever uses it lets that stream's mark pass first; a prefetch is told
+    of when it is there, so that one which comes late is seen to.
 
     Prefetches are put on their stream a chunk at a time, each time somebody looks: what is not on
     it yet can be overtaken or cancelled.
@@ -40,7 +42,7 @@ class Uploads:
     device: Device
     chunk_bytes: int = CHUNK_BYTES
     _queue: deque[_Upload] = field(default_factory=deque)  # of prefetches, oldest first
-    _begun: list[tuple[ExpertKey, Mark]] = field(default_factory=list)
+    _begun: list[_Upload] = field(default_factory=list)
     _on_link: deque[Mark] = field(default_factory=deque)  # ends of chunks of prefetches
 
     def __post_init__(self) -> None:
@@ -55,21 +57,24 @@ class Uploads:
         after: list[Mark],
     ) -> None:
         """Copy what an expert consists of, once the marks are reached."""
-        upload = _Upload(key, deque(pieces), after)
+        upload = _Upload(key, deque(pieces), after, priority is Priority.DEMAND)
         if priority is Priority.DEMAND:
             self._finish(upload, self._demand)
         else:
             self._queue.append(upload)
 
-    def promote(self, key: ExpertKey) -> bool:
-        """An event waits for it; False if it is not queued here."""
+    def promote(self, key: ExpertKey) -> None:
+        """An event waits for it."""
+        for begun in self._begun:
+            if begun.key == key:
+                begun.is_awaited = True
         upload = self._take(key)
         if upload is None:
-            return False
+            return
+        upload.is_awaited = True
         if upload.last is not None:
             upload.after.append(upload.last)
         self._finish(upload, self._demand)
-        return True
 
     def cancel(self, key: ExpertKey) -> Mark | None:
         """Copy no more of a queued upload. Returns what its slots have to wait for: None if no
@@ -82,20 +87,23 @@ class Uploads:
     def is_queued(self, key: ExpertKey) -> bool:
         return any(upload.key == key for upload in self._queue)
 
-    def take_begun(self) -> list[tuple[ExpertKey, Mark]]:
-        """Uploads that are wholly on a stream, and the mark that says when they are done."""
+    def take_settled(self) -> list[tuple[ExpertKey, Mark]]:
+        """Uploads that can be used, once their marks are reached."""
         self._pump()
-        begun, self._begun = self._begun, []
-        return begun
+        settled, begun = [], []
+        for upload in self._begun:
+            assert upload.last is not None
+            if upload.is_awaited or upload.last.is_reached():
+                settled.append((upload.key, upload.last))
+            else:
+                begun.append(upload)
+        self._begun = begun
+        return settled
 
     def wait(self) -> None:
         """Until more of the queue can be put on the link."""
         if self._on_link:
             self._on_link[0].wait()
-
-    @property
-    def has_queued(self) -> bool:
-        return bool(self._queue)
 
     def drain(self) -> None:
         """Drop what is queued and wait for what is on the link."""
@@ -129,7 +137,7 @@ class Uploads:
         upload.last = stream.mark()
         if upload.left:
             return False
-        self._begun.append((upload.key, upload.last))
+        self._begun.append(upload)
         return True
 
     def _take(self, key: ExpertKey) -> _Upload | None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from moe_infinity.cache.base import Compute
 from moe_infinity.cache.beside import Beside
-from moe_infinity.cache.device_layout import device_layout
+from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.device_slots import DeviceSlots
-from moe_infinity.cache.driven import DrivenHierarchy, numbered
+from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
-from moe_infinity.cache.uploads import Uploads
 from moe_infinity.checkpoint.base import ExpertStore
-from moe_infinity.devices.base import Device, Mark
+from moe_infinity.devices.base import Device
 from moe_infinity.kernels.base import Views
-from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.miss_split import MissSplit
@@ -43,19 +41,11 @@ class VramHierarchy(DrivenHierarchy):
         """The computation of what the processor takes over is set by ``share_misses``."""
         super().__init__(store, runner, pays)
         self.device = device
+        self.memory = DeviceMemory(store, slots, device)
         self._host = host
-        self._slots = slots
-        self.uploads = Uploads(device)
-        self._down = device.new_stream("down")
         self._coming: dict[ExpertKey, Priority] = {}  # begun, and not yet settled
         self._unwanted: set[ExpertKey] = set()  # of them, what was cancelled while it was read
         self._cancelled: list[ExpertKey] = []  # settled without having arrived
-        self._free_after: dict[ExpertKey, list[Mark]] = {}  # of coming ones: of their memory
-        self._uploaded: dict[int, Mark] = {}  # by slot: when what was copied to it is there
-        self._awaited: set[int] = set()  # slots for whose mark the computation waits already
-        self.layouts = {key: device_layout(spec) for key, spec in store.specs.items()}
-        self._numbers = numbered({key: each.spec for key, each in self.layouts.items()})
-        self._views: dict[int, tuple[int, int, Views]] = {}  # by slot: layout, address, views
         self._beside: Beside | None = None
 
     @property
@@ -81,9 +71,14 @@ class VramHierarchy(DrivenHierarchy):
     def get_ready(self) -> None:
         self._host.arena.touch_ahead()
 
-    @property
-    def slots(self) -> DeviceSlots:
-        return self._slots
+    def shrink(self) -> int:
+        """Give some of the device's memory back, between events. Returns how many slots went; 0:
+        what is left is needed."""
+        self._abort()
+        gone = self.memory.give_back()
+        self.residency.retire(gone)
+        self._start_anew()
+        return len(gone)
 
     def is_idle(self) -> bool:
         """Whether nothing is on its way, and nothing loaded ahead awaits its verdict."""
@@ -92,9 +87,7 @@ class VramHierarchy(DrivenHierarchy):
     def taken_over(self) -> None:
         """The device has changed its slots by itself, in the order of its computation, and the
         directory says how by now."""
-        self._uploaded.clear()
-        self._awaited.clear()
-        self._host.shelf.reset(self.residency.directory.states == State.RESIDENT)
+        self._start_anew()
 
     def begin_request(self) -> None:
         self._host.shelf.policy.begin_request()
@@ -115,8 +108,14 @@ class VramHierarchy(DrivenHierarchy):
 
     def complete_event(self, event: Event) -> None:
         assert self._computing is not None, "no event is running"
-        if self._beside is not None:
-            self.counters.now.on_cpu += self._beside.compute(self._computing)
+        if self._beside is None:
+            return
+        keys = self._beside.compute(self._computing)
+        self.counters.now.on_cpu += len(keys)
+        # Or the cache would never hold what is missed again and again; the link has time for it.
+        loads = self.residency.prefetch(keys, event.layer)
+        if loads:
+            self.start(loads, Priority.PREFETCH)
 
     def tier_of(self, key: ExpertKey) -> TierName:
         if self.residency.directory.state(key) is State.RESIDENT:
@@ -126,32 +125,32 @@ class VramHierarchy(DrivenHierarchy):
     def start(self, loads: list[Load], priority: Priority) -> None:
         """Ask first: what a victim pushes out of RAM must not be what is wanted from there."""
         here = [load for load in loads if self._host.ask(load.key, priority, self.counters)]
-        launched = self.device.compute.mark()
         for load in loads:
-            self._coming[load.key] = priority
-            self._free_after[load.key] = self._make_room(load, launched)
+            if load.victim is not None:
+                self._send_down(load.victim)
+        self._coming |= dict.fromkeys((load.key for load in loads), priority)
+        self.memory.reserve({load.key: load.slot for load in loads})
         for load in here:
             self._upload(load.key)
 
     def cancel(self, key: ExpertKey) -> None:
-        if not self.uploads.is_queued(key):
-            if key in self._free_after:  # it is not here yet, or waits for room
-                self._unwanted.add(key)
-                self._host.cancel(key)
-            return
-        last = self.uploads.cancel(key)
-        if last is not None:
-            self._uploaded[self.residency.directory.slot(key)] = last
-            self._host.guard(key, last)
-        self._host.shelf.given_back(key)
-        self._cancelled.append(key)
+        if self.memory.is_reserved(key):  # it is not here yet, or waits for room
+            self._unwanted.add(key)
+            self._host.cancel(key)
+        elif self.memory.uploads.is_queued(key):
+            last = self.memory.uploads.cancel(key)
+            if last is not None:
+                self.memory.arrived(key, last)
+                self._host.guard(key, last)
+            self._host.shelf.given_back(key)
+            self._cancelled.append(key)
 
     def promote(self, key: ExpertKey) -> None:
         self._coming[key] = Priority.DEMAND
-        if self.uploads.is_queued(key):
-            self.uploads.promote(key)
-        elif key in self._free_after:
+        if self.memory.is_reserved(key):
             self._host.promote(key)
+        else:
+            self.memory.uploads.promote(key)
 
     def collect(self) -> list[Settled]:
         settled = [Settled(key, arrived=False) for key in self._cancelled]
@@ -163,15 +162,16 @@ class VramHierarchy(DrivenHierarchy):
             if each.arrived:
                 self._host.shelf.given_back(each.key)
             settled.append(each._replace(arrived=False))
-        for key, mark in self.uploads.take_begun():
-            self._uploaded[self.residency.directory.slot(key)] = mark
+        for key, mark in self.memory.uploads.take_settled():
+            self.memory.arrived(key, mark)
             self._host.guard(key, mark)
             self._host.shelf.risen(key)
             settled.append(Settled(key, arrived=True))
-        for key, *_ in settled:
+        for key, arrived, _ in settled:
             del self._coming[key]
-            self._free_after.pop(key, None)
             self._unwanted.discard(key)
+            if not arrived:
+                self.memory.give_up(key)
         return settled
 
     def wait(self) -> None:
@@ -179,26 +179,14 @@ class VramHierarchy(DrivenHierarchy):
         if self._host.is_reading:
             self.count_wait(self._host.wait())
         else:
-            self.uploads.wait()
+            self.memory.uploads.wait()
 
     def compute(self, keys: list[ExpertKey]) -> None:
-        for slot in map(self.residency.directory.slot, keys):
-            if slot not in self._awaited and slot in self._uploaded:
-                self.device.compute.after(self._uploaded[slot])
-                self._awaited.add(slot)
+        self.memory.await_all(keys)
         super().compute(keys)
 
     def views_of(self, key: ExpertKey) -> Views:
-        slot, layout = self.residency.directory.slot(key), self._numbers[key]
-        memory = self._slots.memory(slot)
-        kept = self._views.get(slot)
-        if kept is not None and kept[:2] == (layout, memory.data_ptr()):
-            return kept[2]
-        spec = self.layouts[key].spec
-        views = part_views(spec, memory)
-        if is_viewable(spec):  # copies must not outlive the call: they are in no budget
-            self._views[slot] = (layout, memory.data_ptr(), views)
-        return views
+        return self.memory.views_of(key)
 
     def count_activity(self) -> None:
         busy_s, num_bytes = self._host.take_activity()
@@ -208,17 +196,21 @@ class VramHierarchy(DrivenHierarchy):
 
     def drain(self) -> None:
         self._host.drain()
-        self.uploads.drain()
-        self._down.mark().wait()
+        self.memory.drain()
 
     def forget_transfers(self) -> None:
-        for pending in (self._coming, self._unwanted, self._cancelled, self._free_after):
+        for pending in (self._coming, self._unwanted, self._cancelled):
             pending.clear()
         if self._beside is not None:
             self._beside.forget()
-        self._uploaded.clear()  # whoever comes next waits for nothing: all copies are over
-        self._awaited.clear()
-        self._host.shelf.reset(self.residency.directory.states == State.RESIDENT)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Every copy is over, and the directory says what is where."""
+        directory = self.residency.directory
+        here = directory.keys_in(State.RESIDENT)
+        self.memory.hold({key: directory.slot(key) for key in here})
+        self._host.shelf.reset(directory.states == State.RESIDENT)
 
     def check_integrity(self) -> None:
         self.residency.directory.check_integrity()
@@ -234,47 +226,17 @@ class VramHierarchy(DrivenHierarchy):
         self._abort()
         self.device.close()
         self._host.close()
-        self._slots.close()
+        self.memory.slots.close()
 
     def _is_lost(self, key: ExpertKey) -> bool:
         return self._host.holds(key) and not self._host.shelf.lies_above(key)
 
-    def _make_room(self, load: Load, launched: Mark) -> list[Mark]:
-        """New memory for the load's slot. Returns the marks after which it may be written to."""
-        left = [launched]
-        uploaded = self._uploaded.pop(load.slot, None)
-        if uploaded is not None:
-            left.append(uploaded)
-        if load.victim is not None:
-            left += self._send_down(load.victim, load.slot, uploaded)
-        self._awaited.discard(load.slot)
-        return self._slots.renew(load.slot, left)
-
-    def _send_down(self, victim: ExpertKey, slot: int, uploaded: Mark | None) -> list[Mark]:
-        """Copy a victim back to RAM, if it has to be. Returns the marks of that copy."""
-        place = self._host.take_back(victim)
-        if place is None:
-            return []
-        target, guard = place
-        for mark in (guard, uploaded):
-            if mark is not None:
-                self._down.after(mark)
-        memory = self._slots.memory(slot)
-        for start, num_bytes, there in self.layouts[victim].segments:
-            self._down.copy(target[start : start + num_bytes], memory[there : there + num_bytes])
-        copied = self._down.mark()
-        self._host.guard(victim, copied)
-        self.counters.demote(victim.layer)
-        return [copied]
+    def _send_down(self, victim: ExpertKey) -> None:
+        host = self._host.take_back(victim)
+        copied = self.memory.send_down(victim, host)
+        if copied is not None:
+            self._host.guard(victim, copied)
+            self.counters.demote(victim.layer)
 
     def _upload(self, key: ExpertKey) -> None:
-        source, guard = self._host.source(key)
-        after = self._free_after.pop(key)
-        if guard is not None:
-            after.append(guard)
-        memory = self._slots.memory(self.residency.directory.slot(key))
-        pieces = [
-            (memory[there : there + num_bytes], source[start : start + num_bytes])
-            for start, num_bytes, there in self.layouts[key].segments
-        ]
-        self.uploads.begin(key, pieces, self._coming[key], after)
+        self.memory.upload(key, self._host.source(key), self._coming[key])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moe_infinity.kernels.packed import PackedMatrix
 
@@ -49,6 +51,10 @@ class Job(NamedTuple):
     out: torch.Tensor
 
 
+Rows = NDArray[np.integer[Any]]
+Places = Sequence[Rows]  # of each expert, rows of a tensor
+
+
 class ExpertKernel(ABC):
     """Computes experts straight from their slots' bytes."""
 
@@ -64,5 +70,43 @@ class ExpertKernel(ABC):
         for job in jobs:
             job.out.copy_(self.forward(math, job.views, job.x))
 
+    def run_placed(
+        self,
+        math: ExpertMath,
+        experts: list[Views],
+        x: torch.Tensor,
+        out: torch.Tensor,
+        token_of: Places,
+        place_of: Places,
+    ) -> None:
+        """Of each expert rows ``token_of`` of x [T, H] into rows ``place_of`` of out [N, H]."""
+        jobs = [
+            _job(views, x, out, tokens, places)
+            for views, tokens, places in zip(experts, token_of, place_of, strict=True)
+        ]
+        self.run(math, jobs)
+        for job, places in zip(jobs, place_of, strict=True):
+            if len(places) > 1:
+                out[_index(places, out)] = job.out
+
     def close(self) -> None:
         """Let go of threads; idempotent."""
+
+
+def _job(
+    views: Views,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    tokens: Rows,
+    places: Rows,
+) -> Job:
+    """One expert's tokens, and where its results go: straight to their place if there is one."""
+    if len(places) == 1:
+        token, at = int(tokens[0]), int(places[0])
+        return Job(views, x[token : token + 1], out[at : at + 1])
+    some = x[_index(tokens, x)]
+    return Job(views, some, torch.empty_like(some))
+
+
+def _index(rows: Rows, like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(rows).to(like.device)

@@ -94,8 +94,12 @@ class DirectedExperts:
     def _addresses(self) -> None:
         """Of every slot's memory and of every expert in RAM."""
         hierarchy = self._hierarchy
-        directory, host, layouts = hierarchy.residency.directory, hierarchy.host, hierarchy.layouts
-        slots = [hierarchy.slots.memory(slot) for slot in range(directory.num_slots)]
+        directory, host, layouts = (
+            hierarchy.residency.directory,
+            hierarchy.host,
+            hierarchy.memory.layouts,
+        )
+        slots = [hierarchy.memory.slots.memory(slot) for slot in range(directory.num_slots)]
         at = {key: host.source(key)[0].data_ptr() for key in layouts}
         for number, piece in enumerate(next(iter(layouts.values())).segments):
             sources = [0] * len(directory.states)
@@ -138,7 +142,7 @@ def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath
         return False
     from moe_infinity.kernels.gpu.directed import kernel_form
 
-    residency, layouts = hierarchy.residency, hierarchy.layouts
+    residency, layouts = hierarchy.residency, hierarchy.memory.layouts
     firsts = {key.layer: layout for key, layout in layouts.items() if key.expert == 0}
     pieces = {tuple(piece[1:] for piece in layout.segments) for layout in layouts.values()}
     return (
@@ -149,7 +153,7 @@ def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath
         and all(each.spec.parts == firsts[key.layer].spec.parts for key, each in layouts.items())
         and all(math.post is None for math in maths)
         and all(
-            kernel.lay_out(math, part_views(firsts[layer].spec, hierarchy.slots.memory(0)))
+            kernel.lay_out(math, part_views(firsts[layer].spec, hierarchy.memory.slots.memory(0)))
             for layer, math in enumerate(maths)
         )
     )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
-from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.observer import LONE, Observer, Seen
 from moe_infinity.model.rules import RoutingRule
@@ -134,11 +134,8 @@ class ExpertsLayer:
                 self._compute_beside(x, out, views, [places[key.expert] for key in keys])
                 return
             where = [places[key.expert] for key in keys]  # positions in [T * K]
-            jobs = [_job(each, x, out, place) for each, place in zip(views, where, strict=True)]
-            self._runtime.kernel.run(self.math, jobs)
-            for job, place in zip(jobs, where, strict=True):
-                if len(place) > 1:
-                    out[torch.from_numpy(place).to(x.device)] = job.out
+            tokens = [place // top_k for place in where]
+            self._runtime.kernel.run_placed(self.math, views, x, out, tokens, where)
 
         observer = self._runtime.observer
         real: NDArray[np.bool_] = np.any(routed, axis=1)
@@ -162,15 +159,12 @@ class ExpertsLayer:
         results back. where: of each expert, its positions in out [T * K, H]."""
         assert self._runtime.host_kernel is not None, "misses are copied: nobody computes in RAM"
         top_k = len(out) // len(x)
-        tokens = x.cpu()
         places = torch.from_numpy(np.concatenate(where))
         results = torch.empty((len(places), out.shape[-1]), dtype=out.dtype)
-        jobs, done = [], 0
-        for each, place in zip(views, where, strict=True):
-            own = results[done : done + len(place)]
-            jobs.append(Job(each, tokens[torch.from_numpy(place // top_k)], own))
-            done += len(place)
-        self._runtime.host_kernel.run(self.math, jobs)
+        ends = np.cumsum([len(each) for each in where])
+        rows = np.split(np.arange(len(places)), ends[:-1])
+        tokens = [each // top_k for each in where]
+        self._runtime.host_kernel.run_placed(self.math, views, x.cpu(), results, tokens, rows)
         out[places.to(out.device)] = results.to(out.device)
 
     def _event(
@@ -195,17 +189,6 @@ class ExpertsLayer:
             seen.router_logits,
             seen.router_input,
         )
-
-
-def _job(views: Views, x: torch.Tensor, out: torch.Tensor, place: NDArray[np.int64]) -> Job:
-    """One expert's tokens, and where its results go: straight to their place if there is one."""
-    top_k = len(out) // len(x)
-    if len(place) == 1:
-        at = int(place[0])
-        token = at // top_k
-        return Job(views, x[token : token + 1], out[at : at + 1])
-    tokens = x[torch.from_numpy(place // top_k).to(x.device)]
-    return Job(views, tokens, torch.empty_like(tokens))
 
 
 def _places_by_expert(

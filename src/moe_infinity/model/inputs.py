@@ -43,7 +43,7 @@ def placed(given: Any, device: torch.device) -> Any:
     """What was given, its tensors, in lists and tables too, on the device the model computes on."""
     if isinstance(given, torch.Tensor):
         return given.to(device)
-    if isinstance(given, dict):
+    if type(given) is dict:
         return {name: placed(value, device) for name, value in given.items()}
     if type(given) in (list, tuple):
         return type(given)(placed(value, device) for value in given)

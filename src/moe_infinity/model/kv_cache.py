@@ -82,9 +82,11 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         """Whether its memory is there, and holds one row."""
         return self._room is not None and self._room[0].shape[0] == 1
 
-    def grow_to(self, length: int) -> None:
-        """Passes with a fixed place have filled the memory up to ``length`` tokens."""
-        assert self._room is not None, "nothing was ever written"
+    def keep(self, length: int) -> None:
+        """The memory holds ``length`` tokens, whatever was said before: passes with a fixed place
+        have filled it so far, or later ones are forgotten."""
+        if self._room is None:
+            return  # nothing was ever written
         keys, values = self._room
         self.keys, self.values = keys.narrow(-2, 0, length), values.narrow(-2, 0, length)
 

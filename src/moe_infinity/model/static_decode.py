@@ -81,7 +81,7 @@ class StaticDecode:
         length = min(self._max_context, max(_SHORTEST, 1 << position.bit_length()))
         self._run(length)
         for layer in cache.layers:
-            layer.grow_to(position + 1)
+            layer.keep(position + 1)
         if kwargs.get("return_dict") is False:
             return (self._logits[length].clone(), cache)
         return CausalLMOutputWithPast(logits=self._logits[length].clone(), past_key_values=cache)

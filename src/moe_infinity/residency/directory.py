@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -45,11 +46,27 @@ class Directory:
         self.pins: NDArray[np.int16] = np.zeros(num_keys, dtype=np.int16)
         self._class_of_key = np.repeat(np.array(class_of_layer, dtype=np.int16), shape.num_experts)
         self._free: list[list[int]] = []
+        self._retired: list[set[int]] = [set() for _ in slots_per_class]
         self._rebuild_free()
 
     @property
     def num_slots(self) -> int:
+        """Of which some may be retired."""
         return sum(self.slots_per_class)
+
+    @property
+    def num_usable(self) -> int:
+        return self.num_slots - sum(map(len, self._retired))
+
+    def retire(self, slots: Iterable[int]) -> None:
+        """Take free slots out of use: their memory is gone."""
+        wanted = set(slots)
+        for free, retired in zip(self._free, self._retired, strict=True):
+            mine = wanted.intersection(free)
+            retired |= mine
+            wanted -= mine
+        assert not wanted, f"slots {sorted(wanted)} are not free"
+        self._rebuild_free()
 
     def flat(self, key: ExpertKey) -> int:
         return key.layer * self.shape.num_experts + key.expert
@@ -143,13 +160,14 @@ class Directory:
             mine = self._class_of_key == size_class
             in_flight = int(((self.states == State.IN_FLIGHT) & mine).sum())
             resident = int(((self.states == State.RESIDENT) & mine).sum())
-            free = len(self._free[size_class])
-            assert free + in_flight + resident == total, (
+            free, retired = len(self._free[size_class]), len(self._retired[size_class])
+            assert free + in_flight + resident + retired == total, (
                 f"class {size_class}: free({free}) + in_flight({in_flight}) + "
-                f"resident({resident}) != slots({total})"
+                f"resident({resident}) + retired({retired}) != slots({total})"
             )
         held = self.slots[self.states != State.ABSENT].tolist()
-        everyone = sorted(held + [slot for free in self._free for slot in free])
+        idle = [slot for slots in (*self._free, *self._retired) for slot in slots]
+        everyone = sorted(held + idle)
         assert everyone == list(range(self.num_slots)), "a slot is lost or held twice"
         absent = self.states == State.ABSENT
         assert (self.slots[absent] == NO_SLOT).all(), "an absent expert has a slot"
@@ -160,8 +178,8 @@ class Directory:
         held = set(self.slots[self.states != State.ABSENT].tolist())
         starts = [0, *itertools.accumulate(self.slots_per_class)]
         self._free = [
-            [slot for slot in range(start, end) if slot not in held]
-            for start, end in itertools.pairwise(starts)
+            [slot for slot in range(start, end) if slot not in held | retired]
+            for (start, end), retired in zip(itertools.pairwise(starts), self._retired, strict=True)
         ]
 
     def _vacate(self, key: ExpertKey) -> None:

@@ -7,7 +7,7 @@ clock, the other with neither. Every decision depends on the order of calls, nev
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,6 +139,13 @@ class Residency:
     def end_event(self) -> None:
         assert self.is_done, "the event has members left to compute"
         self._running = None
+
+    def retire(self, slots: Collection[int]) -> None:
+        """Evict what is in these slots and use them no more; between events, nothing pinned."""
+        for key in self.directory.keys_in(State.RESIDENT):
+            if self.directory.slot(key) in slots:
+                self._evict(key)
+        self.directory.retire(slots)
 
     def abort_event(self) -> None:
         """Give up the running event and every load; all transfers have to be over. Nothing stays

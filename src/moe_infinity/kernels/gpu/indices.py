@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moe_infinity.kernels.base import Places
 from moe_infinity.kernels.gpu.launches import Jobs
 from moe_infinity.kernels.gpu.layout import NUM_FIELDS, Row
 
 _ALIGNMENT = 4  # int32 numbers: launches are compiled for tensors that begin at 16 bytes
-Places = list[NDArray[np.int32]]
 
 
 def rows_of(parts: list[torch.Tensor]) -> tuple[torch.Tensor, Places]:
@@ -48,8 +48,8 @@ def of_jobs(
         np.asarray(rows, dtype=np.int64).view(np.int32).ravel(),
         np.array([job for job, *_ in pieces], dtype=np.int32),
         np.concatenate([[0], ends]).astype(np.int32),
-        np.concatenate(token_of),
-        np.concatenate(place_of),
+        np.concatenate(token_of).astype(np.int32, copy=False),
+        np.concatenate(place_of).astype(np.int32, copy=False),
     ]
     table, which, starts, tokens, places = _on_device(numbers, device)
     return Jobs(table.view(torch.int64).view(-1, NUM_FIELDS), which, starts, tokens, places)

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
-from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
+from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Places, Views
 from moe_infinity.kernels.gpu import tuning
-from moe_infinity.kernels.gpu.indices import Places, is_computed, of_jobs, of_one, room_for, rows_of
+from moe_infinity.kernels.gpu.indices import is_computed, of_jobs, of_one, room_for, rows_of
 from moe_infinity.kernels.gpu.launches import Jobs, launch_inner, launch_product
 from moe_infinity.kernels.gpu.layout import (
     DOWN,

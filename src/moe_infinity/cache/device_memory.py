@@ -1,0 +1,135 @@
+"""The bytes of experts on a device: into slots, back to RAM, and who has to wait for whom.
+
+Knows keys, slots and marks; who is loaded and evicted when is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from moe_infinity.cache.device_layout import device_layout
+from moe_infinity.cache.device_slots import DeviceSlots
+from moe_infinity.cache.driven import numbered
+from moe_infinity.cache.uploads import Uploads
+from moe_infinity.checkpoint.base import ExpertStore
+from moe_infinity.devices.base import Device, Mark
+from moe_infinity.kernels.base import Views
+from moe_infinity.kernels.formats import is_viewable, part_views
+from moe_infinity.types import ExpertKey, Priority
+
+HostBytes = tuple[torch.Tensor, Mark | None]  # of an expert's host slot, and what guards them
+
+
+class DeviceMemory:
+    """Slots and the two ways of copying. slot_of: of every expert that is here or coming.
+
+    A load may get another slot than its victim had: each slot's memory remembers on its own what it
+    has to wait for.
+    """
+
+    def __init__(self, store: ExpertStore, slots: DeviceSlots, device: Device) -> None:
+        self.slots = slots
+        self.uploads = Uploads(device)
+        self.layouts = {key: device_layout(spec) for key, spec in store.specs.items()}
+        self.slot_of: dict[ExpertKey, int] = {}
+        self._compute = device.compute
+        self._down = device.new_stream("down")
+        self._free_after: dict[ExpertKey, list[Mark]] = {}  # of coming ones: of their memory
+        self._leaving: dict[int, list[Mark]] = {}  # by slot: copies of what it held, back to RAM
+        self._uploaded: dict[int, Mark] = {}  # by slot: when what was copied to it is there
+        self._awaited: set[int] = set()  # slots for whose mark the computation waits already
+        self._numbers = numbered({key: each.spec for key, each in self.layouts.items()})
+        self._views: dict[int, tuple[int, int, Views]] = {}  # by slot: layout, address, views
+
+    def reserve(self, slots: Mapping[ExpertKey, int]) -> None:
+        """Memory for loads, in these slots; their victims are gone."""
+        launched = self._compute.mark()
+        for key, slot in slots.items():
+            left = [launched, *self._leaving.pop(slot, ())]
+            uploaded = self._uploaded.pop(slot, None)
+            if uploaded is not None:
+                left.append(uploaded)
+            self._awaited.discard(slot)
+            self.slot_of[key] = slot
+            self._free_after[key] = self.slots.renew(slot, left)
+
+    def is_reserved(self, key: ExpertKey) -> bool:
+        """Whether it has memory, and no copy into it was asked for yet."""
+        return key in self._free_after
+
+    def upload(self, key: ExpertKey, host: HostBytes, priority: Priority) -> None:
+        """Copy an expert into its reserved slot."""
+        source, guard = host
+        after = self._free_after.pop(key)
+        if guard is not None:
+            after.append(guard)
+        memory = self.slots.memory(self.slot_of[key])
+        pieces = [
+            (memory[there : there + num_bytes], source[start : start + num_bytes])
+            for start, num_bytes, there in self.layouts[key].segments
+        ]
+        self.uploads.begin(key, pieces, priority, after)
+
+    def arrived(self, key: ExpertKey, mark: Mark) -> None:
+        """Its bytes are there when ``mark`` is reached."""
+        self._uploaded[self.slot_of[key]] = mark
+
+    def give_up(self, key: ExpertKey) -> None:
+        """It will not come."""
+        self._free_after.pop(key, None)
+        del self.slot_of[key]
+
+    def send_down(self, key: ExpertKey, host: HostBytes | None) -> Mark | None:
+        """``key`` leaves its slot; its bytes go to host memory, if there is any for them. Returns
+        the mark of that copy."""
+        slot = self.slot_of.pop(key)
+        if host is None:
+            return None
+        target, guard = host
+        for mark in (guard, self._uploaded.get(slot)):
+            if mark is not None:
+                self._down.after(mark)
+        memory = self.slots.memory(slot)
+        for start, num_bytes, there in self.layouts[key].segments:
+            self._down.copy(target[start : start + num_bytes], memory[there : there + num_bytes])
+        copied = self._down.mark()
+        self._leaving.setdefault(slot, []).append(copied)
+        return copied
+
+    def await_all(self, keys: Iterable[ExpertKey]) -> None:
+        """Let the computation wait until these are there; the host goes on."""
+        for slot in map(self.slot_of.__getitem__, keys):
+            if slot not in self._awaited and slot in self._uploaded:
+                self._compute.after(self._uploaded[slot])
+                self._awaited.add(slot)
+
+    def views_of(self, key: ExpertKey) -> Views:
+        slot, layout = self.slot_of[key], self._numbers[key]
+        memory = self.slots.memory(slot)
+        kept = self._views.get(slot)
+        if kept is not None and kept[:2] == (layout, memory.data_ptr()):
+            return kept[2]
+        spec = self.layouts[key].spec
+        views = part_views(spec, memory)
+        if is_viewable(spec):  # copies must not outlive the call: they are in no budget
+            self._views[slot] = (layout, memory.data_ptr(), views)
+        return views
+
+    def drain(self) -> None:
+        """Copy no more of what is queued, and wait for what was begun."""
+        self.uploads.drain()
+        self._down.mark().wait()
+
+    def hold(self, slots: dict[ExpertKey, int]) -> None:
+        """These are here and nothing else; every copy is over, so nobody has to wait."""
+        for pending in (self._free_after, self._leaving, self._uploaded, self._awaited):
+            pending.clear()
+        self.slot_of = slots
+
+    def give_back(self) -> set[int]:
+        """Let some memory go, when nothing uses it. Returns the slots it was of."""
+        gone = self.slots.give_back()
+        self._views = {slot: kept for slot, kept in self._views.items() if slot not in gone}
+        return gone
