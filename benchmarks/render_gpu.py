@@ -124,7 +124,8 @@ def _assumptions(a: Result) -> str:
         "- A layer reads its attention, router and chosen experts once, and its share of the "
         "output head; KV cache, norms and biases are left out, and victims are not copied back.",
         "- The cache sees a copy arrive when it is there. The live GPU tier takes one for "
-        "resident once it is on a stream, so its feedback on late loads differs.",
+        "resident once it is on a stream: it hears of fewer late loads, cancels fewer and loads "
+        "more ahead, so where the default loads ahead it may wait longer than shown.",
     ]
     return "\n".join(lines)
 
