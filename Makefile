@@ -59,7 +59,7 @@ bench: setup  ## every benchmark, results in benchmarks/results; kernel limits n
 DOMAINS := --prompts benchmarks/prompts/domains.jsonl
 SEEDS := 11 12 13 14 15
 
-traces: setup  ## what benchmarks/policies.py and prediction.py replay: the bundled model's routing
+traces: setup  ## what benchmarks/{policies,prediction,gpu_link}.py replay: the bundled model's routing
 	mkdir -p $(WORK)/traces
 	$(BIN)/moe-infinity trace $(DOMAINS) --logits --hidden --foresight 3 -o $(WORK)/traces/domains.safetensors
 	for seed in $(SEEDS); do $(BIN)/moe-infinity trace $(DOMAINS) --temperature 0.8 --seed $$seed \

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import render_gpu
 import render_policies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ def main() -> None:
         page.write_text(fill(page.read_text()))
     (ROOT / "docs" / "families.md").write_text(families_page(load("families")))
     (ROOT / "docs" / "policies.md").write_text(render_policies.page(load, _provenance))
+    (ROOT / "docs" / "gpu.md").write_text(render_gpu.page(load, _provenance))
 
 
 def load(name: str) -> dict[str, Any]:

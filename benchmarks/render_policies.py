@@ -177,7 +177,7 @@ def _by_gap(rows: Rows, places: list[tuple[str, float]]) -> list[str]:
     names = {r["policy"] for r in rows}
     bounds = sorted((n for n in names if n.startswith(ORACLE)), reverse=True)
     return bounds + sorted(
-        names.difference(bounds), key=lambda name: -_mean_gap(rows, name, places)
+        names.difference(bounds), key=lambda name: (-_mean_gap(rows, name, places), name)
     )
 
 

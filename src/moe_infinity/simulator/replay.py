@@ -17,7 +17,7 @@ from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.directory import Directory
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
-from moe_infinity.residency.runner import EventRunner
+from moe_infinity.residency.runner import ChooseMisses, EventRunner
 from moe_infinity.simulator.cost_model import Cost, SimulatedCarrier
 from moe_infinity.stats import Counters, PhaseCounters
 from moe_infinity.tracing.event import Event
@@ -74,16 +74,17 @@ def replay(
     slots: Sequence[int],
     cost: Cost | None = None,
     carrier: SimulatedCarrier | None = None,
+    choose_misses: ChooseMisses | None = None,
 ) -> Result:
     """Run every pass of ``trace`` through ``policy`` and ``predictor``; the cache starts cold.
 
-    slots: of the one pool, or of one pool per layer.
+    slots: of the one pool, or of one pool per layer. choose_misses: the misses that are loaded.
     """
     shape = trace.shape
     pools = tuple(range(shape.num_layers)) if len(slots) > 1 else (0,) * shape.num_layers
     directory = Directory(shape, tuple(slots), pools)
     residency = Residency(directory, policy, Counters([1] * shape.num_layers))
-    runner = EventRunner(residency, PrefetchPlanner(predictor, directory))
+    runner = EventRunner(residency, PrefetchPlanner(predictor, directory), choose_misses)
     carrier = carrier or SimulatedCarrier(cost or Cost(), shape.top_k)
     passes = list(trace.passes())
     if predictor.needs_future:
