@@ -44,11 +44,11 @@ class Beside:
             self._host.shelf.ask(key)
         return [key for key in misses if key not in self._keys]
 
-    def compute(self, compute: Compute) -> list[ExpertKey]:
-        """Of the event, while the device works on what was launched for it. Returns which."""
+    def compute(self, compute: Compute) -> int:
+        """Of the event, while the device works on what was launched for it; how many they were."""
         keys, self._keys = self._keys, []
         if not keys:
-            return keys
+            return 0
         views = [self._host.views_of(key, self._store.specs[key]) for key in keys]
         start = time.perf_counter()
         compute(keys, views)
@@ -56,7 +56,7 @@ class Beside:
         self.split.learn(len(keys), weight_bytes, time.perf_counter() - start)
         for key in keys:
             self._host.shelf.given_back(key)
-        return keys
+        return len(keys)
 
     def forget(self) -> None:
         """The event was given up, and its pins with it."""

@@ -177,7 +177,7 @@ class HostTier:
             self._to_fill.extend(ExpertKey(layer, e) for layer, n in counts for e in range(n))
 
     def _read(self, load: Load, priority: Priority) -> None:
-        guard = self._guards.pop(load.slot, None)
+        guard = self._guards.get(load.slot)  # stays: a read that is cancelled waits for nothing
         buffer = self.arena.buffer(load.slot)
         after = None if guard is None else guard.wait
         self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority, after)

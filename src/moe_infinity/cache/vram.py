@@ -108,14 +108,8 @@ class VramHierarchy(DrivenHierarchy):
 
     def complete_event(self, event: Event) -> None:
         assert self._computing is not None, "no event is running"
-        if self._beside is None:
-            return
-        keys = self._beside.compute(self._computing)
-        self.counters.now.on_cpu += len(keys)
-        # Or the cache would never hold what is missed again and again; the link has time for it.
-        loads = self.residency.prefetch(keys, event.layer)
-        if loads:
-            self.start(loads, Priority.PREFETCH)
+        if self._beside is not None:
+            self.counters.now.on_cpu += self._beside.compute(self._computing)
 
     def tier_of(self, key: ExpertKey) -> TierName:
         if self.residency.directory.state(key) is State.RESIDENT:

@@ -23,7 +23,8 @@ from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority
 
 _NO_KEYS = np.empty(0, dtype=np.int64)
-# A miss rule: of the missing members of an event, those to load.
+# A miss rule: of the missing members of an event, those to load for it. The others are somebody
+# else's to compute, and are loaded behind the event: or what is missed once would be for ever.
 ChooseMisses = Callable[[Event, list[ExpertKey]], list[ExpertKey]]
 
 
@@ -123,9 +124,10 @@ class EventRunner:
         self.planner.observe(event, found)
         if foreseen is not None and carrier.looks_ahead():
             self.planner.predictor.foresee(event.layer, foreseen)
+        skipped: set[ExpertKey] = set()
         if self.choose_misses is not None:
-            wanted = self.choose_misses(event, found.misses)
-            self.residency.skip(set(found.misses).difference(wanted))
+            skipped = set(found.misses).difference(self.choose_misses(event, found.misses))
+            self.residency.skip(skipped)
         for key in found.disproved:
             carrier.cancel(key)
         for key in found.late:
@@ -135,18 +137,11 @@ class EventRunner:
             self.residency.advise(self.planner.forecast())
         self._admit(carrier)
         self._load_ahead(event.layer, event.phase, carrier)
-        while not self.residency.is_done:
-            self._collect(carrier)
-            self._admit(carrier)
-            ready = self._ready(in_order=event.phase == "prefill")
-            if not ready:
-                carrier.wait()
-                continue
-            self._pending = [key for key in self._pending if key not in ready]
-            carrier.compute(ready)
-            for key in ready:
-                self.residency.finish(key)
+        self._serve(event, carrier)
         self.residency.end_event()
+        behind = self.residency.prefetch(sorted(skipped), event.layer)
+        if behind:
+            carrier.start(behind, Priority.PREFETCH)
 
     def run_hits(self, events: Sequence[Event], carrier: Carrier) -> bool:
         """Serve decode events whose members were computed before; whether all of them only hit.
@@ -179,6 +174,20 @@ class EventRunner:
         """Give up the running event; every transfer has to be over."""
         self.residency.abort_event()
         self._pending.clear()
+
+    def _serve(self, event: Event, carrier: Carrier) -> None:
+        """Until every member that was begun, or waits for a slot, is computed."""
+        while not self.residency.is_done:
+            self._collect(carrier)
+            self._admit(carrier)
+            ready = self._ready(in_order=event.phase == "prefill")
+            if not ready:
+                carrier.wait()
+                continue
+            self._pending = [key for key in self._pending if key not in ready]
+            carrier.compute(ready)
+            for key in ready:
+                self.residency.finish(key)
 
     def _looks_ahead(self, carrier: Carrier) -> bool:
         predictor = self.planner.predictor
