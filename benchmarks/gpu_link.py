@@ -233,7 +233,7 @@ def chosen_predictor(source: Source, name: str, num_slots: int) -> tuple[Any, bo
 
 def ways(source: Source, misses: list[int], slots: tuple[int, ...]) -> list[dict[str, Any]]:
     """Ways out of a miss: of next_use's misses on demand, and replayed, where what the processor
-    computes is not cached; that not where slots stay free for most of the trace."""
+    computes is copied behind the event; that not where slots stay free for most of the trace."""
     setting, num_tokens = source.setting, source.trace.num_tokens
     found = []
     for mode, fixed_s in (("copy", 0.0), *((m, f) for m in ("cpu", "auto") for f in FIXED_S)):

@@ -38,8 +38,9 @@ def page(load: Callable[[str], Result], provenance: Callable[[Result], str]) -> 
         "misses (`miss=copy`, `cpu`, `auto`). Microseconds per token more than with every expert "
         "in the GPU's memory; next_use, nothing loaded ahead. *same misses*: worked out from the "
         "misses of one replay, as if each were cached whichever way it went, and without what is "
-        "computed beside it. *replayed*: what the processor computes is not cached, as in the live "
-        "tier; free slots are filled first, `-` where they last for most of the trace.",
+        "computed beside it. *replayed*: what the processor computes is copied behind the event, as "
+        "the live tier does; free slots are filled first, `-` where they last for most of the "
+        "trace.",
         ways_table(points),
         provenance(result),
     ]
@@ -123,9 +124,6 @@ def _assumptions(a: Result) -> str:
         f"a step costs {' or '.join(f'{f * 1e6:.0f}' for f in a['cpu_fixed_s'])} us besides.",
         "- A layer reads its attention, router and chosen experts once, and its share of the "
         "output head; KV cache, norms and biases are left out, and victims are not copied back.",
-        "- The cache sees a copy arrive when it is there. The live GPU tier takes one for "
-        "resident once it is on a stream: it hears of fewer late loads, cancels fewer and loads "
-        "more ahead, so where the default loads ahead it may wait longer than shown.",
     ]
     return "\n".join(lines)
 
