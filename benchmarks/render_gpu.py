@@ -38,8 +38,8 @@ def page(load: Callable[[str], Result], provenance: Callable[[Result], str]) -> 
         "misses (`miss=copy`, `cpu`, `auto`). Microseconds per token more than with every expert "
         "in the GPU's memory; next_use, nothing loaded ahead. *same misses*: worked out from the "
         "misses of one replay, as if each were cached whichever way it went, and without what is "
-        "computed beside it. *replayed*: what the processor computes is copied behind the event, as "
-        "the live tier does; free slots are filled first, `-` where they last for most of the "
+        "computed beside it. *replayed*: what the processor computes is copied behind the event, "
+        "as in the live tier; free slots are filled first, `-` where they last for most of the "
         "trace.",
         ways_table(points),
         provenance(result),

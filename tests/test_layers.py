@@ -34,7 +34,7 @@ LAYERS = (
     ("plan",),
     ("planning",),
     ("forecast", "original_api", "reporting", "request", "learned", "speeds"),
-    ("assembly",),
+    ("assembly", "device_forecast"),
     ("device_wiring",),
     ("wiring", "preparation"),
     ("engine",),

@@ -66,11 +66,14 @@ def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Pl
     Raises ConfigError or BudgetError.
     """
     device = open_device(config.device, config.needs_device)
-    facts = None
-    if device is not None:
-        sizes = (device.free_bytes(), device.total_bytes())
-        facts = DeviceFacts(device.name, *sizes, device.runtime_bytes, device.host_bytes)
+    facts = None if device is None else facts_of(device)
     return device, make_plan(anatomy, config, facts)
+
+
+def facts_of(device: Device) -> DeviceFacts:
+    """What planning needs to know of it."""
+    sizes = (device.free_bytes(), device.total_bytes())
+    return DeviceFacts(device.name, *sizes, device.runtime_bytes, device.host_bytes)
 
 
 def find_choices(config: EngineConfig) -> tuple[type[CachePolicy], type[ExpertPredictor]]:

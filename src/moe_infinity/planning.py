@@ -74,6 +74,10 @@ class _Needs:
         beside = self.staging_bytes + self.runtime_bytes
         return beside if self._facts else self.computing(context).total + beside
 
+    @property
+    def is_on_device(self) -> bool:
+        return self._facts is not None
+
     def beside_slots(self, context: int) -> int:
         """In the memory that the context has to fit into."""
         if self._facts is None:
@@ -94,7 +98,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None 
     classes, class_of_layer = size_classes(anatomy)
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
-    context, shortest = _contexts(anatomy, config, needs, device_bytes or budget, cache_bytes)
+    context, shortest = _contexts(anatomy, config, needs, device_bytes or budget, classes)
     slots = divide(budget - needs.total(context), smallest, config.ram_slots)
     device = None
     if facts is not None and device_bytes is not None:
@@ -129,12 +133,20 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None 
 
 
 def _contexts(
-    anatomy: Anatomy, config: EngineConfig, needs: _Needs, budget: int, cache_bytes: int
+    anatomy: Anatomy,
+    config: EngineConfig,
+    needs: _Needs,
+    budget: int,
+    classes: list[SizeClass],
 ) -> tuple[int, int]:
-    """The context to plan for, and the shortest that would do. budget: of the memory it is in."""
+    """The context to plan for, and the shortest that would do. budget: of the memory it is in,
+    with the fewest slots."""
+    num_spare = NUM_SPARE if needs.is_on_device else 0
+    fewest = smallest_cache(anatomy, classes)
+    room = budget - sum((n + num_spare) * c.slot_bytes for n, c in fewest)
     context = _context(anatomy, config, needs.kv, budget)
     shortest = config.max_context or min(context, _SHORTEST_CONTEXT)
-    while context > shortest and needs.beside_slots(context) + cache_bytes > budget:
+    while context > shortest and needs.beside_slots(context) > room:
         context = max(shortest, context // 2)
     return context, shortest
 

@@ -16,6 +16,8 @@ from moe_infinity.checkpoint.hub_names import is_hub_id
 from moe_infinity.cli import common
 from moe_infinity.cli.common import DEFAULTS
 from moe_infinity.config import EngineConfig, format_bytes, parse_size
+from moe_infinity.device_forecast import Gpu, device_forecast, parse_gpu
+from moe_infinity.device_plan import DeviceFacts
 
 
 def plan(
@@ -27,6 +29,15 @@ def plan(
     max_context: common.MaxContext = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 1,
     dtype: common.Dtype = None,
+    device: common.Device = DEFAULTS.device,
+    vram: common.Vram = str(DEFAULTS.vram),
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="A GPU that need not be here: memory, link, and GB/s of its memory if known: "
+            "24GiB,pcie4 or 16GiB,12,288."
+        ),
+    ] = None,
     hit_rate: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Known hit rate, instead of a typical.")
     ] = None,
@@ -43,11 +54,14 @@ def plan(
         max_context=max_context,
         max_batch=max_batch,
         dtype=dtype,
+        device="auto" if gpu else device,
+        vram="auto" if gpu else vram,
     )
+    described = parse_gpu(gpu) if gpu else None
     with tempfile.TemporaryDirectory() as scratch:
         remote = is_hub_id(name)
         path = headers_only(name, Path(scratch)) if remote else resolve(name)
-        report = _report(path, config, hit_rate, disk_gbps, measure_here=not remote)
+        report = _report(path, config, described, hit_rate, disk_gbps, measure_here=not remote)
     if json:
         common.print_json(report)
     else:
@@ -57,6 +71,7 @@ def plan(
 def _report(
     path: Path,
     config: EngineConfig,
+    gpu: Gpu | None,
     hit_rate: float | None,
     disk_gbps: float | None,
     measure_here: bool,
@@ -64,27 +79,17 @@ def _report(
     from moe_infinity.assembly import open_checkpoint
     from moe_infinity.forecast import forecast, forms, overhead_s, recommended, verdict
     from moe_infinity.kernels import native
-    from moe_infinity.machine import (
-        Bandwidths,
-        best_reading,
-        measure_memory_gbps,
-    )
     from moe_infinity.model.block_kind import look_usual
     from moe_infinity.model.loading import are_coded, examine
     from moe_infinity.planning import make_plan
-    from moe_infinity.product_speed import measure_matvec_gbps
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         anatomy = examine(checkpoint, config.dtype)
         is_packed = checkpoint.packed_specs is not None
         files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
-    made = make_plan(anatomy, config)
-    read_bytes = next(iter(anatomy.specs.values())).read_bytes
-    speeds = Bandwidths(
-        disk_gbps=disk_gbps or best_reading(files, read_bytes)[0],
-        memory_gbps=measure_memory_gbps(),
-        matvec_gbps=measure_matvec_gbps(read_bytes, _main_format(anatomy)),
-    )
+    facts, link_gbps, device_gbps = _device(config, gpu)
+    made = make_plan(anatomy, config, facts)
+    speeds = _measure(files, anatomy, disk_gbps)
     is_compiled = native.native is not None and look_usual(anatomy)
     other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
     expected = forecast(made, other_s, speeds, hit_rate)
@@ -92,12 +97,46 @@ def _report(
         [] if is_packed or are_coded(anatomy) else forms(made, _bits_of(anatomy), other_s, speeds)
     )
     better = recommended(expected, choices)
+    on_device = None
+    if facts is not None:
+        device_gbps = device_gbps or speeds.memory_gbps
+        measured = (link_gbps, device_gbps, speeds.disk_gbps)
+        on_device = device_forecast(made, anatomy.shape.num_layers, *measured)
     return _facts(made, anatomy) | {
+        "device_forecast": dataclasses.asdict(on_device) if on_device else None,
         "verdict": verdict(made, expected),
         "forecast": dataclasses.asdict(expected),
         "packed": [form._asdict() for form in choices],
         "recommended": better.experts if better else None,
     }
+
+
+def _measure(files: Any, anatomy: Any, disk_gbps: float | None) -> Any:
+    from moe_infinity.machine import Bandwidths, best_reading, measure_memory_gbps
+    from moe_infinity.product_speed import measure_matvec_gbps
+
+    read_bytes = next(iter(anatomy.specs.values())).read_bytes
+    return Bandwidths(
+        disk_gbps=disk_gbps or best_reading(files, read_bytes)[0],
+        memory_gbps=measure_memory_gbps(),
+        matvec_gbps=measure_matvec_gbps(read_bytes, _main_format(anatomy)),
+    )
+
+
+def _device(
+    config: EngineConfig, gpu: Gpu | None
+) -> tuple[DeviceFacts | None, float, float | None]:
+    """What is known of the described device or of this machine's: its memory, its link's GB/s and
+    its memory's (None: the machine's)."""
+    from moe_infinity.assembly import facts_of
+    from moe_infinity.devices.choice import open_device
+
+    if gpu is not None:
+        return gpu.facts(), gpu.link_gbps, gpu.memory_gbps
+    device = open_device(config.device, config.needs_device)
+    if device is None:
+        return None, 0.0, None
+    return facts_of(device), device.link_gbps(), device.memory_gbps()
 
 
 def _facts(made: Any, anatomy: Any) -> dict[str, Any]:
@@ -160,6 +199,9 @@ def _print(name: str, report: dict[str, Any]) -> None:
         f"one token: {report['working_set']} experts, {format_bytes(report['bytes_per_token'])} of "
         f"their weights" + ("" if report["holds_working_set"] else "  <- more than fit at once")
     )
+    if report["device_forecast"]:
+        _print_device(report)
+        return
     print(
         f"decode: about {speed['tokens_per_s']:.1f} tokens/s if {speed['hit_rate']:.0%} of the "
         f"experts are found in memory (typical routing); {speed['tokens_per_s_low']:.1f} if "
@@ -172,6 +214,17 @@ def _print(name: str, report: dict[str, Any]) -> None:
         f"measured here: disk {bandwidths['disk_gbps']:.2f} GB/s, "
         f"{_said(report['expert_formats'][0])} products {bandwidths['matvec_gbps']:.1f} GB/s"
     )
+
+
+def _print_device(report: dict[str, Any]) -> None:
+    speed, name = report["device_forecast"], report["device"]["name"]
+    print(
+        f"decode: about {speed['tokens_per_s']:.1f} tokens/s with typical routing "
+        f"({speed['in_vram']:.0%} of a token's experts on the device, {speed['in_ram']:.0%} in "
+        f"RAM, {speed['on_disk']:.0%} on disk); {speed['tokens_per_s_low']:.1f} if routing is "
+        f"random, {speed['tokens_per_s_high']:.1f} once all lie on the device"
+    )
+    print(f"for {name}; what a layer costs beside bytes is assumed, on no GPU measured")
 
 
 def _print_forms(report: dict[str, Any]) -> None:
