@@ -107,7 +107,7 @@ class TestSpeeds:
 def test_a_model_is_read_as_was_measured_or_asked_for(asked: int | None, expected: int) -> None:
     with MoE(bundled_model_path(), ram="8GiB", num_read_threads=asked) as moe:
         assert len(readers()) == (asked or 4)  # nothing is remembered yet
-        remember(KNOWN, next(iter(moe._hierarchy._store.specs.values())).read_bytes)
+        remember(KNOWN, next(iter(moe._hierarchy.store.specs.values())).read_bytes)
     with MoE(bundled_model_path(), ram="8GiB", num_read_threads=asked) as moe:
         assert len(readers()) == expected
         assert moe._hierarchy._engine._chunk_bytes == 4 * MIB

@@ -90,7 +90,7 @@ class TestNumbers:
         found = logits(path, dtype="float32", kernel="torch")
         assert (found - expected).norm() <= 1e-5 * expected.norm()
         with MoE(path, ram="8GiB") as moe:
-            parts = moe._hierarchy._store.specs[0, 0].parts
+            parts = moe._hierarchy.store.specs[0, 0].parts
             assert [part.format for part in parts] == ["Q4_K", "Q6_K"]
             assert moe.stats().bit_exact
 
