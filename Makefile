@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test check slow bench traces docs clean
+.PHONY: setup demo test check slow gpu bench traces docs clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ check: setup  ## lint, types, import directions
 
 slow: setup  ## every family, gigabytes of disk
 	$(BIN)/python -m pytest -q -m slow
+
+gpu: setup  ## on a machine with an NVIDIA GPU and a CUDA build of torch in $(VENV)
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -q -m gpu
 
 # Where large checkpoints are made: about 40 GB, and as much again for accelerate's copy.
 WORK ?= scratch

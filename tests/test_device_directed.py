@@ -59,10 +59,14 @@ def outcome(path: Path, window: int, is_on: bool, **options: Any) -> Outcome:
         return Outcome(said[0].tolist(), counts, moe.residency(), decode.directed_passes)
 
 
+DEVICES = ["simulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", ["lru", "lfru", "next_use"])
-def test_the_device_decides_as_the_host_would(tiny: Path, policy: str) -> None:
-    by_host = outcome(tiny, NEVER, False, policy=policy)
-    by_device = outcome(tiny, NEVER, True, policy=policy)
+def test_the_device_decides_as_the_host_would(tiny: Path, policy: str, device: str) -> None:
+    by_host = outcome(tiny, NEVER, False, policy=policy, device=device)
+    by_device = outcome(tiny, NEVER, True, policy=policy, device=device)
     assert by_host.num_directed == 0
     assert by_device.num_directed == NUM_NEW - 1
     assert by_host.counts[2] > 0, "nothing was missed: the test says little"
@@ -70,7 +74,7 @@ def test_the_device_decides_as_the_host_would(tiny: Path, policy: str) -> None:
 
 
 def test_both_can_take_turns(tiny: Path) -> None:
-    by_host = outcome(tiny, NEVER, False)
+    by_host = outcome(tiny, NEVER, False, policy="next_use", device="simulated")
     by_turns = outcome(tiny, 2, False)
     assert 0 < by_turns.num_directed < NUM_NEW - 1
     assert by_turns[:3] == by_host[:3]
@@ -78,7 +82,8 @@ def test_both_can_take_turns(tiny: Path) -> None:
 
 def test_with_a_predictor_that_is_not_asked_meanwhile(tiny: Path) -> None:
     by_device = outcome(tiny, NEVER, True, prefetch="gate_lookahead")
-    assert by_device.tokens == outcome(tiny, NEVER, False).tokens
+    by_host = outcome(tiny, NEVER, False, policy="next_use", device="simulated")
+    assert by_device.tokens == by_host.tokens
     assert by_device.num_directed > 0
 
 
@@ -119,7 +124,7 @@ def test_what_cannot_be_recorded_is_launched_and_said(
     def refuse(*_: object) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    by_device = outcome(tiny, NEVER, True)
+    by_device = outcome(tiny, NEVER, True, policy="next_use", device="simulated")
     with opened(tiny, NEVER, True) as moe:
         whole_in_ram(moe)
         monkeypatch.setattr(moe.device, "capture", refuse)

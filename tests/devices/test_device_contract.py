@@ -1,0 +1,146 @@
+"""What every device promises: copies in order, marks that wait, memory that is said to be there."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moe_infinity.checkpoint.direct_io import allocate
+from moe_infinity.devices.base import Device
+from moe_infinity.devices.choice import open_device
+from moe_infinity.devices.simulated import SimulatedDevice
+from moe_infinity.errors import BudgetError
+from support.stores import TurnedClock
+
+MIB = 1024**2
+SIZE = 8 * MIB
+
+
+@pytest.fixture(params=["simulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+    opened = open_device(request.param)
+    assert opened is not None
+    yield opened
+    opened.close()
+    opened.close()
+
+
+def host(fill: int) -> torch.Tensor:
+    """[SIZE] uint8 of page-aligned memory, as slots are."""
+    made = torch.frombuffer(allocate(SIZE), dtype=torch.uint8)
+    return made.fill_(fill)
+
+
+def test_bytes_go_up_and_down(device: Device) -> None:
+    source, back, there = host(7), host(0), device.allocate(SIZE)
+    up, down = device.new_stream("up"), device.new_stream("down")
+    up.copy(there, source)
+    down.after(up.mark())
+    down.copy(back, there)
+    mark = down.mark()
+    mark.wait()
+    assert mark.is_reached()
+    assert (back == 7).all()
+
+
+def test_a_stream_keeps_its_order(device: Device) -> None:
+    there, back, up = device.allocate(SIZE), host(0), device.new_stream("up")
+    for fill in (1, 2, 3):
+        up.copy(there, host(fill))
+        up.mark().wait()
+    down = device.new_stream("down")
+    down.copy(back, there)
+    down.mark().wait()
+    assert (back == 3).all()
+
+
+def test_the_computation_waits_on_the_device(device: Device) -> None:
+    there, up = device.allocate(SIZE), device.new_stream("up")
+    source = host(5)
+    assert device.pin(source) in (True, False)
+    up.copy(there, source)
+    device.compute.after(up.mark())
+    assert int(there.sum()) == 5 * SIZE
+    assert device.take_stall_s() >= 0
+    device.close()
+
+
+def test_what_was_launched_is_waited_for(device: Device) -> None:
+    there, up = device.allocate(SIZE), device.new_stream("up")
+    there.fill_(1)
+    total = there.sum(dtype=torch.int64)
+    up.after(device.compute.mark())
+    up.copy(there, host(9))
+    up.mark().wait()
+    assert int(total) == SIZE
+    assert int(there[0]) == 9
+
+
+def test_work_is_recorded_without_being_done(device: Device) -> None:
+    number = torch.zeros(4, device=device.torch_device)
+
+    def add() -> None:
+        number.add_(1)
+
+    add()
+    again = device.capture(add)
+    assert number.tolist() == [1.0] * 4
+    again()
+    again()
+    assert number.tolist() == [3.0] * 4
+
+
+def test_speeds_and_sizes_are_positive(device: Device) -> None:
+    assert device.link_gbps() > 0
+    assert (device.memory_gbps() or 1) > 0
+    assert 0 < device.free_bytes() <= device.total_bytes()
+    assert device.name
+
+
+def test_more_than_there_is_is_refused(device: Device) -> None:
+    with pytest.raises(BudgetError, match="expected at most the"):
+        device.allocate(device.total_bytes() * 2)
+
+
+class TestSimulated:
+    """Beyond the contract: copies take effect when they end, and the link's time is kept."""
+
+    def test_a_copy_is_not_there_before_its_time(self) -> None:
+        clock = TurnedClock()
+        device = SimulatedDevice(1.0, clock)
+        there, up = device.allocate(SIZE), device.new_stream("up")
+        there.zero_()
+        up.copy(there, host(1))
+        mark = up.mark()
+        clock.at_s = 0.99 * SIZE / 1e9
+        assert not mark.is_reached()
+        assert not there.any()
+        clock.at_s = SIZE / 1e9
+        assert mark.is_reached()
+        assert there.all()
+
+    def test_one_direction_is_shared_and_the_other_is_not(self) -> None:
+        clock = TurnedClock()
+        device = SimulatedDevice(1.0, clock)
+        there, other = device.allocate(SIZE), device.allocate(SIZE)
+        for stream in (device.new_stream("up"), device.new_stream("up")):
+            stream.copy(there, host(1))
+            stream.mark().wait()
+        assert clock.at_s == pytest.approx(2 * SIZE / 1e9)
+        up, down = device.new_stream("up"), device.new_stream("down")
+        before_s = clock.at_s
+        up.copy(there, host(1))
+        down.copy(host(0), other)
+        up.mark().wait()
+        down.mark().wait()
+        assert clock.at_s - before_s == pytest.approx(SIZE / 1e9)
+
+    def test_stall_is_what_the_computation_waited(self) -> None:
+        clock = TurnedClock()
+        device = SimulatedDevice(1.0, clock)
+        there, up = device.allocate(SIZE), device.new_stream("up")
+        up.copy(there, host(1))
+        clock.at_s = 0.25 * SIZE / 1e9
+        device.compute.after(up.mark())
+        assert device.take_stall_s() == pytest.approx(0.75 * SIZE / 1e9)
+        assert device.take_stall_s() == 0
