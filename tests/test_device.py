@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_infinity import MoE, bundled_model_path
+from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.errors import BudgetError, ConfigError, DeviceError, MoEInfinityError
 from support.engine import BUDGET, generate, leaving_nothing
 
@@ -111,6 +112,14 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with leaving_nothing(), pytest.raises(error, match=words):
         MoE(tiny, **{"ram": BUDGET, "device": "simulated", **options})
+
+
+def test_a_gpu_without_bf16_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimulatedDevice, "has_bf16", False)
+    with leaving_nothing(), pytest.raises(ConfigError, match="choose dtype float16"):
+        MoE(tiny, ram=BUDGET, device="simulated", dtype="bfloat16")
+    with MoE(tiny, ram=BUDGET, device="simulated", dtype="float16") as moe:
+        generate(moe)
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch was built for CUDA")

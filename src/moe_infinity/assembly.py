@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import NamedTuple, cast
 
+import torch
+
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
@@ -66,6 +68,11 @@ def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Pl
     Raises ConfigError or BudgetError.
     """
     device = open_device(config.device, config.needs_device)
+    if device is not None and not device.has_bf16 and anatomy.dtype is torch.bfloat16:
+        raise ConfigError(
+            f"dtype: got bfloat16, which {device.name} does not compute in (before Ampere), "
+            f"expected another; choose dtype float16 or float32"
+        )
     facts = None if device is None else facts_of(device)
     return device, make_plan(anatomy, config, facts)
 

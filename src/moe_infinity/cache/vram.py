@@ -217,10 +217,12 @@ class VramHierarchy(DrivenHierarchy):
         assert not above, f"in both tiers, and the shelf does not know: {above}"
 
     def close(self) -> None:
-        self._abort()
-        self.device.close()
-        self._host.close()
-        self.memory.slots.close()
+        try:
+            self._abort()
+            self.device.close()
+        finally:  # also of a device that was lost
+            self._host.close()
+            self.memory.slots.close()
 
     def _is_lost(self, key: ExpertKey) -> bool:
         return self._host.holds(key) and not self._host.shelf.lies_above(key)

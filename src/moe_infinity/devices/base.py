@@ -49,12 +49,13 @@ class Device(ABC):
 
     name: for reports. torch_device: where tensors have to be. compute: the stream on which torch
     and our kernels launch. runtime_bytes: what driver and libraries take of its memory; host_bytes:
-    and, once kernels are there, of RAM.
+    and, once kernels are there, of RAM. has_bf16: whether it computes in bfloat16.
     """
 
     name: str
     runtime_bytes: int = 0
     host_bytes: int = 0
+    has_bf16: bool = True
     torch_device: torch.device
     compute: Stream
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -57,7 +58,11 @@ class CudaDevice(Device):
 
     def pin(self, host: torch.Tensor) -> bool:
         refused = _cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
-        return int(refused) == 0
+        if int(refused) == 0:
+            return True
+        with contextlib.suppress(RuntimeError):  # the refusal waits to be raised by the next launch
+            torch.empty(1, device=self.torch_device).zero_()
+        return False
 
     def unpin(self, host: torch.Tensor) -> None:
         _cuda.cudart().cudaHostUnregister(host.data_ptr())
@@ -108,7 +113,8 @@ class CudaDevice(Device):
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = _cuda.CUDAGraph()
-        with _cuda.graph(graph):
+        # Other threads may meanwhile wait for events of their own.
+        with _cuda.graph(graph, capture_error_mode="thread_local"):
             work()
         replay: Callable[[], None] = graph.replay
         return replay
