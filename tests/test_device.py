@@ -53,6 +53,14 @@ def test_the_device_changes_no_bit(options: dict[str, Any], without: list[torch.
     assert all(map(torch.equal, said, without))
 
 
+def test_another_kernel_beside_the_device_is_near() -> None:
+    """The processor computes with its own kernel, the device with torch's."""
+    said = logits(device="simulated", vram_slots=13, miss="cpu", kernel="torch", dtype="float32")
+    plain = logits(device="cpu", kernel="torch", dtype="float32")
+    for ours, theirs in zip(said, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 def test_report_counts_each_tier(tiny: Path) -> None:
     with leaving_nothing(), MoE(tiny, ram=BUDGET, device=NARROW, vram_slots=8, ram_slots=9) as moe:
         generate(moe, 16)

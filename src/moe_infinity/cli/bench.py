@@ -43,6 +43,9 @@ def bench(
     ] = None,
     ram: common.Ram = str(DEFAULTS.ram),
     ram_slots: common.RamSlots = None,
+    device: common.Device = DEFAULTS.device,
+    vram: common.Vram = str(DEFAULTS.vram),
+    miss: common.Miss = DEFAULTS.miss,
     kernel: common.Kernel = DEFAULTS.kernel,
     policy: common.Policy = DEFAULTS.policy,
     prefetch: common.Prefetch = DEFAULTS.prefetch,
@@ -61,6 +64,7 @@ def bench(
 
     length = max(prompt_tokens, depth)
     options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "kernel": kernel}
+    options |= {"device": device, "vram": vram, "miss": miss}
     options |= {"policy": policy, "prefetch": prefetch, "max_context": length + new_tokens}
     with MoE(model or str(bundled_model_path()), **options) as moe:
         _require_context(moe, length + new_tokens)
@@ -71,7 +75,8 @@ def bench(
         facts = {
             "model": moe.path.name,
             "kernel": moe.kernel.name,
-            "slots": moe.plan.num_slots,
+            "device": moe.stats().device,
+            "slots": moe.stats().slots,
             "experts_total": moe.plan.experts_total,
             "prompt_tokens": length,
             "new_tokens": new_tokens,

@@ -21,6 +21,8 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     ram: common.Ram = str(DEFAULTS.ram),
     ram_slots: common.RamSlots = None,
+    device: common.Device = DEFAULTS.device,
+    vram: common.Vram = str(DEFAULTS.vram),
     max_context: common.MaxContext = None,
     dtype: common.Dtype = None,
     policy: common.Policy = DEFAULTS.policy,
@@ -38,6 +40,8 @@ def chat(
 
     options: dict[str, Any] = {
         "ram": ram,
+        "device": device,
+        "vram": vram,
         "ram_slots": ram_slots,
         "max_context": max_context,
         "dtype": dtype,

@@ -44,6 +44,13 @@ Device = Annotated[
 Vram = Annotated[
     str, typer.Option(help="Memory of the device: a size such as 8GiB, or auto: what is free.")
 ]
+Miss = Annotated[
+    str,
+    typer.Option(
+        help="With a device, what a miss in its memory becomes: copy (bit-exact); cpu: computed "
+        "in RAM; auto: both at once, as far as it pays."
+    ),
+]
 Kernel = Annotated[
     str,
     typer.Option(help="native (compiled), triton (GPUs), torch, or auto: the best there is."),

@@ -30,6 +30,7 @@ def run(
     dtype: common.Dtype = None,
     device: common.Device = DEFAULTS.device,
     vram: common.Vram = str(DEFAULTS.vram),
+    miss: common.Miss = DEFAULTS.miss,
     kernel: common.Kernel = DEFAULTS.kernel,
     policy: common.Policy = DEFAULTS.policy,
     prefetch: common.Prefetch = DEFAULTS.prefetch,
@@ -56,7 +57,7 @@ def run(
         "dtype": dtype,
     }
     options |= {"device": device, "policy": policy, "prefetch": prefetch, "seed": seed}
-    options |= {"kernel": kernel, "vram": vram}
+    options |= {"kernel": kernel, "vram": vram, "miss": miss}
     sampling = _sampling(temperature, top_p, top_k, max_new_tokens)
     with MoE(path, **options) as moe:
         if verify:

@@ -130,7 +130,7 @@ class ExpertsLayer:
         out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype, device=x.device)
 
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
-            if views[0].on_host and not x.is_cpu:
+            if views[0].on_host:
                 self._compute_beside(x, out, views, [places[key.expert] for key in keys])
                 return
             where = [places[key.expert] for key in keys]  # positions in [T * K]
