@@ -59,11 +59,12 @@ def outcome(path: Path, window: int, is_on: bool, **options: Any) -> Outcome:
         return Outcome(said[0].tolist(), counts, moe.residency(), decode.directed_passes)
 
 
-DEVICES = ["simulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU, SLOW = pytest.mark.gpu, pytest.mark.slow  # kernels of all policies: tests/kernels/gpu
+CASES = [pytest.param(name, "cuda", marks=GPU) for name in ("lru", "lfru", "next_use")]
+CASES += [pytest.param(name, "simulated", marks=SLOW) for name in ("lru", "lfru")]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("policy", ["lru", "lfru", "next_use"])
+@pytest.mark.parametrize(("policy", "device"), [("next_use", "simulated"), *CASES])
 def test_the_device_decides_as_the_host_would(tiny: Path, policy: str, device: str) -> None:
     by_host = outcome(tiny, NEVER, False, policy=policy, device=device)
     by_device = outcome(tiny, NEVER, True, policy=policy, device=device)
