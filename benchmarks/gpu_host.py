@@ -1,4 +1,4 @@
-"""What the host does for a layer of a token while it directs a device: decisions, routing, the rest.
+"""What the host does for a layer of a token while it directs a device.
 
 A simulated device with a link of no cost, and experts that compute nothing: what is left is what a
 GPU would wait for between its kernels, were it infinitely quick. The bundled model; its own small

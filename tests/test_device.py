@@ -8,7 +8,16 @@ import torch
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.devices.simulated import SimulatedDevice
-from moe_infinity.errors import BudgetError, ConfigError, DeviceError, MoEInfinityError
+from moe_infinity.errors import (
+    BudgetError,
+    ConfigError,
+    DeviceError,
+    MoEInfinityError,
+    PlanExceededError,
+)
+from moe_infinity.kernels.packed import PackedMatrix
+from moe_infinity.model.packed_linears import attach_packed, move
+from support.encoder_decoder import switch
 from support.engine import BUDGET, generate, leaving_nothing
 
 PROMPT = torch.randint(1, 4000, (1, 40), generator=torch.Generator().manual_seed(3))  # [1, S] int64
@@ -196,3 +205,86 @@ class TestOutOfMemory:
             self.once(moe, monkeypatch, torch.AcceleratorError("an illegal memory access"))
             with pytest.raises(DeviceError, match=r"lost in mid-run \(an illegal memory access\)"):
                 generate(moe)
+
+
+class TestAsOnTheCpu:
+    """What the library and its users may pass, and get, does not depend on the device."""
+
+    def test_the_model_is_called_alike(self, tiny: Path) -> None:
+        def passed(device: str, **options: Any) -> list[Any]:
+            seen: list[Any] = []
+
+            def look(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+                tensors = {k: v for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
+                seen.append({name: list(tensor.shape) for name, tensor in tensors.items()})
+
+            with MoE(tiny, ram=BUDGET, device=device) as moe:
+                moe.model.model.register_forward_pre_hook(look, with_kwargs=True)
+                head = moe.model.lm_head
+                head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+                generate(moe, 4, **options)
+            return seen
+
+        assert len(passed("cpu")) == 2 * 4
+        assert passed("simulated") == passed("cpu")
+        given = {"logits_to_keep": 1}
+        assert passed("simulated", **given) == passed("cpu", **given)
+
+    def test_left_padding(self, tiny: Path) -> None:
+        ids = torch.arange(1, 13).view(2, 6)
+        ids[1, :2] = 0
+        mask = torch.ones_like(ids)
+        mask[1, :2] = 0
+
+        def said(device: str) -> torch.Tensor:
+            with MoE(tiny, ram=BUDGET, device=device, max_batch=2) as moe:
+                return moe.generate(
+                    ids,
+                    max_new_tokens=4,
+                    attention_mask=mask,
+                    eos_token_id=None,
+                    pad_token_id=0,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ).logits[-1]
+
+        assert torch.equal(said("simulated"), said("cpu"))
+
+
+def test_a_pass_of_an_encoder_and_a_decoder_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their caches have parts that cannot be taken back."""
+    switch().save_pretrained(tmp_path)
+    with MoE(tmp_path, ram=BUDGET, device="simulated") as moe:
+        block = moe.model.get_decoder().block[-1]
+        real, calls = block.forward, []
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise torch.OutOfMemoryError("no room")
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(block, "forward", failing)
+        with pytest.raises(BudgetError, match="open the model with less vram"):
+            generate(moe)
+        moe.check_integrity()
+
+
+def test_room_for_a_pass_is_the_devices(tiny: Path) -> None:
+    with MoE(tiny, ram=BUDGET, device="simulated", vram="64MiB", max_context=64) as moe:
+        assert moe.plan.device is not None
+        moe.plan.require_room(moe.plan.device.workspace_bytes, "a pass")
+        with pytest.raises(PlanExceededError, match="one pass needs"):
+            moe.plan.require_room(moe.plan.device.budget_bytes + 1, "a pass")
+
+
+def test_placeholders_of_coded_layers_stay_small() -> None:
+    linear = torch.nn.Linear(64, 64, bias=False)
+    linear.weight = torch.nn.Parameter(torch.full((1,), torch.nan).expand(64, 64), False)
+    attach_packed(linear, PackedMatrix("Q8_0", 64, 64, torch.zeros(64 * 68, dtype=torch.uint8)))
+    model = torch.nn.Sequential(linear, torch.nn.Linear(4, 4))
+    move(model, torch.device("meta"))
+    assert linear.weight.untyped_storage().nbytes() == 4
+    assert linear.weight.device.type == model[1].weight.device.type == "meta"

@@ -4,6 +4,8 @@ Triton's interpreter stands for the GPU: kernels, hand-over and account are the 
 """
 
 import functools
+import gc
+import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from moe_infinity import MoE
+from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.residency.meters import QuickerMeter
 from support.engine import BUDGET, IDS, leaving_nothing
 
@@ -119,12 +122,78 @@ def test_recording_needs_the_host(tiny: Path) -> None:
         assert moe.stats().decode.directed_passes == 2
 
 
+def test_nothing_is_recorded_before_it_was_done_once(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is compiled must not be so in a recording. And a recording must not ask the host."""
+    order: list[str] = []
+    real = DirectedExperts.run
+    monkeypatch.setattr(
+        DirectedExperts, "run", lambda self, *a: order.append("layer") or real(self, *a)
+    )
+    with opened(tiny, 2, False) as moe:
+        whole_in_ram(moe)
+        monkeypatch.setattr(
+            moe.device, "capture", lambda work: order.append("record") or (lambda: work())
+        )
+        moe.generate(PROMPT, max_new_tokens=NUM_NEW + 2, eos_token_id=None)
+    assert "record" in order
+    assert order.index("record") >= 3  # layers
+
+
+def test_positions_that_are_given_are_used(tiny: Path) -> None:
+    def logits(kernel: str, position: int) -> torch.Tensor:
+        with MoE(tiny, ram=BUDGET, device="simulated", kernel=kernel) as moe:
+            cache = moe.new_cache()
+            moe(PROMPT, past_key_values=cache)
+            given = {"past_key_values": cache, "position_ids": torch.tensor([[position]])}
+            return moe(PROMPT[:, :1], **given).logits.float()
+
+    near = {"rtol": 2e-2, "atol": 2e-2}
+    here, far = logits("triton", 4), logits("triton", 50)
+    torch.testing.assert_close(here, logits("torch", 4), **near)
+    torch.testing.assert_close(far, logits("torch", 50), **near)
+    assert not torch.allclose(here, far, **near)
+
+
+def test_a_request_lets_go_of_its_cache(tiny: Path) -> None:
+    with opened(tiny, NEVER, True) as moe:
+        cache = moe.new_cache()
+        moe.generate(PROMPT, max_new_tokens=3, eos_token_id=None, past_key_values=cache)
+        kept = weakref.ref(cache)
+        del cache
+        gc.collect()
+        assert kept() is None
+
+
+def test_a_hand_over_that_fails_leaves_no_wrong_expert(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = outcome(tiny, NEVER, True, policy="next_use", device="simulated").tokens
+    with opened(tiny, NEVER, True) as moe:
+        whole_in_ram(moe)
+        directory = moe._wiring._runtime.directed._directory
+        with monkeypatch.context() as patch:
+            patch.setattr(directory, "store_to", raising(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                moe.generate(PROMPT, max_new_tokens=4, eos_token_id=None)
+        moe.check_integrity()
+        assert not any(layer["vram"] for layer in moe.residency())
+        said = moe.generate(PROMPT, max_new_tokens=NUM_NEW, eos_token_id=None)
+        assert said[0].tolist() == expected
+
+
+def raising(error: BaseException) -> Any:
+    def call(*_: object) -> Any:
+        raise error
+
+    return call
+
+
 def test_what_cannot_be_recorded_is_launched_and_said(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> Any:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
+    refuse = raising(RuntimeError("operation not permitted when stream is capturing"))
     by_device = outcome(tiny, NEVER, True, policy="next_use", device="simulated")
     with opened(tiny, NEVER, True) as moe:
         whole_in_ram(moe)

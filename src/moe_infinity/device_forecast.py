@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from moe_infinity.config import parse_size
 from moe_infinity.device_plan import DeviceFacts
+from moe_infinity.devices.cuda import HOST_BYTES, RUNTIME_BYTES
 from moe_infinity.errors import ConfigError
 from moe_infinity.forecast import expected_hit_rate
 from moe_infinity.plan import Plan
@@ -17,7 +18,6 @@ _MEMORY_GBPS = 450.0  # of its own memory, where nothing is said: a card of the 
 # A host that starts each layer's kernels, and the library around them: assumed, on no GPU measured.
 _LAYER_S, _TOKEN_S = 60e-6, 1e-3
 _OVERLAP = 0.5  # as in forecast.py: a layer's residents are multiplied while its misses come
-_RUNTIME_BYTES, _HOST_BYTES = 700 * 1024**2, 512 * 1024**2  # as devices/cuda.py reckons
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Gpu:
     def facts(self) -> DeviceFacts:
         """Of a card on which nothing else runs."""
         size, name = self.memory_bytes, f"a GPU with a link of {self.link_gbps:g} GB/s"
-        return DeviceFacts(name, size, size, _RUNTIME_BYTES, _HOST_BYTES)
+        return DeviceFacts(name, size, size, RUNTIME_BYTES, HOST_BYTES)
 
 
 @dataclass(frozen=True)

@@ -74,10 +74,12 @@ class DeviceWiring:
         """The request is over: the host has the last word on its account."""
         self._began_s = None
         directed = self._runtime.directed
-        if directed is not None:
-            directed.end()
         if self._runtime.observer is not None:
             self._runtime.observer.is_paused = False
+        if self._static is not None:
+            self._static.forget()  # the next request has a cache of its own, and room for one
+        if directed is not None:
+            directed.end()
 
     def close(self) -> None:
         self._pressure.close()
@@ -89,6 +91,7 @@ class DeviceWiring:
             self._runtime.directed = None
         if self._static is not None:
             self._static.directed = None
+            self._static.forget()
 
     def _tell_meter(self, is_lone: bool, was_directed: bool) -> None:
         """From the begin of a pass of decode to that of the next: the host waits in between, for it

@@ -77,7 +77,8 @@ class Plan:
 
     def require_room(self, needed_bytes: int, what: str) -> None:
         """Raise PlanExceededError if one pass needs more than its workspace and what is left."""
-        room = self.workspace_bytes + max(0, self.budget_bytes - self.used_bytes)
+        where = self.device or self  # of the two memories, the one that is computed in
+        room = where.workspace_bytes + max(0, where.budget_bytes - where.used_bytes)
         if needed_bytes > room:
             raise PlanExceededError(
                 f"{what}: one pass needs {format_bytes(needed_bytes)} for activations and logits, "

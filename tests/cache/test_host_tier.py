@@ -40,7 +40,7 @@ def test_a_cancelled_read_leaves_what_guards_its_slot() -> None:
         assert place is not None
         down = device.new_stream("down")
         down.copy(place[0], torch.zeros(STORE.slot_bytes, dtype=torch.uint8))
-        host.guard(BACK, down.mark())
+        host.taken_back(BACK, down.mark())
         assert not host.ask(DROPPED, Priority.PREFETCH, counters)  # in the place of BACK
         host.cancel(DROPPED)
         assert [each.arrived for each in host.collect(counters)] == [False]

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +190,32 @@ def test_a_disproved_prefetch_is_cancelled_between_chunks() -> None:
         assert hierarchy.residency.directory.state(ExpertKey(1, 1)) is State.ABSENT
         assert hierarchy.counters.decode.wasted_loads == 1
         run(hierarchy, decode(1, 1))
+
+
+def test_what_is_computed_from_is_not_overwritten_yet() -> None:
+    device = SimulatedDevice(24.0, TurnedClock())
+    with vram_hierarchy(SHAPE, STORE, 3, TOTAL, device=device, num_spare=0) as hierarchy:
+        run(hierarchy, decode(0, 0, 1, 2))
+        device.compute.lag_s = 7.0  # what was launched for these three takes so long
+        before_s = device.now_s()
+        run(hierarchy, decode(1, 0, 1, 2))
+        assert device.now_s() >= before_s + 7.0
+
+
+def test_memory_that_was_given_up_still_waits() -> None:
+    """A slot's new memory is waited for by whoever gets it next, if its first load never comes."""
+    device = SimulatedDevice(24.0, TurnedClock())
+    with vram_hierarchy(SHAPE, STORE, 3, TOTAL, device=device, num_spare=1) as hierarchy:
+        memory, key = hierarchy.memory, ExpertKey(0, 0)
+        memory.reserve({key: 0})
+        pending = device.new_stream("down")
+        pending.copy(torch.zeros(SLOT_BYTES, dtype=torch.uint8), memory.slots.memory(0))
+        memory._free_after[key].append(pending.mark())
+        memory.give_up(key)
+        memory.reserve({ExpertKey(0, 1): 0})
+        left = [mark.at_s for room in memory.slots._spare for mark in room[0].ready]
+        assert pending.mark().at_s in left
+        memory.give_up(ExpertKey(0, 1))
 
 
 def test_a_failed_read_leaves_nothing_behind() -> None:

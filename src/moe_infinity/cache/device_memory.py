@@ -77,9 +77,9 @@ class DeviceMemory:
         self._uploaded[self.slot_of[key]] = mark
 
     def give_up(self, key: ExpertKey) -> None:
-        """It will not come."""
-        self._free_after.pop(key, None)
-        del self.slot_of[key]
+        """It will not come. Whoever gets the slot's memory next waits for what it would have."""
+        slot = self.slot_of.pop(key)
+        self._leaving.setdefault(slot, []).extend(self._free_after.pop(key, ()))
 
     def send_down(self, key: ExpertKey, host: HostBytes | None) -> Mark | None:
         """``key`` leaves its slot; its bytes go to host memory, if there is any for them. Returns
@@ -97,6 +97,12 @@ class DeviceMemory:
         copied = self._down.mark()
         self._leaving.setdefault(slot, []).append(copied)
         return copied
+
+    def is_there(self, key: ExpertKey) -> bool:
+        """Whether the computation need not wait for it."""
+        slot = self.slot_of[key]
+        mark = self._uploaded.get(slot)
+        return mark is None or slot in self._awaited or mark.is_reached()
 
     def await_all(self, keys: Iterable[ExpertKey]) -> None:
         """Let the computation wait until these are there; the host goes on."""
@@ -127,6 +133,10 @@ class DeviceMemory:
         for pending in (self._free_after, self._leaving, self._uploaded, self._awaited):
             pending.clear()
         self.slot_of = slots
+
+    def close(self) -> None:
+        self._views.clear()
+        self.slots.close()
 
     def give_back(self) -> set[int]:
         """Let some memory go, when nothing uses it. Returns the slots it was of."""

@@ -111,7 +111,7 @@ class DeviceSlots:
         old.ready = left
         spare.append(old)
         new = self._rooms[slot] = spare.popleft()
-        return new.ready
+        return list(new.ready)
 
     def close(self) -> None:
         self._rooms.clear()

@@ -177,6 +177,10 @@ class DrivenHierarchy(Hierarchy, Carrier):
         for key in keys:
             now.computed_bytes += self.store.specs[key].weight_bytes
 
+    def ended_event(self) -> None:
+        """Time that passes from now on is no event's."""
+        self._event_ended_s = None
+
     def count_wait(self, stall_s: float) -> None:
         """The computation has waited for a load."""
         self._stalled_s += stall_s

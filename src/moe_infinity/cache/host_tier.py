@@ -136,12 +136,17 @@ class HostTier:
 
     def take_back(self, key: ExpertKey) -> tuple[torch.Tensor, Mark | None] | None:
         """Where the bytes of an expert that leaves the device belong, and what their copy has to
-        wait for; ``guard`` it. None: nothing is to be copied."""
+        wait for; say that they are ``taken_back``. None: nothing is to be copied."""
         load = self.shelf.take_back(key)
         if load is None:
             return None
         self.arena.buffer(load.slot)
         return self.arena.tensor(load.slot), self._guards.get(load.slot)
+
+    def taken_back(self, key: ExpertKey, mark: Mark) -> None:
+        """Their copy is on a stream; it is over when ``mark`` is reached."""
+        self.guard(key, mark)
+        self.shelf.complete(key)
 
     def take_activity(self) -> tuple[float, int]:
         return self._engine.take_activity()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from moe_infinity.cache.base import Compute
 from moe_infinity.cache.beside import Beside
 from moe_infinity.cache.device_memory import DeviceMemory
@@ -76,7 +78,8 @@ class VramHierarchy(DrivenHierarchy):
         what is left is needed."""
         self._abort()
         gone = self.memory.give_back()
-        self.residency.retire(gone)
+        self.residency.clear(gone)
+        self.residency.directory.retire(gone)
         self._start_anew()
         return len(gone)
 
@@ -84,9 +87,16 @@ class VramHierarchy(DrivenHierarchy):
         """Whether nothing is on its way, and nothing loaded ahead awaits its verdict."""
         return not self._coming and not self.residency.room.ahead
 
+    def forget_slots(self) -> None:
+        """What the slots hold is not known any more."""
+        self.residency.abort_event()
+        self.residency.clear()
+        self._start_anew()
+
     def taken_over(self) -> None:
         """The device has changed its slots by itself, in the order of its computation, and the
         directory says how by now."""
+        self.ended_event()
         self._start_anew()
 
     def begin_request(self) -> None:
@@ -99,7 +109,8 @@ class VramHierarchy(DrivenHierarchy):
 
     def begin_pass(self, phase: Phase, *seen: object) -> None:
         self._host.shelf.begin_pass(phase)
-        self._host.fill(self.counters)
+        with self._undone_if_interrupted():
+            self._host.fill(self.counters)
         super().begin_pass(phase, *seen)  # type: ignore[arg-type]
 
     def run_event(self, event: Event, compute: Compute, *foreseen: object) -> None:
@@ -176,8 +187,12 @@ class VramHierarchy(DrivenHierarchy):
             self.memory.uploads.wait()
 
     def compute(self, keys: list[ExpertKey]) -> None:
-        self.memory.await_all(keys)
-        super().compute(keys)
+        """What is there is launched before the computation waits for what is on its way."""
+        here = [key for key in keys if self.memory.is_there(key)]
+        coming = [key for key in keys if key not in here]
+        for some in filter(None, (here, coming)):
+            self.memory.await_all(some)
+            super().compute(some)
 
     def views_of(self, key: ExpertKey) -> Views:
         return self.memory.views_of(key)
@@ -217,12 +232,11 @@ class VramHierarchy(DrivenHierarchy):
         assert not above, f"in both tiers, and the shelf does not know: {above}"
 
     def close(self) -> None:
-        try:
-            self._abort()
-            self.device.close()
-        finally:  # also of a device that was lost
-            self._host.close()
-            self.memory.slots.close()
+        with contextlib.ExitStack() as closing:  # all of it, also of a device that was lost
+            closing.callback(self.memory.close)
+            closing.callback(self._host.close)
+            closing.callback(self.device.close)
+            closing.callback(self._abort)
 
     def _is_lost(self, key: ExpertKey) -> bool:
         return self._host.holds(key) and not self._host.shelf.lies_above(key)
@@ -231,7 +245,7 @@ class VramHierarchy(DrivenHierarchy):
         host = self._host.take_back(victim)
         copied = self.memory.send_down(victim, host)
         if copied is not None:
-            self._host.guard(victim, copied)
+            self._host.taken_back(victim, copied)
             self.counters.demote(victim.layer)
 
     def _upload(self, key: ExpertKey) -> None:

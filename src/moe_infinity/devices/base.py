@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -49,13 +50,15 @@ class Device(ABC):
 
     name: for reports. torch_device: where tensors have to be. compute: the stream on which torch
     and our kernels launch. runtime_bytes: what driver and libraries take of its memory; host_bytes:
-    and, once kernels are there, of RAM. has_bf16: whether it computes in bfloat16.
+    and, once kernels are there, of RAM. has_bf16: whether it computes in bfloat16. reads_host:
+    whether its kernels find pinned memory at the host's own addresses.
     """
 
     name: str
     runtime_bytes: int = 0
     host_bytes: int = 0
     has_bf16: bool = True
+    reads_host: bool = True
     torch_device: torch.device
     compute: Stream
 
@@ -86,12 +89,16 @@ class Device(ABC):
 
     @abstractmethod
     def link_gbps(self) -> float:
-        """Bytes that pinned memory delivers, 1e9 a second; measured once where it has to be."""
+        """Bytes that pinned memory delivers, 1e9 a second. Known from the start, as is the next."""
 
     @abstractmethod
     def memory_gbps(self) -> float | None:
-        """Bytes that the device reads of its own memory, 1e9 a second; measured once. None: its
-        memory is the machine's."""
+        """Bytes that the device reads of its own memory, 1e9 a second. None: its memory is the
+        machine's."""
+
+    def computing(self) -> AbstractContextManager[object]:
+        """While it is open, what the calling thread launches goes to ``compute``."""
+        return nullcontext()
 
     @abstractmethod
     def take_stall_s(self) -> float:

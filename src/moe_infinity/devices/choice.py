@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from moe_infinity.devices.base import Device
 from moe_infinity.devices.simulated import PCIE4_GBPS, SimulatedDevice
-from moe_infinity.errors import ConfigError
+from moe_infinity.errors import ConfigError, DeviceError
+
+
+@contextlib.contextmanager
+def computing_on(device: Device | None) -> Iterator[None]:
+    """What the calling thread launches goes to the device's own stream. Raises DeviceError where
+    the device does not answer any more, wherever that is noticed."""
+    try:
+        with contextlib.nullcontext() if device is None else device.computing():
+            yield
+    except torch.AcceleratorError as error:
+        name = device.name if device is not None else "the device"
+        raise DeviceError(
+            f"{name}: lost in mid-run ({str(error).splitlines()[0]}), expected it to answer; see "
+            f"the system's log, and open the model anew"
+        ) from error
 
 
 def open_device(name: str, needed_by: str = "") -> Device | None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import sys
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -17,9 +20,9 @@ _cuda: Any = torch.cuda  # which is typed in parts only
 _OLDEST_DRIVER = "525"  # of CUDA 12, which torch's builds need
 # What a context, cuBLAS's workspace and loaded kernels take, and in RAM beside what is resident
 # after the start: an estimate on the safe side, not measured.
-_RUNTIME_BYTES = 700 * 1024**2
-_HOST_BYTES = 512 * 1024**2
-_MEASURED_BYTES = 256 * 1024**2  # beyond the caches of every card
+RUNTIME_BYTES = 700 * 1024**2
+HOST_BYTES = 512 * 1024**2
+_MEASURED_BYTES = 128 * 1024**2  # beyond the caches of every card
 _MEASURED_RUNS = 5
 _MOST_OPEN_STALLS = 512  # events that are kept until it is known when they were reached
 
@@ -27,8 +30,8 @@ _MOST_OPEN_STALLS = 512  # events that are kept until it is known when they were
 class CudaDevice(Device):
     """One GPU. Raises ConfigError where there is none, or none that can be used."""
 
-    runtime_bytes = _RUNTIME_BYTES
-    host_bytes = _HOST_BYTES
+    runtime_bytes = RUNTIME_BYTES
+    host_bytes = HOST_BYTES
 
     def __init__(self, index: int = 0) -> None:
         _require_cuda(index)
@@ -36,12 +39,14 @@ class CudaDevice(Device):
         properties = _cuda.get_device_properties(index)
         self.name = properties.name
         self.has_bf16 = properties.major >= 8
-        _cuda.set_device(index)
+        self.reads_host = sys.platform == "linux" and "microsoft" not in platform.release().lower()
         self._stalls: deque[tuple[Any, Any]] = deque()
         self._stall_s = 0.0
-        self._link_gbps: float | None = None
-        self._memory_gbps: float | None = None
-        self.compute = _CudaStream(_cuda.current_stream(index), self._stalls)
+        self._pool: Any = None  # of all recordings: one runs at a time
+        self._stream = _cuda.default_stream(index)
+        self.compute = _CudaStream(self._stream, self._stalls)
+        with self.computing():
+            self._link_gbps, self._memory_gbps = self._measure()
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         try:
@@ -77,18 +82,27 @@ class CudaDevice(Device):
         return int(_cuda.mem_get_info(self.torch_device)[1])
 
     def link_gbps(self) -> float:
-        if self._link_gbps is None:
-            host = torch.ones(_MEASURED_BYTES, dtype=torch.uint8).pin_memory()
-            there = torch.empty_like(host, device=self.torch_device)
-            copy = partial(there.copy_, host, non_blocking=True)
-            self._link_gbps = _MEASURED_BYTES / self._best_s(copy) / 1e9
         return self._link_gbps
 
     def memory_gbps(self) -> float | None:
-        if self._memory_gbps is None:
-            there = torch.ones(_MEASURED_BYTES // 4, device=self.torch_device)
-            self._memory_gbps = _MEASURED_BYTES / self._best_s(there.sum) / 1e9
         return self._memory_gbps
+
+    def computing(self) -> AbstractContextManager[object]:
+        inside = ExitStack()
+        inside.enter_context(_cuda.device(self.torch_device))
+        inside.enter_context(_cuda.stream(self._stream))
+        return inside
+
+    def _measure(self) -> tuple[float, float]:
+        """Of the link and of its own memory; before there is a plan, and nothing is kept."""
+        host = torch.ones(_MEASURED_BYTES, dtype=torch.uint8).pin_memory()
+        there = torch.empty_like(host, device=self.torch_device)
+        copy_s = self._best_s(partial(there.copy_, host, non_blocking=True))
+        read_s = self._best_s(there.view(torch.float32).sum)
+        del host, there
+        _cuda.empty_cache()
+        torch._C._host_emptyCache()
+        return _MEASURED_BYTES / copy_s / 1e9, _MEASURED_BYTES / read_s / 1e9
 
     def _best_s(self, work: Callable[[], object]) -> float:
         """Seconds of the quickest of several runs, by the device's own clock."""
@@ -113,9 +127,17 @@ class CudaDevice(Device):
 
     def capture(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = _cuda.CUDAGraph()
-        # Other threads may meanwhile wait for events of their own.
-        with _cuda.graph(graph, capture_error_mode="thread_local"):
-            work()
+        self._pool = self._pool or _cuda.graph_pool_handle()
+        try:
+            # Other threads may meanwhile wait for events of their own.
+            with _cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                _cuda.synchronize(self.torch_device)
+            raise
+        finally:  # a recording that breaks off leaves its own stream behind
+            _cuda.set_stream(self._stream)
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -118,6 +118,9 @@ class SimulatedDevice(Device):
             heapq.heappush(self._begun, (ends_s, next(self._order), copy))
         return ends_s
 
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
     def has_reached(self, at_s: float) -> bool:
         if self._clock.now_s() < at_s:
             return False
@@ -173,10 +176,12 @@ class _Copies(Stream):
 
 
 class _Computation(Stream):
-    """The calling thread computes: what it has begun is done."""
+    """The calling thread computes. lag_s: how long after that it counts as done, for others to wait
+    for, as on a device that works on its own."""
 
     def __init__(self, device: SimulatedDevice) -> None:
         self._device = device
+        self.lag_s = 0.0
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
@@ -186,4 +191,4 @@ class _Computation(Stream):
         self._device.count_stall(self._device.wait_until(mark.at_s))
 
     def mark(self) -> Mark:
-        return _At(self._device, 0.0)
+        return _At(self._device, self._device.now_s() + self.lag_s if self.lag_s else 0.0)

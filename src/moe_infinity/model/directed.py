@@ -60,15 +60,20 @@ class DirectedExperts:
         self._passes, self.is_on = 0, True
 
     def end(self) -> None:
-        """Give back to the host: directory, policy, and the account of what happened."""
+        """Give back to the host: directory, policy, and the account of what happened. If that fails
+        the device's slots hold nothing: RAM has it all."""
         if not self.is_on:
             return
         self.is_on = False
         residency = self._hierarchy.residency
-        self._read()
-        passing = self._directory.store_to(residency.directory, residency.policy)
-        residency.room.take_passing(0, passing)
+        try:
+            passing = self._directory.store_to(residency.directory, residency.policy)
+            residency.room.take_passing(0, passing)
+        except BaseException:
+            self._hierarchy.forget_slots()
+            raise
         self._hierarchy.taken_over()
+        self._read()
 
     def end_pass(self) -> None:
         self._passes += 1
@@ -163,4 +168,5 @@ def is_ready(hierarchy: VramHierarchy) -> bool:
     """Whether it can now: every expert is in RAM that the device reads, and nothing is moving."""
     shelf, arena = hierarchy.host.shelf, hierarchy.host.arena
     num_here = int((shelf.directory.states == State.RESIDENT).sum())
-    return arena.fault is None and hierarchy.is_idle() and num_here == len(hierarchy.store.specs)
+    reads_all = hierarchy.device.reads_host and arena.fault is None
+    return reads_all and hierarchy.is_idle() and num_here == len(hierarchy.store.specs)

@@ -129,9 +129,13 @@ class ExpertsLayer:
         allocate = torch.empty if routed.all() else torch.zeros
         out = allocate((num_tokens * top_k, x.shape[-1]), dtype=x.dtype, device=x.device)
 
+        # Before anything is launched: later the host would wait for that too.
+        on_host = None if self._runtime.host_kernel is None else x.cpu()
+
         def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             if views[0].on_host:
-                self._compute_beside(x, out, views, [places[key.expert] for key in keys])
+                assert on_host is not None, "misses are copied: nobody computes in RAM"
+                self._compute_beside(on_host, out, views, [places[key.expert] for key in keys])
                 return
             where = [places[key.expert] for key in keys]  # positions in [T * K]
             tokens = [place // top_k for place in where]
@@ -155,8 +159,8 @@ class ExpertsLayer:
         views: list[Views],
         where: list[NDArray[np.int64]],
     ) -> None:
-        """On the processor what lies in RAM, for a model on a device: tokens are brought over, and
-        results back. where: of each expert, its positions in out [T * K, H]."""
+        """On the processor what lies in RAM, for a model on a device: x is in RAM too, results are
+        brought over. where: of each expert, its positions in out [T * K, H]."""
         assert self._runtime.host_kernel is not None, "misses are copied: nobody computes in RAM"
         top_k = len(out) // len(x)
         places = torch.from_numpy(np.concatenate(where))
@@ -164,7 +168,7 @@ class ExpertsLayer:
         ends = np.cumsum([len(each) for each in where])
         rows = np.split(np.arange(len(places)), ends[:-1])
         tokens = [each // top_k for each in where]
-        self._runtime.host_kernel.run_placed(self.math, views, x.cpu(), results, tokens, rows)
+        self._runtime.host_kernel.run_placed(self.math, views, x, results, tokens, rows)
         out[places.to(out.device)] = results.to(out.device)
 
     def _event(

@@ -80,7 +80,12 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     @property
     def has_begun(self) -> bool:
         """Whether its memory is there, and holds one row."""
-        return self._room is not None and self._room[0].shape[0] == 1
+        room = self._room
+        return (
+            room is not None
+            and room[0].shape[0] == 1
+            and self.keys.data_ptr() == room[0].data_ptr()  # else they were put in another order
+        )
 
     def keep(self, length: int) -> None:
         """The memory holds ``length`` tokens, whatever was said before: passes with a fixed place

@@ -32,9 +32,13 @@ def move(model: nn.Module, device: torch.device) -> None:
     """Bring every weight to ``device``, coded ones too."""
     if device.type == "cpu":
         return
-    model.to(device)
     for module, weight in _coded(model):
         attach_packed(module, weight.to(device))
+        if 0 in module.weight.stride():  # one number for all, which ``to`` would write out
+            there = torch.full((1,), torch.nan, dtype=module.weight.dtype, device=device)
+            placeholder = there.expand(module.weight.shape)
+            module.weight = nn.Parameter(placeholder, requires_grad=False)
+    model.to(device)
 
 
 def run_packed(model: nn.Module, kernel: ExpertKernel) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from moe_infinity.cache.vram import VramHierarchy
-from moe_infinity.errors import BudgetError, DeviceError
+from moe_infinity.errors import BudgetError
 from moe_infinity.model.kv_cache import PreallocatedLayer
+from moe_infinity.model.standing import stand_aside, stand_before
 
 _log = logging.getLogger(__name__)
 
@@ -26,16 +27,14 @@ class UnderPressure:
     ) -> None:
         self.fault: str | None = None
         self._model, self._hierarchy = model, hierarchy
-        self._stock: Callable[..., Any] = model.forward
         self._give_up_direction = give_up_direction
-        model.forward = self.forward
+        self._stock = stand_before(model, self.forward)
 
     def close(self) -> None:
-        self._model.__dict__.pop("forward", None)
+        stand_aside(self._model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises BudgetError where a pass cannot be done again or nothing is left to give, and
-        DeviceError where the device does not answer any more."""
+        """Raises BudgetError where a pass cannot be done again or nothing is left to give."""
         cache = kwargs.get("past_key_values")
         length = cache.get_seq_length() if cache is not None else 0
         while True:
@@ -45,17 +44,12 @@ class UnderPressure:
                 self._make_room(error, cache)
                 for layer in getattr(cache, "layers", ()):
                     layer.keep(length)
-            except torch.AcceleratorError as error:
-                name = self._hierarchy.device.name
-                raise DeviceError(
-                    f"{name}: lost in mid-run ({str(error).splitlines()[0]}), expected it to "
-                    f"answer; see the system's log, and open the model anew"
-                ) from error
 
     def _make_room(self, error: BaseException, cache: Any) -> None:
         self._give_up_direction()
-        layers = getattr(cache, "layers", ())
-        can_again = all(type(layer) is PreallocatedLayer for layer in layers)
+        layers = getattr(cache, "layers", ())  # other kinds have what cannot be taken back
+        is_plain = bool(layers) and all(type(layer) is PreallocatedLayer for layer in layers)
+        can_again = cache is None or is_plain
         num_gone = self._hierarchy.shrink() if can_again else 0
         if not num_gone:
             raise BudgetError(

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moe_infinity.devices.base import Device
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
+from moe_infinity.model.standing import stand_before
 
 _log = logging.getLogger(__name__)
 _SHORTEST = 256  # keys attended to at least
@@ -37,19 +38,23 @@ class StaticDecode:
         self.directed: DirectedExperts | None = None
         self.fault: str | None = None
         self._model, self._device = model, device
-        self._stock: Callable[..., Any] = model.forward
         self._max_context = max_context
         where = device.torch_device
         self._token = torch.zeros((1, 1), dtype=torch.int64, device=where)
-        self._position = torch.zeros(1, dtype=torch.int64, device=where)
+        self._position = torch.zeros(1, dtype=torch.int64, device=where)  # in the cache
+        self._turn = torch.zeros((1, 1), dtype=torch.int64, device=where)  # as the model counts
         self._places = torch.arange(max_context, device=where)
         self._logits: dict[int, torch.Tensor] = {}  # by length
         self._recorded: dict[int, Callable[[], None]] = {}
+        self._warm: set[int] = set()  # lengths whose kernels are compiled
         self._cache: Any = None
-        model.forward = self.forward
+        self._stock = stand_before(model, self.forward)
 
-    def close(self) -> None:
-        self._model.__dict__.pop("forward", None)
+    def forget(self) -> None:
+        """Let go of the cache that was used last and of what was recorded over its memory."""
+        self._recorded.clear()
+        self._logits.clear()
+        self._cache = None
 
     def can(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call is a pass of one token that can go this way."""
@@ -59,7 +64,9 @@ class StaticDecode:
         if any(kwargs[name] is not None for name in kwargs.keys() - _KNOWN - _HARMLESS):
             return False
         layers = getattr(cache, "layers", ())
-        length = cache.get_seq_length()
+        length, turn = cache.get_seq_length(), kwargs.get("position_ids")
+        if turn is not None and turn.shape != (1, 1):
+            return False
         mask = kwargs.get("attention_mask")
         is_plain = mask is None or (mask.dim() == 2 and mask.shape[1] == length + 1)
         begun = all(type(each) is PreallocatedLayer and each.has_begun for each in layers)
@@ -71,13 +78,13 @@ class StaticDecode:
         if args or not self.can(kwargs) or self._is_masked(kwargs):
             return self._stock(*args, **kwargs)
         cache = kwargs["past_key_values"]
-        if cache is not self._cache:  # what was recorded has its memory in it
-            self._recorded.clear()
-            self._logits.clear()
+        if cache is not self._cache:
+            self.forget()
             self._cache = cache
-        position = cache.get_seq_length()
+        position, turn = cache.get_seq_length(), kwargs.get("position_ids")
         self._token.copy_(kwargs["input_ids"])
         self._position.fill_(position)
+        self._turn.copy_(self._position[None] if turn is None else turn)
         length = min(self._max_context, max(_SHORTEST, 1 << position.bit_length()))
         self._run(length)
         for layer in cache.layers:
@@ -87,20 +94,23 @@ class StaticDecode:
         return CausalLMOutputWithPast(logits=self._logits[length].clone(), past_key_values=cache)
 
     def _run(self, length: int) -> None:
-        """A length's first pass readies what it needs, the second is recorded. Without the device's
-        own direction there is a host in it: nothing to record."""
+        """Without the device's own direction there is a host in a pass: nothing to record. With it
+        the first pass of a length compiles what it needs, which must not happen in a recording."""
         if self.directed is None or not self.directed.is_on or self.fault:
             self._pass(length)
         elif length in self._recorded:
             self._recorded[length]()
-        elif length in self._logits:
+        elif length in self._warm and length in self._logits:
             self._record(length)
         else:
             self._pass(length)
+            self._warm.add(length)
 
     def _record(self, length: int) -> None:
         try:
             self._recorded[length] = self._device.capture(lambda: self._pass(length))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             self.fault = (
                 f"decode was not recorded as a graph ({error}); it is launched piece by piece"
@@ -116,7 +126,7 @@ class StaticDecode:
         with self._in_place(length):
             said = self._stock(
                 input_ids=self._token,
-                position_ids=self._position[None],
+                position_ids=self._turn,
                 attention_mask=seen,
                 past_key_values=self._cache,
                 use_cache=True,

@@ -140,12 +140,11 @@ class Residency:
         assert self.is_done, "the event has members left to compute"
         self._running = None
 
-    def retire(self, slots: Collection[int]) -> None:
-        """Evict what is in these slots and use them no more; between events, nothing pinned."""
+    def clear(self, slots: Collection[int] | None = None) -> None:
+        """Evict what is in these slots, or in all; between events, with nothing pinned."""
         for key in self.directory.keys_in(State.RESIDENT):
-            if self.directory.slot(key) in slots:
+            if slots is None or self.directory.slot(key) in slots:
                 self._evict(key)
-        self.directory.retire(slots)
 
     def abort_event(self) -> None:
         """Give up the running event and every load; all transfers have to be over. Nothing stays

@@ -87,15 +87,12 @@ class Shelf:
             self.directory.unpin(key)
 
     def take_back(self, key: ExpertKey) -> Load | None:
-        """The tier above lets ``key`` go. Returns where its bytes belong, resident at once; None
-        if they are here still, or everything is pinned and it is lost."""
+        """The tier above lets ``key`` go. Returns where its bytes belong, a load that is to be
+        ``complete``d; None if they are here still, or everything is pinned and it is lost."""
         self._above[self.directory.flat(key)] = False
         if self.directory.state(key) is not State.ABSENT:
             return None
-        load = self._begin(key)
-        if load is not None:
-            self.directory.complete(key)
-        return load
+        return self._begin(key)
 
     def lies_above(self, key: ExpertKey) -> bool:
         return bool(self._above[self.directory.flat(key)])
