@@ -9,6 +9,7 @@ Legend of letters: E experts of a layer, B bytes of an expert in its file.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import shutil
@@ -66,6 +67,10 @@ class Wanted:
         if num_layers is not None:
             options["num_hidden_layers"] = num_layers
         return CONFIG_MAPPING[options.pop("model_type")](**options)
+
+
+def replaced(wanted: Wanted, changes: dict[str, Any]) -> Wanted:
+    return dataclasses.replace(wanted, changes=changes)
 
 
 def make(wanted: Wanted, work: Path, most_bytes: int) -> dict[str, Any]:
