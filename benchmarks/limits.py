@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -138,9 +139,10 @@ def provenance(argv: list[str] | None = None) -> dict[str, str]:
     from moe_infinity.machine import cpu_name, num_cores
 
     root = Path(__file__).resolve().parent.parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True
-    ).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    with contextlib.suppress(OSError):  # a lent machine may have no git
+        commit = subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip()
     shown = argv or ["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]
     return {
         "command": " ".join(_anonymous(word) for word in shown),

@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -142,20 +143,27 @@ def safetensors_header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_shard(path: Path, entries: Sequence[Entry], seed: int) -> None:
+def write_shard(path: Path, entries: Sequence[Entry], seed: int, device: str = "cpu") -> None:
     with path.open("wb") as file:
         file.write(safetensors_header(entries))
         for entry in entries:
-            tensor = entry.fill(named_generator(entry.name, seed)).contiguous()
+            tensor = entry.fill(named_generator(entry.name, seed, device)).contiguous().cpu()
             got, expected = (tensor.dtype, tuple(tensor.shape)), (entry.dtype, entry.shape)
             assert got == expected, f"{entry.name}: filled {got}, planned {expected}"
             file.write(tensor.view(torch.uint8).numpy().data)
 
 
 def write_checkpoint(
-    entries: Iterable[Entry], out: Path, *, seed: int, shard_bytes: int = SHARD_BYTES
+    entries: Iterable[Entry],
+    out: Path,
+    *,
+    seed: int,
+    shard_bytes: int = SHARD_BYTES,
+    num_threads: int = 1,
+    device: str = "cpu",
 ) -> int:
-    """Write weights and index below `out`, one tensor in memory at a time; returns their bytes.
+    """Write weights and index below `out`, one tensor of a thread in memory at a time; returns
+    their bytes. device: where they are drawn; other numbers on another, alike in distribution.
 
     Raises CheckpointRefused if `out` holds something already or the disk has too little room.
     """
@@ -163,11 +171,14 @@ def write_checkpoint(
     total_bytes = sum(entry.num_bytes for shard in shards for entry in shard)
     check_room(out, total_bytes)
     out.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard(out / file_name, shard, seed)
-        weight_map |= {entry.name: file_name for entry in shard}
+    names = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+    with ThreadPoolExecutor(num_threads) as pool:
+        list(
+            pool.map(
+                lambda name, shard: write_shard(out / name, shard, seed, device), names, shards
+            )
+        )
+    weight_map = {e.name: name for name, shard in zip(names, shards, strict=True) for e in shard}
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
     return total_bytes
@@ -185,9 +196,9 @@ def check_room(out: Path, need_bytes: int) -> None:
         )
 
 
-def named_generator(name: str, seed: int) -> torch.Generator:
+def named_generator(name: str, seed: int, device: str = "cpu") -> torch.Generator:
     """A generator of its own per tensor, so that no tensor depends on the order of writing."""
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
 
 
 # --- Widening --------------------------------------------------------------------------------
@@ -198,7 +209,7 @@ def split_columns(
 ) -> torch.Tensor:
     """Share [R, C] out over F equal inputs, [R, F * C], with noise that sums to 0 over them."""
     rows, columns = weight.shape
-    noise = torch.empty(rows, factor, columns).normal_(generator=generator)
+    noise = torch.empty(rows, factor, columns, device=weight.device).normal_(generator=generator)
     noise -= noise.mean(dim=1, keepdim=True)
     # Taking the mean away costs 1/F of the variance.
     std = NOISE_SHARE * weight.std() / factor / math.sqrt(1 - 1 / factor)
@@ -209,7 +220,7 @@ def split_columns(
 def widened(
     weight: torch.Tensor, rule: str, factor: int, dtype: torch.dtype, generator: torch.Generator
 ) -> torch.Tensor:
-    weight = weight.float()
+    weight = weight.to(generator.device).float()
     if rule == "tile":
         weight = weight.repeat(*[1] * (weight.dim() - 1), factor)
     if rule.startswith("repeat"):
@@ -252,7 +263,13 @@ def widened_entries(source: Path, factor: int, dtype: torch.dtype) -> list[Entry
 
 
 def write_widened(
-    source: Path, out: Path, factor: int, *, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    source: Path,
+    out: Path,
+    factor: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> int:
     """Write `source` (a Qwen3-MoE in one file) with F times its width and the same outputs.
 
@@ -267,7 +284,8 @@ def write_widened(
             f"{source}: cannot widen model type {config['model_type']!r} {factor} times;"
             " expected a qwen3_moe and a factor of at least 2"
         )
-    total_bytes = write_checkpoint(widened_entries(source, factor, dtype), out, seed=seed)
+    entries = widened_entries(source, factor, dtype)
+    total_bytes = write_checkpoint(entries, out, seed=seed, device=device)
     for size in ("hidden_size", "intermediate_size", "moe_intermediate_size"):
         config[size] *= factor
     config |= {"tie_word_embeddings": False, "dtype": str(dtype).removeprefix("torch.")}
@@ -308,7 +326,9 @@ def checkpoint_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def normal(
     shape: Sequence[int], std: float, dtype: torch.dtype, g: torch.Generator
 ) -> torch.Tensor:
-    weight = torch.empty(*shape, dtype=dtype)
+    weight = torch.empty(*shape, dtype=dtype, device=g.device)
+    if g.device.type != "cpu":
+        return weight.normal_(0, std, generator=g)
     block = torch.empty(min(BLOCK_WEIGHTS, weight.numel()))
     for part in weight.view(-1).split(BLOCK_WEIGHTS):
         part.copy_(block[: part.numel()].normal_(0, std, generator=g))
@@ -334,9 +354,11 @@ class RandomWeights:
         if len(shape) == 1:
             return torch.full(shape, float(name.endswith("norm.weight")), dtype=self.dtype)
         if re.search(r"\.(gate|router)\.weight$", name):
-            return self.router(shape, generator).to(self.dtype)
+            on_cpu = torch.Generator().manual_seed(generator.initial_seed())
+            return self.router(shape, on_cpu).to(self.dtype)
         if name.endswith("embed_tokens.weight"):
-            return normal(shape, 1, self.dtype, generator).add_(self.common.to(self.dtype))
+            weight = normal(shape, 1, self.dtype, generator)
+            return weight.add_(self.common.to(weight))
         std = 1 / math.sqrt(shape[-1])
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             std /= math.sqrt(2 * self.num_layers)  # keeps the residual stream level, as in GPT-2
@@ -356,11 +378,27 @@ class RandomWeights:
 
 
 def write_random(
-    config: Any, out: Path, *, routing: str, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+    config: Any,
+    out: Path,
+    *,
+    routing: str,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    **writing: Any,
 ) -> int:
-    """Write random weights for `config`, without a tokenizer; returns bytes of weights."""
+    """Write random weights for `config`, without a tokenizer; returns bytes of weights. writing:
+    options of `write_checkpoint`."""
     from transformers import GenerationConfig
 
+    entries = random_entries(config, routing, dtype, seed)
+    total_bytes = write_checkpoint(entries, out, seed=seed, **writing)
+    config.dtype = dtype
+    config.save_pretrained(out)
+    GenerationConfig.from_model_config(config).save_pretrained(out)
+    return total_bytes
+
+
+def random_entries(config: Any, routing: str, dtype: torch.dtype, seed: int) -> list[Entry]:
     common = torch.zeros(config.hidden_size)
     if routing == "skewed":
         common = torch.randint(0, 2, common.shape, generator=named_generator("", seed)) * 2.0 - 1
@@ -370,12 +408,7 @@ def write_random(
         fill: Fill = lambda generator: weights.draw(name, shape, generator)  # noqa: E731
         return Entry(name=name, shape=shape, dtype=dtype, fill=fill)
 
-    entries = [entry(name, shape) for name, shape in checkpoint_shapes(config).items()]
-    total_bytes = write_checkpoint(entries, out, seed=seed)
-    config.dtype = dtype
-    config.save_pretrained(out)
-    GenerationConfig.from_model_config(config).save_pretrained(out)
-    return total_bytes
+    return [entry(name, shape) for name, shape in checkpoint_shapes(config).items()]
 
 
 # --- Command line ----------------------------------------------------------------------------

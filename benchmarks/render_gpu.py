@@ -43,6 +43,7 @@ def page(load: Callable[[str], Result], provenance: Callable[[Result], str]) -> 
         "trace.",
         ways_table(points),
         provenance(result),
+        _measured(load, provenance),
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
 
@@ -183,3 +184,88 @@ def _head(cells: list[str]) -> list[str]:
 
 def _row(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def _measured(load: Callable[[str], Result], provenance: Callable[[Result], str]) -> str:
+    """What benchmarks/gpu.py found on a GPU; "" where it was not run."""
+    try:
+        result = load("gpu")
+    except FileNotFoundError:
+        return ""
+    if result["version"] != 1 or result["is_dry"]:
+        raise ValueError("results/gpu.json: expected version 1 of a run that was not --dry")
+    facts = result["facts"]
+    made = [
+        f"- {name}: {each['form']}, {each['layers']} of {each['of_layers']} layers, "
+        f"{each['bytes'] / 1e9:.1f} GB; {each['routing']}."
+        for name, each in result["checkpoints"].items()
+    ]
+    parts = [
+        f"## Measured: {facts.get('gpu', '?')}",
+        f"Link {facts.get('link_gbps') or 0:.1f} GB/s, memory {facts.get('memory_gbps') or 0:.0f} "
+        f"GB/s, torch {facts.get('torch')}, transformers {facts.get('transformers')}, triton "
+        f"{facts.get('triton')}. tokens/s and TPOT: median of passes once a graph is recorded; "
+        "*of the limit*: bytes missed over the link's speed or bytes computed over the memory's, "
+        "whichever takes longer, over the time taken. Host and device take turns, medians.",
+        "\n".join(made),
+        "\n".join(measured_lines(result)),
+        provenance(result),
+    ]
+    return "\n\n".join(parts)
+
+
+def measured_lines(result: Result) -> list[str]:
+    """The table of benchmarks/gpu.py, for a terminal and for a page."""
+    head = ["point", "context", "directed by", "in VRAM", "tokens/s", "TPOT", "TTFT", "hit rate"]
+    lines = _head([*head, "MB/token", "GB/s", "of the limit"])
+    for point in result["points"]:
+        lines += [_measured_row(point, row) for row in point["runs"]]
+        if "chosen" in point:
+            row = point["chosen"]
+            lines.append(
+                _measured_row(point, {**row, "context": "", "way": f"chosen: {row['way']}"})
+            )
+    for peer in result["peers"]:
+        if "failed" in peer:
+            lines.append(_row([peer["name"], peer["failed"], *[""] * 9]))
+        elif "tpot_s" in peer:
+            cells = [f"{peer['steady_tokens_per_s']:.1f}", f"{peer['tpot_s'] * 1e3:.1f} ms"]
+            lines.append(
+                _row([peer["name"], "", "", "", *cells, f"{peer['ttft_s']:.2f} s", *[""] * 4])
+            )
+    left_out = [f"not run: {each['step']} ({each['reason']})" for each in result["skipped"]]
+    left_out += [f"failed: {each['step']}: {each['error']}" for each in result["failures"]]
+    said = [*_correct_lines(result["correctness"]), *left_out]
+    return lines + [""] * bool(said) + [f"- {line}" for line in said]
+
+
+def _correct_lines(correctness: Result) -> list[str]:
+    """What had to be equal, and how far the logits are from stock's."""
+    lines = []
+    for name, found in correctness.items():
+        if not found or "summary" in found:
+            lines.append(f"{name}: {found['summary'] if found else 'not run'}")
+            continue
+        said = [f"{part} failed" for part, each in found.items() if "failed" in each]
+        if "failed" not in found["logits"]:
+            logits = found["logits"]
+            spread = max(logits["stock_spread"].values(), default=0.0)
+            ours = ", ".join(f"{k} {v:.2g}" for k, v in logits["ours"].items())
+            said.insert(0, f"from stock's logits {ours} (its own spread {spread:.2g})")
+        if "failed" not in found["directions"]:
+            same = all(all(each["same"].values()) for each in found["directions"].values())
+            said.append(f"host and device {'agree' if same else 'DIFFER'}")
+        if "failed" not in found["capacities"]:
+            same = found["capacities"]["same_bits"] and found["capacities"]["same_tokens"]
+            said.append(f"small and large budgets {'agree' if same else 'DIFFER'}")
+        lines.append(f"{name}: " + "; ".join(said))
+    return lines
+
+
+def _measured_row(point: Point, row: Result) -> str:
+    hit_rate = row["hit_rate"]
+    cells = [point["name"], str(row["context"]), row["way"], f"{point['share_in_vram']:.0%}"]
+    cells += [f"{row['steady_tokens_per_s']:.1f}", f"{row['tpot_s'] * 1e3:.1f} ms"]
+    cells += [f"{row['ttft_s']:.2f} s", "-" if hit_rate is None else f"{hit_rate:.1%}"]
+    cells += [_mb(row["link_bytes_per_token"]), f"{row['link_gbps']:.1f}"]
+    return _row([*cells, f"{row['of_limit']:.0%}"])
