@@ -73,8 +73,10 @@ def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Pl
             f"dtype: got bfloat16, which {device.name} does not compute in (before Ampere), "
             f"expected another; choose dtype float16 or float32"
         )
-    facts = None if device is None else facts_of(device)
-    return device, make_plan(anatomy, config, facts)
+    plan = make_plan(anatomy, config, None if device is None else facts_of(device))
+    if device is not None and plan.device is not None:
+        device.limit(plan.device.budget_bytes)
+    return device, plan
 
 
 def facts_of(device: Device) -> DeviceFacts:

@@ -59,8 +59,10 @@ class DeviceMemory:
         """Whether it has memory, and no copy into it was asked for yet."""
         return key in self._free_after
 
-    def upload(self, key: ExpertKey, host: HostBytes, priority: Priority) -> None:
-        """Copy an expert into its reserved slot."""
+    def upload(
+        self, key: ExpertKey, host: HostBytes, priority: Priority, in_chunks: bool = True
+    ) -> None:
+        """Copy an expert into its reserved slot. in_chunks: see Uploads.begin."""
         source, guard = host
         after = self._free_after.pop(key)
         if guard is not None:
@@ -70,7 +72,7 @@ class DeviceMemory:
             (memory[there : there + num_bytes], source[start : start + num_bytes])
             for start, num_bytes, there in self.layouts[key].segments
         ]
-        self.uploads.begin(key, pieces, priority, after)
+        self.uploads.begin(key, pieces, priority, after, in_chunks)
 
     def arrived(self, key: ExpertKey, mark: Mark) -> None:
         """Its bytes are there when ``mark`` is reached."""

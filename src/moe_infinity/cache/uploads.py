@@ -55,13 +55,17 @@ class Uploads:
         pieces: Iterable[Piece],
         priority: Priority,
         after: list[Mark],
+        in_chunks: bool = True,
     ) -> None:
-        """Copy what an expert consists of, once the marks are reached."""
+        """Copy what an expert consists of, once the marks are reached. in_chunks: a prefetch that
+        others may overtake or cancel."""
         upload = _Upload(key, deque(pieces), after, priority is Priority.DEMAND)
         if priority is Priority.DEMAND:
             self._finish(upload, self._demand)
-        else:
+        elif in_chunks:
             self._queue.append(upload)
+        else:
+            self._finish(upload, self._ahead)
 
     def promote(self, key: ExpertKey) -> None:
         """An event waits for it."""
@@ -101,9 +105,11 @@ class Uploads:
         return settled
 
     def wait(self) -> None:
-        """Until more of the queue can be put on the link."""
+        """Until more of the queue can be put on the link, or something that was is there."""
         if self._on_link:
             self._on_link[0].wait()
+        elif self._begun and self._begun[0].last is not None:
+            self._begun[0].last.wait()
 
     def drain(self) -> None:
         """Drop what is queued and wait for what is on the link."""

@@ -249,4 +249,6 @@ class VramHierarchy(DrivenHierarchy):
             self.counters.demote(victim.layer)
 
     def _upload(self, key: ExpertKey) -> None:
-        self.memory.upload(key, self._host.source(key), self._coming[key])
+        # A prompt needs most of what is loaded ahead, and the host seldom looks in between.
+        in_chunks = self.counters.phase == "decode"
+        self.memory.upload(key, self._host.source(key), self._coming[key], in_chunks)

@@ -66,6 +66,10 @@ class Device(ABC):
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """[num_bytes] uint8 on the device. Raises BudgetError if there is no room."""
 
+    def limit(self, num_bytes: int) -> None:
+        """Take no more of the device's memory than that, driver and libraries included; whoever
+        asks for more meets an OutOfMemoryError."""
+
     @abstractmethod
     def new_stream(self, direction: Direction) -> Stream:
         """A stream of copies in one direction, beside the computation."""

@@ -58,6 +58,10 @@ class CudaDevice(Device):
                 f"ask for less vram"
             ) from error
 
+    def limit(self, num_bytes: int) -> None:
+        share = max(0, num_bytes - self.runtime_bytes) / self.total_bytes()
+        _cuda.set_per_process_memory_fraction(min(1.0, share), self.torch_device)
+
     def new_stream(self, direction: Direction) -> Stream:
         return _CudaStream(_cuda.Stream(self.torch_device))
 
