@@ -163,10 +163,10 @@ def vram_hierarchy(
     residency = new_residency(shape, [num_slots], policy)
     planner = PrefetchPlanner(predictor or find_predictor("none")(shape), residency.directory)
     below = new_residency(shape, [num_ram_slots], policy)
+    slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
     arena = PinnedArena((num_ram_slots,), (store.slot_bytes,), device)
     engine = TransferEngine(store, num_threads, chunk_bytes=PAGE)
     host = HostTier(Shelf(below.directory, below.policy), arena, engine)
-    slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
     hierarchy = VramHierarchy(store, EventRunner(residency, planner), host, slots, device)
     hierarchy.memory.uploads.chunk_bytes = PAGE
     try:
