@@ -43,9 +43,26 @@ def page(load: Callable[[str], Result], provenance: Callable[[Result], str]) -> 
         "trace.",
         ways_table(points),
         provenance(result),
+        *_host_share(load("gpu_host"), provenance),
         _measured(load, provenance),
     ]
     return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+
+
+def _host_share(result: Result, provenance: Callable[[Result], str]) -> list[str]:
+    lines = _head(["slots of 256", "a layer", "decisions", "routing, places", "the library"])
+    for point in result["points"]:
+        names = ("layer_us", "decisions_us", "routing_us", "library_us")
+        lines.append(_row([str(point["slots"]), *(f"{point[name]:.0f} us" for name in names)]))
+    return [
+        "## The host's share of a layer",
+        "While the host directs decode, one core's time for a layer of a token with experts that "
+        "compute nothing and a link of no cost: what a GPU would wait for between its kernels. "
+        "Most is the library's Python, its small products on this CPU included; a pass recorded as "
+        "a graph, which the device directs, has none of it.",
+        "\n".join(lines),
+        provenance(result),
+    ]
 
 
 def stall_table(points: list[Point]) -> str:
