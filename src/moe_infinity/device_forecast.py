@@ -15,8 +15,9 @@ from moe_infinity.plan import Plan
 # What is left of the links' own rates in copies of megabytes.
 _LINKS_GBPS = {"pcie3": 12.0, "pcie4": 24.0, "pcie5": 48.0}
 _MEMORY_GBPS = 450.0  # of its own memory, where nothing is said: a card of the middle class
-# A host that starts each layer's kernels, and the library around them: assumed, on no GPU measured.
-_LAYER_S, _TOKEN_S = 60e-6, 1e-3
+# A layer beside its bytes. Directed by the device in one graph: assumed, on no GPU measured. By the
+# host: half of what benchmarks/gpu_host.py shows, for that has the library's products on a CPU in it.
+_LAYER_S, _TOKEN_S = {True: 60e-6, False: 500e-6}, 1e-3
 _OVERLAP = 0.5  # as in forecast.py: a layer's residents are multiplied while its misses come
 
 
@@ -79,6 +80,7 @@ def device_forecast(
     low_vram = plan.device.num_slots / plan.experts_total
     held = plan.num_slots + (0 if plan.num_slots >= plan.experts_total else plan.device.num_slots)
     low_both = min(1.0, held / plan.experts_total)
+    layer_s = _LAYER_S[plan.num_slots >= plan.experts_total]  # the device directs if RAM has it all
     computed_s = (plan.bytes_per_token + plan.dense_read_bytes) / (memory_gbps * 1e9)
 
     def rate(in_vram: float, in_both: float) -> float:
@@ -86,7 +88,7 @@ def device_forecast(
         read_s = (1 - in_both) * plan.read_bytes_per_token / (disk_gbps * 1e9)
         moved_s = copied_s + read_s
         hidden_s = _OVERLAP * min(moved_s, computed_s)
-        return 1 / (moved_s + computed_s - hidden_s + num_layers * _LAYER_S + _TOKEN_S)
+        return 1 / (moved_s + computed_s - hidden_s + num_layers * layer_s + _TOKEN_S)
 
     in_vram = max(low_vram, expected_hit_rate(low_vram))
     in_both = max(in_vram, expected_hit_rate(low_both))
