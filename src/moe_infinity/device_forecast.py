@@ -15,8 +15,8 @@ from moe_infinity.plan import Plan
 # What is left of the links' own rates in copies of megabytes.
 _LINKS_GBPS = {"pcie3": 12.0, "pcie4": 24.0, "pcie5": 48.0}
 _MEMORY_GBPS = 450.0  # of its own memory, where nothing is said: a card of the middle class
-# A layer beside its bytes. Directed by the device in one graph: assumed, on no GPU measured. By the
-# host: half of what benchmarks/gpu_host.py shows, for that has the library's products on a CPU in it.
+# A layer beside its bytes. Directed by the device in one graph: assumed, on no GPU measured. By
+# the host: half of what benchmarks/gpu_host.py shows, which has the library's products in it.
 _LAYER_S, _TOKEN_S = {True: 60e-6, False: 500e-6}, 1e-3
 _OVERLAP = 0.5  # as in forecast.py: a layer's residents are multiplied while its misses come
 
