@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import CancelledError, ReadError
-from moe_infinity.kernels.base import Views
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.directory import State
 from moe_infinity.tracing.event import Event
@@ -20,10 +19,9 @@ from support.guesses import Guesses
 from support.routing import Driver, event, grid, new_residency, random_decode
 from support.stores import (
     ScriptedStore,
-    expected_parts,
-    found_parts,
     memory_store,
     ram_hierarchy,
+    run_checked,
     wait_until,
 )
 
@@ -32,18 +30,7 @@ STORE = memory_store(SHAPE)
 
 
 def run(hierarchy: RamHierarchy, each: Event) -> list[ExpertKey]:
-    """One event; every member has to come exactly once, with its own bytes."""
-    seen: list[ExpertKey] = []
-
-    def compute(keys: list[ExpertKey], views: list[Views]) -> None:
-        for key, each in zip(keys, views, strict=True):
-            assert found_parts(each) == expected_parts(STORE, key), f"wrong bytes for {key}"
-            seen.append(key)
-
-    hierarchy.run_event(each, compute)
-    hierarchy.check_integrity()
-    assert sorted(seen) == each.keys
-    return seen
+    return run_checked(hierarchy, each, STORE)
 
 
 def assert_idle(hierarchy: RamHierarchy) -> None:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.errors import BudgetError, ReadError
-from moe_infinity.kernels.base import Views
 from moe_infinity.residency.directory import State
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority
@@ -20,9 +19,8 @@ from support.routing import event, grid
 from support.stores import (
     ScriptedStore,
     TurnedClock,
-    expected_parts,
-    found_parts,
     memory_store,
+    run_checked,
     vram_hierarchy,
 )
 
@@ -34,18 +32,7 @@ SLOW_GBPS = SLOT_BYTES / 1e9  # one expert a second
 
 
 def run(hierarchy: VramHierarchy, each: Event) -> list[ExpertKey]:
-    """One event; every member has to come exactly once, with its own bytes."""
-    seen: list[ExpertKey] = []
-
-    def compute(keys: list[ExpertKey], views: list[Views]) -> None:
-        for key, each in zip(keys, views, strict=True):
-            assert found_parts(each) == expected_parts(STORE, key), f"wrong bytes for {key}"
-            seen.append(key)
-
-    hierarchy.run_event(each, compute)
-    hierarchy.check_integrity()
-    assert sorted(seen) == each.keys
-    return seen
+    return run_checked(hierarchy, each, STORE)
 
 
 def random_events(seed: int, count: int) -> Iterable[Event]:

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.memory import MemoryStore
 from moe_infinity.devices.base import Device
 from moe_infinity.devices.simulated import Clock, SimulatedDevice
+from moe_infinity.kernels.base import Views
 from moe_infinity.predictors import find_predictor
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.runner import ChooseMisses, EventRunner
 from moe_infinity.residency.shelf import Shelf
+from moe_infinity.tracing.event import Event
 from moe_infinity.types import Block, ExpertKey, ExpertShape, ExpertSpec, Part, ReadRange
 from support.routing import new_residency
 
@@ -130,6 +133,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
             return
         pause.wait(0.001)
     raise AssertionError("waited in vain")
+
+
+def run_checked(hierarchy: Any, each: Event, store: MemoryStore) -> list[ExpertKey]:
+    """One event; every member has to come exactly once, with its own bytes."""
+    seen: list[ExpertKey] = []
+
+    def compute(keys: list[ExpertKey], views: list[Views]) -> None:
+        for key, found in zip(keys, views, strict=True):
+            assert found_parts(found) == expected_parts(store, key), f"wrong bytes for {key}"
+            seen.append(key)
+
+    hierarchy.run_event(each, compute)
+    hierarchy.check_integrity()
+    assert sorted(seen) == each.keys
+    return seen
 
 
 class TurnedClock(Clock):

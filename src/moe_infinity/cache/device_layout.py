@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from moe_infinity.kernels.formats import SIDE_DTYPES
+from moe_infinity.kernels.formats import SIDE_DTYPES, span_bytes
 from moe_infinity.kernels.packed import PACKED
 from moe_infinity.types import Block, ExpertSpec, Part, Plane
 
@@ -32,11 +32,6 @@ class DeviceLayout:
 
     spec: ExpertSpec
     segments: tuple[Segment, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        last = self.segments[-1]
-        return last.target + last.num_bytes
 
 
 def device_layout(spec: ExpertSpec) -> DeviceLayout:
@@ -76,10 +71,10 @@ def _extents(spec: ExpertSpec) -> Iterator[tuple[int, int]]:
         if part.format in PACKED:
             yield start, next(each for each in starts if each > start)
         else:
-            yield start, start + _span(block.shape, block.strides, part.format)
+            yield start, start + span_bytes(block.shape, block.strides, SIDE_DTYPES[part.format])
         for plane in (block.scales, block.zeros):
             if plane is not None:
-                size = _span(plane.shape, plane.strides, plane.format)
+                size = span_bytes(plane.shape, plane.strides, SIDE_DTYPES[plane.format])
                 yield plane.offset_bytes, plane.offset_bytes + size
 
 
@@ -88,11 +83,6 @@ def _starts(block: Block) -> Iterator[int]:
     for plane in (block.scales, block.zeros):
         if plane is not None:
             yield plane.offset_bytes
-
-
-def _span(shape: tuple[int, ...], strides: tuple[int, ...], number_format: str) -> int:
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    return extent * SIDE_DTYPES[number_format].itemsize
 
 
 def _moved(part: Part, segments: list[Segment]) -> Part:

@@ -11,12 +11,11 @@ import torch
 
 from moe_infinity.cache.device_layout import device_layout
 from moe_infinity.cache.device_slots import DeviceSlots
-from moe_infinity.cache.driven import numbered
+from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.uploads import Uploads
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.devices.base import Device, Mark
 from moe_infinity.kernels.base import Views
-from moe_infinity.kernels.formats import is_viewable, part_views
 from moe_infinity.types import ExpertKey, Priority
 
 HostBytes = tuple[torch.Tensor, Mark | None]  # of an expert's host slot, and what guards them
@@ -40,8 +39,7 @@ class DeviceMemory:
         self._leaving: dict[int, list[Mark]] = {}  # by slot: copies of what it held, back to RAM
         self._uploaded: dict[int, Mark] = {}  # by slot: when what was copied to it is there
         self._awaited: set[int] = set()  # slots for whose mark the computation waits already
-        self._numbers = numbered({key: each.spec for key, each in self.layouts.items()})
-        self._views: dict[int, tuple[int, int, Views]] = {}  # by slot: layout, address, views
+        self._views = SlotViews({key: each.spec for key, each in self.layouts.items()})
 
     def reserve(self, slots: Mapping[ExpertKey, int]) -> None:
         """Memory for loads, in these slots; their victims are gone."""
@@ -114,16 +112,8 @@ class DeviceMemory:
                 self._awaited.add(slot)
 
     def views_of(self, key: ExpertKey) -> Views:
-        slot, layout = self.slot_of[key], self._numbers[key]
-        memory = self.slots.memory(slot)
-        kept = self._views.get(slot)
-        if kept is not None and kept[:2] == (layout, memory.data_ptr()):
-            return kept[2]
-        spec = self.layouts[key].spec
-        views = part_views(spec, memory)
-        if is_viewable(spec):  # copies must not outlive the call: they are in no budget
-            self._views[slot] = (layout, memory.data_ptr(), views)
-        return views
+        slot = self.slot_of[key]
+        return self._views.of(key, slot, self.slots.memory(slot))
 
     def drain(self) -> None:
         """Copy no more of what is queued, and wait for what was begun."""
@@ -143,5 +133,5 @@ class DeviceMemory:
     def give_back(self) -> set[int]:
         """Let some memory go, when nothing uses it. Returns the slots it was of."""
         gone = self.slots.give_back()
-        self._views = {slot: kept for slot, kept in self._views.items() if slot not in gone}
+        self._views.forget(gone)
         return gone

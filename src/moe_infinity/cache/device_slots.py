@@ -9,8 +9,6 @@ import torch
 from moe_infinity.devices.base import Device, Mark
 
 _ALIGNMENT = 256  # bytes; what device memory is read in, and more than any vector
-
-
 _SEGMENTS = 8  # in which a size class's memory is had, and given back
 
 
@@ -45,7 +43,6 @@ class DeviceSlots:
         self._rooms: list[_Room | None] = []  # by slot; None: given back
         self._spare: list[deque[_Room]] = []
         self._num_segments = 0
-        self.num_bytes = 0
         for number, (count, size) in enumerate(zip(slots_per_class, slot_bytes, strict=True)):
             rooms = self._allocate(device, count + num_spare, size)
             self._rooms += rooms[:count]
@@ -58,7 +55,6 @@ class DeviceSlots:
         for first in range(0, count, -(-count // _SEGMENTS)):
             here = min(count - first, -(-count // _SEGMENTS))
             whole = device.allocate(here * size)
-            self.num_bytes += whole.numel()
             rooms += [_Room(each, self._num_segments) for each in torch.split(whole, size)]
             self._num_segments += 1
         return rooms

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -23,7 +23,7 @@ from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.runner import Carrier, EventRunner
 from moe_infinity.stats import Counters
 from moe_infinity.tracing.event import Event
-from moe_infinity.types import ExpertKey, ExpertSpec, Part, Phase, TierName
+from moe_infinity.types import ExpertKey, Phase, TierName
 
 
 @dataclass(slots=True)
@@ -181,6 +181,11 @@ class DrivenHierarchy(Hierarchy, Carrier):
         """Time that passes from now on is no event's."""
         self._event_ended_s = None
 
+    def count_reads(self, busy_s: float, num_bytes: int) -> None:
+        """Reads were under way for so long, and so many bytes arrived."""
+        self.counters.now.read_busy_s += busy_s
+        self.counters.now.read_bytes += num_bytes
+
     def count_wait(self, stall_s: float) -> None:
         """The computation has waited for a load."""
         self._stalled_s += stall_s
@@ -227,12 +232,6 @@ class DrivenHierarchy(Hierarchy, Carrier):
     @abstractmethod
     def forget_transfers(self) -> None:
         """After ``drain`` and the runner's: nothing is in flight, and no place is known."""
-
-
-def numbered(specs: Mapping[ExpertKey, ExpertSpec]) -> dict[ExpertKey, int]:
-    """Numbers that are equal for experts whose parts lie in the same places of their slots."""
-    numbers: dict[tuple[Part, ...], int] = {}
-    return {key: numbers.setdefault(spec.parts, len(numbers)) for key, spec in specs.items()}
 
 
 def _layer_bytes_of(store: ExpertStore) -> dict[int, int | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_infinity.cache.driven import DrivenHierarchy, numbered
+from moe_infinity.cache.driven import DrivenHierarchy
+from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.kernels.base import Views
-from moe_infinity.kernels.formats import is_viewable, part_views
+from moe_infinity.kernels.formats import is_viewable
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.runner import EventRunner, Settled
@@ -38,11 +39,10 @@ class RamHierarchy(DrivenHierarchy):
         self._arena = arena
         self._engine = engine
         self._in_flight: dict[ExpertKey, Transfer] = {}
-        self._layouts = numbered(store.specs)
         if all(map(is_viewable, store.specs.values())):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
-        self._views: dict[int, tuple[int, Views]] = {}  # by slot: layout and views of what is there
+        self._views = SlotViews(store.specs)
 
     def get_ready(self) -> None:
         self._arena.touch_ahead()
@@ -88,22 +88,11 @@ class RamHierarchy(DrivenHierarchy):
         self.count_wait(self._engine.wait_any())
 
     def views_of(self, key: ExpertKey) -> Views:
-        """Of most models all experts lie in their slots in the same way: a slot's views serve
-        whichever is there."""
-        slot, layout = self.residency.directory.slot(key), self._layouts[key]
-        kept = self._views.get(slot)
-        if kept is not None and kept[0] == layout:
-            return kept[1]
-        spec = self.store.specs[key]
-        views = part_views(spec, self._arena.tensor(slot))
-        if is_viewable(spec):  # copies must not outlive the call: they are in no budget
-            self._views[slot] = (layout, views)
-        return views
+        slot = self.residency.directory.slot(key)
+        return self._views.of(key, slot, self._arena.tensor(slot))
 
     def count_activity(self) -> None:
-        busy_s, num_bytes = self._engine.take_activity()
-        self.counters.now.read_busy_s += busy_s
-        self.counters.now.read_bytes += num_bytes
+        self.count_reads(*self._engine.take_activity())
 
     def drain(self) -> None:
         self._engine.drain()

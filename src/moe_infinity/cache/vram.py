@@ -198,9 +198,7 @@ class VramHierarchy(DrivenHierarchy):
         return self.memory.views_of(key)
 
     def count_activity(self) -> None:
-        busy_s, num_bytes = self._host.take_activity()
-        self.counters.now.read_busy_s += busy_s
-        self.counters.now.read_bytes += num_bytes
+        self.count_reads(*self._host.take_activity())
         self.count_wait(self.device.take_stall_s())
 
     def drain(self) -> None:

@@ -68,6 +68,12 @@ def _plane_view(plane: Plane, slot: torch.Tensor) -> torch.Tensor:
     return _strided(slot, plane.offset_bytes, dtype, plane.shape, plane.strides)
 
 
+def span_bytes(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> int:
+    """From the first byte of a strided rectangle to behind its last."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return extent * dtype.itemsize
+
+
 def _strided(
     slot: torch.Tensor,
     offset_bytes: int,
@@ -75,8 +81,7 @@ def _strided(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
 ) -> torch.Tensor:
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    raw = slot[offset_bytes : offset_bytes + extent * dtype.itemsize]
+    raw = slot[offset_bytes : offset_bytes + span_bytes(shape, strides, dtype)]
     if raw.storage_offset() % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).as_strided(shape, strides)

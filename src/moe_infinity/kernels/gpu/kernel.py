@@ -209,16 +209,11 @@ class Kernel(ExpertKernel):
         return self._reference.forward(math, Views(blocks), x)
 
     def _on_device(self, block: PackedMatrix | torch.Tensor, is_turned: bool) -> torch.Tensor:
-        """A block as a plain tensor. Codes are decoded by numpy, so they go to the CPU and back:
-        slow, and seldom, for every format of today has a decoder here."""
+        """A block as a plain tensor. Codes are decoded on the CPU: slow, and seldom, for every
+        format of today has a decoder here."""
         if not isinstance(block, PackedMatrix):
             return block
-        scales, zeros = block.scales, block.zeros
-        if scales is not None:
-            scales = scales._replace(values=scales.values.cpu())
-        zeros = None if zeros is None else zeros.cpu()
-        here = PackedMatrix(block.format, block.rows, block.cols, block.data.cpu(), scales, zeros)
-        whole = plain(here).to(block.data.device)
+        whole = plain(block)
         return whole.T if is_turned else whole
 
     def _ready(
