@@ -37,8 +37,10 @@ LAYERS = (
     ("assembly", "device_forecast"),
     ("device_wiring",),
     ("wiring", "preparation"),
+    ("live",),
     ("engine",),
-    ("server", "cli"),
+    ("server",),
+    ("cli",),
 )
 # Both drive residency/, one with bytes and a clock, the other with neither: they know nothing of
 # each other, though one comes before the other.

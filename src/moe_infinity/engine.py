@@ -27,6 +27,7 @@ from moe_infinity.devices.choice import computing_on
 from moe_infinity.errors import CheckpointError, ConfigError
 from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.learned import Learned
+from moe_infinity.live import Live
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.inputs import (
@@ -66,6 +67,8 @@ class MoE:
     Raises CheckpointError, BudgetError or ConfigError if the model cannot be opened as asked.
     """
 
+    model: Any  # the transformers model
+
     def __init__(
         self, model: str | Path, config: dict[str, Any] | str | Path | None = None, **options: Any
     ) -> None:
@@ -87,7 +90,6 @@ class MoE:
                 self.checkpoint, anatomy, self.plan, self.config, chosen
             )
             undo.callback(self._hierarchy.close)
-            self.model: Any
             self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
             parts = (self.model, modules, anatomy, self._hierarchy)
@@ -108,6 +110,7 @@ class MoE:
         self._owner: int | None = None  # thread of the running request
         self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
+        self.live = Live(self._wiring, self._hierarchy, self._total)
         self._tokenizer: Any = None
 
     def __enter__(self) -> MoE:
@@ -205,8 +208,7 @@ class MoE:
             ram_slots=self.plan.num_slots if self.device else 0,
         )
         if total:
-            summed = Counters(counters.expert_bytes, *self._total)
-            return build_stats(summed, facts, None, None)
+            return build_stats(Counters(counters.expert_bytes, *self._total), facts, None, None)
         return build_stats(counters, facts, request.ttft_s, self._wiring.routing())
 
     @contextlib.contextmanager
@@ -286,9 +288,7 @@ class MoE:
     def _begin_request(self, generates: bool, prompt_left: int | None) -> None:
         self._hierarchy.counters.take()
         resident = frozenset(self._hierarchy.resident_flat())
-        request = Request(
-            time.perf_counter(), initial=resident, generates=generates, prompt_left=prompt_left
-        )
+        request = Request(time.perf_counter(), resident, generates, prompt_left)
         self._wiring.begin_request(request)
         self._hierarchy.begin_request()
 

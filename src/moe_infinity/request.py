@@ -14,13 +14,14 @@ class Request:
     """The request that runs, or the last one that ran."""
 
     start_s: float
+    initial: frozenset[int] = frozenset()
+    generates: bool = True
+    prompt_left: int | None = None  # tokens not yet begun; None: a step's length tells its phase
     prefill_end_s: float | None = None
     first_token_s: float | None = None
     end_s: float | None = None
     counters: Counters | None = None
-    initial: frozenset[int] = frozenset()
-    generates: bool = True
-    prompt_left: int | None = None  # tokens not yet through; None: a step's length tells its phase
+    passing: Phase | None = None  # of the forward pass under way, where prompt_left is counted
 
     @property
     def ttft_s(self) -> float | None:
@@ -35,10 +36,12 @@ class Request:
             return step.phase
         phase: Phase = "prefill" if self.prompt_left > 0 else "decode"
         self.prompt_left -= step.length
+        self.passing = phase
         return phase
 
     def end_step(self, step: Step, now_s: float) -> None:
         """A forward pass of the model has ended."""
+        self.passing = None
         if self.end_s is not None:
             return
         if step.phase == "prefill":

@@ -117,6 +117,11 @@ class Wiring:
         return Routing(list(self.recorder.accesses), self.request.initial)
 
     @property
+    def step(self) -> Step:
+        """The forward pass that runs, or the last one."""
+        return self._runtime.step
+
+    @property
     def faults(self) -> tuple[str, ...]:
         observer, device = self._runtime.observer, self._device
         own = (observer.fault,) if observer is not None and observer.fault else ()

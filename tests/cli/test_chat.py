@@ -15,6 +15,7 @@ import torch
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.cli import chat
 from moe_infinity.cli.conversation import Conversation, _Printer
+from moe_infinity.model import kept_caches
 from support.checkpoints import bundled_links
 from support.command_line import Process, run
 
@@ -130,7 +131,8 @@ class TestMemory:
         def refuse(*_: Any) -> None:
             raise RuntimeError("the sliding window size was already reached")
 
-        monkeypatch.setattr(type(talk._cache), "crop", refuse)
+        monkeypatch.setattr(type(moe.new_cache()), "crop", refuse)
+        monkeypatch.setattr(kept_caches, "_is_plain", lambda cache: False)
         talk.answer("again")
         assert moe.stats().prefill.num_tokens == len(_prompt(moe, talk))
 

@@ -18,7 +18,7 @@ from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import Views
 from moe_infinity.predictors.base import Embeddings, TokenIds
-from moe_infinity.residency.directory import State
+from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.runner import Carrier, EventRunner
 from moe_infinity.stats import Counters
@@ -154,6 +154,19 @@ class DrivenHierarchy(Hierarchy, Carrier):
                 found[self.tier_of(ExpertKey(layer, expert))].append(expert)
             layers.append(found)
         return layers
+
+    @property
+    def directories(self) -> tuple[Directory, ...]:
+        """Of every tier that has slots, the uppermost first."""
+        return (self.residency.directory,)
+
+    def tier_map(self) -> NDArray[np.uint8]:
+        """[L, E] where every expert is: 0 on disk, 1 in RAM, 2 on the device. From any thread."""
+        shape = self.residency.directory.shape
+        heights = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
+        for height, directory in enumerate(reversed(self.directories), start=1):
+            heights.ravel()[directory.states == State.RESIDENT] = height
+        return heights
 
     def resident_flat(self) -> list[int]:
         """Flat keys (layer * num_experts + expert) that are resident now."""

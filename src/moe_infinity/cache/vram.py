@@ -13,7 +13,7 @@ from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.devices.base import Device
 from moe_infinity.kernels.base import Views
-from moe_infinity.residency.directory import State
+from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.miss_split import MissSplit
 from moe_infinity.residency.runner import EventRunner, Settled
@@ -54,6 +54,10 @@ class VramHierarchy(DrivenHierarchy):
     def faults(self) -> tuple[str, ...]:
         own = (self._host.arena.fault, getattr(self._host.shelf.policy, "fault", None))
         return super().faults + tuple(fault for fault in own if fault)
+
+    @property
+    def directories(self) -> tuple[Directory, ...]:
+        return (self.residency.directory, self._host.shelf.directory)
 
     @property
     def host(self) -> HostTier:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from moe_infinity.errors import ConfigError, PlanExceededError
+from moe_infinity.model.kept_caches import KeptCaches
 
 
 class Conversation:
@@ -30,8 +31,7 @@ class Conversation:
         self._messages: list[dict[str, str]] = []
         if self._system:
             self._messages.append({"role": "system", "content": self._system})
-        self._cache: Any = None
-        self._cached_ids: list[int] = []
+        self._caches = KeptCaches(self._moe.new_cache, self._moe.plan.max_context)
 
     def answer(self, text: str) -> str:
         """Stream the answer to standard output; Ctrl-C keeps what was said so far."""
@@ -41,24 +41,23 @@ class Conversation:
         if new_tokens < 1:
             print(f"error: {self._too_long(len(prompt))}", file=sys.stderr)
             return ""
-        self._reuse(prompt)
-        self._cached_ids = []  # unknown until the answer is there
+        cache, _ = self._caches.take(prompt)
         printer = _Printer(self._moe.tokenizer)
+        is_cut = False
         try:
             self._moe.generate(
                 [prompt],
                 max_new_tokens=new_tokens,
-                past_key_values=self._cache,
+                past_key_values=cache,
                 streamer=printer,
                 **self._sampling,
             )
         except KeyboardInterrupt:
             print(" [stopped]")
-            self._cache = None  # the step was cut between two layers: their lengths may differ
+            is_cut = True
+        self._caches.give_back(prompt + printer.token_ids, is_cut)
         said = self._moe.tokenizer.decode(printer.token_ids, skip_special_tokens=True)
         self._messages = [*messages, {"role": "assistant", "content": said}]
-        length = self._cache.get_seq_length() if self._cache is not None else 0
-        self._cached_ids = (prompt + printer.token_ids)[:length]
         return str(said)
 
     def _prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -75,22 +74,6 @@ class Conversation:
                 f"try without --system"
             ) from error
         return list(encoded["input_ids"])
-
-    def _reuse(self, prompt: list[int]) -> None:
-        """Crop the cache to what it shares with the prompt, or begin a new one."""
-        shared = 0
-        for cached, wanted in zip(self._cached_ids, prompt[:-1], strict=False):
-            if cached != wanted:
-                break
-            shared += 1
-        length = self._cache.get_seq_length() if self._cache is not None else 0
-        if length == 0 or shared == 0 or (shared < length and not self._cache.is_croppable):
-            self._cache = self._moe.new_cache()
-        elif shared < length:
-            try:
-                self._cache.crop(shared - length)
-            except RuntimeError:  # a sliding window has let go of what would be needed again
-                self._cache = self._moe.new_cache()
 
     def _too_long(self, length: int) -> str:
         plan = self._moe.plan.max_context
