@@ -43,7 +43,7 @@ from moe_infinity.model.inputs import (
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import examine, load
 from moe_infinity.model.routers import Wishes
-from moe_infinity.model.rules import KeepRouting, lossy_rules
+from moe_infinity.model.rules import KeepRouting
 from moe_infinity.model.workspace import workspace_bytes
 from moe_infinity.original_api import translate
 from moe_infinity.predictors.base import FORESIGHT_MODES, Foresight
@@ -81,7 +81,6 @@ class MoE:
             anatomy = examine(self.checkpoint, self.config.dtype)
             self.device, self.plan = plan_here(anatomy, self.config)
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
-            self._routing = KeepRouting()
             prefetch = choose_prefetch(self.config, anatomy, self.plan)
             read_bytes = next(iter(anatomy.specs.values())).read_bytes
             self._speeds = Speeds(self.checkpoint.files, read_bytes)
@@ -93,7 +92,7 @@ class MoE:
             self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
             parts = (self.model, modules, anatomy, self._hierarchy)
-            self._wiring = Wiring(*parts, self._routing, self.config, self.plan.max_context)
+            self._wiring = Wiring(*parts, KeepRouting(), self.config, self.plan.max_context)
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,
@@ -103,14 +102,14 @@ class MoE:
             )
             self._cleanup = undo.pop_all()
         self.kernel = self._wiring.kernel  # what computes experts
-        self._prefetch, self._shape = prefetch, anatomy.shape
+        self.prefetch, self._shape = prefetch, anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
         self._running = threading.Lock()
         self._owner: int | None = None  # thread of the running request
         self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
-        self.live = Live(self._wiring, self._hierarchy, self._total)
+        self.live = Live(self._wiring, self._hierarchy, self._total, self.checkpoint.lossy)
         self._tokenizer: Any = None
 
     def __enter__(self) -> MoE:
@@ -200,10 +199,10 @@ class MoE:
             num_slots=self._hierarchy.residency.directory.num_usable,
             dense_bytes=self.plan.dense_read_bytes,
             bytes_written=self._speeds.bytes_written + self._learned.bytes_written,
-            lossy=self.checkpoint.lossy + lossy_rules((self._routing,)) + self._hierarchy.lossy,
+            lossy=self.live.lossy,
             bandwidths=bandwidths,
-            faults=self._hierarchy.faults + self._wiring.faults,
-            choices=(self.config.policy, self._prefetch),
+            faults=self.live.faults,
+            choices=(self.config.policy, self.prefetch),
             device=speeds_of(self.device) if self.device else None,
             ram_slots=self.plan.num_slots if self.device else 0,
         )

@@ -18,12 +18,18 @@ class Live:
     """Reads what the computing thread owns, and changes nothing. Numbers may be an event apart."""
 
     def __init__(
-        self, wiring: Wiring, hierarchy: DrivenHierarchy, finished: Sequence[PhaseCounters]
+        self,
+        wiring: Wiring,
+        hierarchy: DrivenHierarchy,
+        finished: Sequence[PhaseCounters],
+        lossy: tuple[str, ...],
     ) -> None:
-        """finished: counters of all requests before the running one, prefill and decode."""
+        """finished: counters of all requests before the running one, prefill and decode. lossy:
+        what of the checkpoint may change logits."""
         self._wiring = wiring
         self._hierarchy = hierarchy
         self._finished = finished
+        self._lossy = lossy
 
     def totals(self) -> tuple[PhaseCounters, PhaseCounters]:
         """Prefill and decode since the model was opened, the running request included."""
@@ -58,6 +64,15 @@ class Live:
     def num_slots(self) -> int:
         """Capacity in experts of the uppermost tier."""
         return self._hierarchy.residency.directory.num_usable
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        return tuple(self._hierarchy.residency.directory.shape.experts_per_layer)
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """What may change logits."""
+        return self._lossy + self._wiring.lossy + self._hierarchy.lossy
 
     @property
     def faults(self) -> tuple[str, ...]:

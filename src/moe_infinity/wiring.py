@@ -23,7 +23,7 @@ from moe_infinity.model.loading import Anatomy, are_coded
 from moe_infinity.model.observer import Observer
 from moe_infinity.model.packed_linears import run_packed
 from moe_infinity.model.routers import Wishes
-from moe_infinity.model.rules import KeepRouting, RoutingRule
+from moe_infinity.model.rules import KeepRouting, RoutingRule, lossy_rules
 from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
@@ -120,6 +120,11 @@ class Wiring:
     def step(self) -> Step:
         """The forward pass that runs, or the last one."""
         return self._runtime.step
+
+    @property
+    def lossy(self) -> tuple[str, ...]:
+        """What of the routing's rules may change logits."""
+        return lossy_rules((self._runtime.routing,))
 
     @property
     def faults(self) -> tuple[str, ...]:

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from moe_infinity.cli import bench, chat, doctor, fit, pack, plan, run, simulate, trace, trace_show
+from moe_infinity.cli import (
+    bench,
+    chat,
+    doctor,
+    fit,
+    pack,
+    plan,
+    run,
+    serve,
+    simulate,
+    trace,
+    trace_show,
+)
 
 _HELP = """Run Mixture-of-Experts models that do not fit into memory: exact, under a hard memory
 budget, experts streamed from disk. MODEL is a checkpoint's folder or a Hugging Face id; without
@@ -20,6 +32,7 @@ def build_app() -> typer.Typer:
     app.callback()(_options)
     app.command()(run.run)
     app.command()(chat.chat)
+    app.command(context_settings={"auto_envvar_prefix": "MOE_INFINITY"})(serve.serve)
     app.command()(plan.plan)
     app.command()(doctor.doctor)
     app.command()(trace_show.trace_show)

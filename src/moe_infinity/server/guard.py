@@ -1,0 +1,135 @@
+"""Who may come in: keys, hosts, origins, and bodies that are neither too large nor too slow.
+
+An ASGI layer around the application; it sees headers and bytes, not what they mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from moe_infinity.server.problems import ApiError
+from moe_infinity.server.replies import error_response
+from moe_infinity.server.settings import ServeConfig
+
+_OPEN_PATHS = frozenset({"/", "/health"})  # the page holds no secrets, and asks for the key itself
+_LOCAL_NAMES = frozenset({"localhost", "localhost.localdomain"})
+
+
+def error_body(path: str, error: ApiError) -> dict[str, object]:
+    """In the words of the API that the path belongs to."""
+    return error.anthropic() if path.startswith("/v1/messages") else error.openai()
+
+
+class Guard:
+    """Refuses, or passes on with a body that is bounded in size and time."""
+
+    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+        self._app = app
+        self._config = config
+        self._keys = [key.encode() for key in config.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        try:
+            self._check(scope, headers)
+        except ApiError as error:
+            body = error_body(scope["path"], error)
+            await error_response(error, body)(scope, receive, send)
+            return
+        await self._app(scope, _Bounded(receive, self._config), send)
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        self._check_host(headers.get("host", ""))
+        self._check_origin(headers)
+        is_preflight = scope["method"] == "OPTIONS"
+        if self._keys and scope["path"] not in _OPEN_PATHS and not is_preflight:
+            self._check_key(headers)
+        declared = headers.get("content-length", "0")
+        if not declared.isascii() or not declared.isdigit() or len(declared) > 18:
+            raise ApiError(400, "content-length: expected a number of bytes")
+        if int(declared) > self._config.max_body_bytes:
+            raise _too_large(self._config.max_body_bytes)
+
+    def _check_host(self, host: str) -> None:
+        """A page elsewhere may have its own name resolve to this machine: its requests arrive here
+        under that name."""
+        if self._keys or not self._config.is_local:
+            return
+        name = urlsplit(f"//{host}").hostname or ""
+        if name in _LOCAL_NAMES or name == self._config.host or _is_loopback(name):
+            return
+        raise ApiError(
+            403, f"host: got {host!r:.100}, expected localhost or 127.0.0.1; with --api-key this "
+            f"server answers under any name", None, "wrong_host",
+        )  # fmt: skip
+
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is None or origin in self._config.origins or "*" in self._config.origins:
+            return
+        if urlsplit(origin).netloc != headers.get("host"):
+            raise ApiError(
+                403, f"origin: got a request of a page at {origin!r:.100}; --origin lets it in",
+                None, "wrong_origin",
+            )  # fmt: skip
+
+    def _check_key(self, headers: Headers) -> None:
+        given = headers.get("x-api-key") or ""
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            given = bearer.strip()
+        raw = given.encode(errors="replace")
+        # All of them are compared, each in constant time: how long it takes tells nothing.
+        if not any([hmac.compare_digest(raw, key) for key in self._keys]):
+            message = "a wrong API key" if given else "no API key"
+            raise ApiError(
+                401, f"got {message}, expected the server's, as 'Authorization: Bearer KEY'",
+                None, "invalid_api_key",
+            )  # fmt: skip
+
+
+class _Bounded:
+    """A request's ``receive``, until its body is there."""
+
+    def __init__(self, receive: Receive, config: ServeConfig) -> None:
+        self._receive = receive
+        self._config = config
+        self._deadline_s = asyncio.get_running_loop().time() + config.body_timeout_s
+        self._num_bytes = 0
+        self._is_whole = False
+
+    async def __call__(self) -> Message:
+        if self._is_whole:
+            return await self._receive()
+        left_s = self._deadline_s - asyncio.get_running_loop().time()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(0.0, left_s))
+        except asyncio.TimeoutError as error:
+            raise ApiError(
+                408, f"the request's body did not arrive within {self._config.body_timeout_s:g} s"
+            ) from error
+        self._num_bytes += len(message.get("body", b""))
+        self._is_whole = not message.get("more_body", False)
+        if self._num_bytes > self._config.max_body_bytes:
+            raise _too_large(self._config.max_body_bytes)
+        return message
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the request's body is larger than {most} bytes", None, "body_too_large")
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,141 @@
+"""One request on its way through the model: what is asked, and what comes back event by event."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Hashable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_infinity.server.sampling import Sampling
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """log-probabilities before temperature, penalties and cuts; top: the likeliest, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Of one answer: text that may be shown, and how many tokens there are by now."""
+
+    index: int
+    text: str
+    num_tokens: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An answer is complete. stop: by its end token, a stop text or its grammar."""
+
+    index: int
+    reason: FinishReason
+    num_tokens: int
+    stop: str | None = None  # the stop text that ended it
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Nothing more comes."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Every answer is complete."""
+
+
+Event = Piece | Ended | Failed | Done
+
+
+@dataclass
+class JobTimes:
+    """Of one job, on time.monotonic()'s clock."""
+
+    asked_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None
+    first_token_s: float | None = None  # of the first answer
+    ended_s: float | None = None
+
+    @property
+    def ttft_s(self) -> float | None:
+        if self.started_s is None or self.first_token_s is None:
+            return None
+        return self.first_token_s - self.started_s
+
+
+class Job:
+    """Prompts to be answered one after another, each ``num_choices`` times, indices in that order.
+
+    The computing thread posts events; the event loop that made the job reads them.
+    """
+
+    def __init__(
+        self,
+        job_id: str,
+        client: Hashable,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        num_choices: int = 1,
+        keeps_special: bool = False,
+    ) -> None:
+        self.id = job_id
+        self.client = client
+        self.prompts = prompts
+        self.sampling = sampling
+        self.num_choices = num_choices
+        self.keeps_special = keeps_special
+        self.times = JobTimes()
+        self.is_cancelled = False
+        self.finish: FinishReason | None = None  # of the last answer that is complete
+        self.is_reading = False  # a prompt, no token of its answer is there yet
+        self.num_reused = 0  # tokens of the prompts that were in a KV cache
+        self.num_prompt = sum(map(len, prompts))
+        self.num_new = 0
+        self._events: deque[Event] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._wake = asyncio.Event()
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the answer, from its first token to now or to its end."""
+        first = self.times.first_token_s
+        if first is None or self.num_new < 2:
+            return None
+        spent_s = (self.times.ended_s or time.monotonic()) - first
+        return (self.num_new - 1) / spent_s if spent_s > 0 else None
+
+    def post(self, event: Event) -> None:
+        """From the computing thread. One wake-up serves all that was posted until it is heard."""
+        self._events.append(event)
+        if len(self._events) == 1:
+            self._loop.call_soon_threadsafe(self._wake.set)
+
+    async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
+        """What was posted, in order, some at a time; an empty list where nothing came for so long.
+        Ends behind Done or Failed."""
+        while True:
+            if not self._events:
+                self._wake.clear()
+                if not self._events:
+                    try:
+                        await asyncio.wait_for(self._wake.wait(), heartbeat_s)
+                    except asyncio.TimeoutError:
+                        yield []
+                        continue
+            found = []
+            while self._events:
+                found.append(self._events.popleft())
+            yield found
+            if isinstance(found[-1], (Done, Failed)):
+                return
