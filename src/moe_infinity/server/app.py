@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from importlib import resources
 from importlib.metadata import version
@@ -28,7 +27,6 @@ from moe_infinity.server.replies import ClientGone, error_response
 from moe_infinity.server.response_bodies import ResponseBody
 from moe_infinity.server.service import Service
 
-_log = logging.getLogger(__name__)
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -167,6 +165,6 @@ async def _on_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    _log.error("%s failed", request.url.path, exc_info=error)
+    """It is raised again behind this, and logged by who runs the application."""
     found = ApiError(500, f"{type(error).__name__}: the server failed; its log says why")
     return error_response(found, error_body(request.url.path, found))

@@ -125,14 +125,13 @@ class Job:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.
         Ends behind Done or Failed."""
         while True:
+            self._wake.clear()
             if not self._events:
-                self._wake.clear()
-                if not self._events:
-                    try:
-                        await asyncio.wait_for(self._wake.wait(), heartbeat_s)
-                    except asyncio.TimeoutError:
-                        yield []
-                        continue
+                try:
+                    await asyncio.wait_for(self._wake.wait(), heartbeat_s)
+                except asyncio.TimeoutError:
+                    yield []
+                continue
             found = []
             while self._events:
                 found.append(self._events.popleft())
