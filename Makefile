@@ -29,7 +29,8 @@ check: setup  ## lint, types, import directions
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
-slow: setup  ## every family, gigabytes of disk
+slow: setup  ## every family, gigabytes of disk; a browser (Debian's chromium) drives the live view
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[slow]"
 	$(BIN)/python -m pytest -q -m slow
 
 gpu: setup  ## on a machine with an NVIDIA GPU and a CUDA build of torch in $(VENV)

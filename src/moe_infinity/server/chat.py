@@ -139,9 +139,8 @@ class _Talk:
     async def frames(self) -> AsyncIterator[bytes]:
         async for updates in self._exchange.updates(self._service.config.request_timeout_s):
             if updates:
-                for update in updates:
-                    for choice in self._deltas(update):
-                        yield self._chunk([choice])
+                deltas = [choice for update in updates for choice in self._deltas(update)]
+                yield b"".join(self._chunk([choice]) for choice in deltas)
             elif self._body.return_progress and not self._has_begun:
                 yield self._chunk([], prompt_progress=progress_of(self._exchange))
             else:

@@ -10,7 +10,15 @@ from dataclasses import dataclass, field
 
 from moe_infinity.server.jobs import Ended, Event, Failed, Job, Piece, TokenLogprob
 from moe_infinity.server.metrics import Metrics
-from moe_infinity.server.parts import AnswerParser, Arguments, Call, ForcedCall, Part
+from moe_infinity.server.parts import (
+    AnswerParser,
+    Arguments,
+    Call,
+    Content,
+    ForcedCall,
+    Part,
+    Reasoning,
+)
 from moe_infinity.server.problems import ApiError, of_engine
 from moe_infinity.server.worker import Worker
 
@@ -27,6 +35,17 @@ class Update:
     parts: list[Part] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     ended: Ended | None = None
+
+    def add(self, parts: list[Part]) -> None:
+        """More of it; text that goes on becomes one part with what it follows."""
+        for part in parts:
+            last = self.parts[-1] if self.parts else None
+            if isinstance(part, (Content, Reasoning)) and type(last) is type(part):
+                self.parts[-1] = type(part)(last.text + part.text)
+            elif isinstance(part, Arguments) and isinstance(last, Arguments):
+                self.parts[-1] = Arguments(part.number, last.text + part.text)
+            else:
+                self.parts.append(part)
 
 
 class Exchange:
@@ -102,10 +121,10 @@ class Exchange:
     def _add(self, update: Update, event: Piece | Ended) -> None:
         parser = self.parsers[event.index]
         if isinstance(event, Piece):
-            update.parts += self._wanted(parser.feed(event.text))
+            update.add(self._wanted(parser.feed(event.text)))
             update.logprobs += [event.logprob] if event.logprob else []
         else:
-            update.parts += self._wanted(parser.end())
+            update.add(self._wanted(parser.end()))
             update.ended = event
 
     def _wanted(self, parts: list[Part]) -> list[Part]:

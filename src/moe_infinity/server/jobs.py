@@ -11,6 +11,9 @@ from typing import Literal
 
 from moe_infinity.server.sampling import Sampling
 
+# Text that comes faster is told together. Telling takes a few tenths of a millisecond, in which the
+# thread that computes may have to wait for Python; nobody reads fifty pieces a second.
+_GATHER_S = 0.02
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -124,6 +127,7 @@ class Job:
     async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.
         Ends behind Done or Failed."""
+        is_first = True
         while True:
             self._wake.clear()
             if not self._events:
@@ -132,6 +136,9 @@ class Job:
                 except asyncio.TimeoutError:
                     yield []
                 continue
+            if not is_first:
+                await asyncio.sleep(_GATHER_S)
+            is_first = False
             found = []
             while self._events:
                 found.append(self._events.popleft())
