@@ -16,6 +16,10 @@ from transformers import LogitsProcessor
 from moe_infinity.server.problems import ApiError
 
 
+# As json.dumps writes: free white space would let a small model say nothing else, without end.
+_PLAIN_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
 class Grammars:
     """Grammars over one model's tokens.
 
@@ -47,7 +51,7 @@ class Grammars:
     def of_schema(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of a JSON schema. Raises ApiError for one that cannot be kept to."""
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), _PLAIN_JSON)
             problem = LLMatcher.validate_grammar(grammar, self.tokens)
         except (ValueError, RecursionError) as error:
             problem = str(error)

@@ -183,6 +183,8 @@ class _ValueEnd:
         """As much of the next piece as belongs to the object."""
         if self._is_over:
             return ""
+        if self._depth == 0:
+            text = text.lstrip()  # between the colon and the object
         for at, char in enumerate(text):
             self._step(char)
             if self._is_over:
