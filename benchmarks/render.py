@@ -19,7 +19,8 @@ _GIB, _GB = 1024**3, 1e9
 
 
 def main() -> None:
-    for page in (ROOT / "README.md", ROOT / "docs" / "packed_format.md"):
+    for name in ("README.md", "docs/packed_format.md", "docs/server.md"):
+        page = ROOT / name
         page.write_text(fill(page.read_text()))
     (ROOT / "docs" / "families.md").write_text(families_page(load("families")))
     (ROOT / "docs" / "policies.md").write_text(render_policies.page(load, _provenance))
@@ -172,6 +173,30 @@ def _folded(notes: list[str]) -> str:
     return "<details><summary>Commands</summary>\n\n" + "  \n".join(notes) + "\n</details>\n"
 
 
+def batching_table() -> str:
+    r = load("batching")
+    rows = ["| model | experts in memory | one after another | 2 at once | 4 at once |"]
+    rows.append("|---|---|---|---|---|")
+    for p in r["points"]:
+        batched = " | ".join(f"{b['tokens_per_s']:.0f} ({b['ratio']:.2f}x)" for b in p["batched"])
+        share = f"{p['slots'] / p['experts']:.0%}"
+        rows.append(f"| {p['model']} | {share} | {p['in_turns_tokens_per_s']:.0f} | {batched} |")
+    note = "Tokens/s of four requests together."
+    return "\n".join([*rows, "", note, "", _provenance(r), ""])
+
+
+def serving_table() -> str:
+    r = load("serving")
+    rows = ["| model | run | served | ratio (middle half) |", "|---|---|---|---|"]
+    for p in r["points"]:
+        half = p["ratios"][len(p["ratios"]) // 4 : -(len(p["ratios"]) // 4) or None]
+        rows.append(
+            f"| {p['model']} | {p['direct_ms']:.2f} ms | {p['served_ms']:.2f} ms | "
+            f"{p['ratio']:.3f} ({half[0]:.3f} to {half[-1]:.3f}) |"
+        )
+    return "\n".join([*rows, "", _provenance(r), ""])
+
+
 def depth_table() -> str:
     result = load("depth")
     rows = ["| tokens of context | ms per token |", "|---|---|"]
@@ -274,6 +299,8 @@ def _provenance(result: dict) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "batching": batching_table,
+    "serving": serving_table,
     "budget": budget_table,
     "depth": depth_table,
     "peers": peers_table,
