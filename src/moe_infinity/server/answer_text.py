@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+_MOST_TOKENS = 8  # that one character is made of; beyond that they are no text
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose other bytes are in later tokens
 
 
@@ -30,7 +31,8 @@ class AnswerText:
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        if text.endswith(_UNFINISHED) or len(text) <= len(before):
+        is_unfinished = text.endswith(_UNFINISHED) and len(self._ids) - self._read < _MOST_TOKENS
+        if is_unfinished or len(text) <= len(before):
             return ""
         self._start, self._read = self._read, len(self._ids)
         return self._admit(text[len(before) :])

@@ -38,12 +38,17 @@ class Sampling:
     ignore_eos: bool = False
     grammar: str | None = None
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether an end token is a token like any other. A grammar knows when it is complete."""
+        return self.ignore_eos and self.grammar is None
+
     def options(self, defaults: Any) -> dict[str, Any]:
         """Arguments of ``generate``. defaults: the model's generation config."""
         chosen: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
         if self.repetition_penalty is not None:
             chosen["repetition_penalty"] = self.repetition_penalty
-        if self.ignore_eos:
+        if self.goes_on:
             chosen["eos_token_id"] = None
         own = defaults.do_sample and defaults.temperature
         temperature = self.temperature if self.temperature is not None else float(own or 1.0)

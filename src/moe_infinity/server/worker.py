@@ -103,14 +103,14 @@ class Worker:
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
+            outcome: Done | Failed = Done()
             try:
                 self._serve(job)
-                job.post(Done())
             except Exception as error:  # the server goes on, whatever a request failed with
                 self._note(job, error)
-                job.post(Failed(error))
-            finally:
-                self._finish(job)
+                outcome = Failed(error)
+            self._finish(job)
+            job.post(outcome)
 
     def _next(self) -> Job | None:
         with self._changed:
@@ -156,7 +156,7 @@ class Worker:
             logprobs = LogprobsProcessor(sampling.num_logprobs)
             processors.insert(0, logprobs)
         text = AnswerText(moe.tokenizer, sampling.stop, job.keeps_special)
-        eos_ids = frozenset() if sampling.ignore_eos else self.eos_ids
+        eos_ids = frozenset() if sampling.goes_on else self.eos_ids
         cache, num_reused = self.caches.take(prompt)
         job.num_reused += num_reused
 
@@ -175,6 +175,8 @@ class Worker:
             moe.generate(
                 [prompt],
                 max_new_tokens=max_tokens,
+                # Or the library would take padding tokens in a prompt for padding.
+                attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
                 logits_processor=processors,
                 stopping_criteria=StoppingCriteriaList([sink]),
                 **options,
