@@ -32,8 +32,8 @@ from moe_infinity.types import ExpertSpec
 # Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
 # buffers, Python objects of a long run. Measured: 60-110 MB on models of 0.03 to 13 GB.
 RUNTIME_MARGIN_BYTES = 128 * 1024**2
-# A tokenizer is loaded when it is first asked for, a server's grammars over it later still. Measured
-# for a BPE of 151,000 tokens: 331 and 100 MB. Its file need not be there yet when plans are made.
+# A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
+# measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
 _TOKENIZER_BYTES_PER_ID = 3000
 # With "auto" the system keeps this much, or a tenth of what is available, whichever is more.
 _AUTO_RESERVE_BYTES = 1024**3

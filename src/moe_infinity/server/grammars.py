@@ -15,7 +15,6 @@ from transformers import LogitsProcessor
 
 from moe_infinity.server.problems import ApiError
 
-
 # As json.dumps writes: free white space would let a small model say nothing else, without end.
 _PLAIN_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
