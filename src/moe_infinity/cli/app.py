@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from moe_infinity.cli import bench, chat, doctor, fit, pack, plan, run, simulate, trace, trace_show
+from moe_infinity.cli import (
+    bench,
+    chat,
+    doctor,
+    fit,
+    pack,
+    plan,
+    run,
+    simulate,
+    top,
+    trace,
+    trace_show,
+)
 
 _HELP = """Run Mixture-of-Experts models that do not fit into memory: exact, under a hard memory
 budget, experts streamed from disk. MODEL is a checkpoint's folder or a Hugging Face id; without
@@ -28,6 +40,7 @@ def build_app() -> typer.Typer:
     app.command()(fit.fit)
     app.command()(pack.pack)
     app.command()(bench.bench)
+    app.command()(top.top)
     return app
 
 
