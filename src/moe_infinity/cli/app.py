@@ -16,6 +16,7 @@ from moe_infinity.cli import (
     run,
     serve,
     simulate,
+    top,
     trace,
     trace_show,
 )
@@ -33,6 +34,7 @@ def build_app() -> typer.Typer:
     app.command()(run.run)
     app.command()(chat.chat)
     app.command(context_settings={"auto_envvar_prefix": "MOE_INFINITY"})(serve.serve)
+    app.command()(top.top)
     app.command()(plan.plan)
     app.command()(doctor.doctor)
     app.command()(trace_show.trace_show)
