@@ -43,12 +43,14 @@ class Live:
     def prompt_left(self) -> int:
         """Tokens of the running request's prompt that have not been through the model; 0 once the
         answer has begun."""
-        request, recent = self._wiring.request, self._wiring.recorder.recent
+        wiring = self._wiring
+        request, recorder = wiring.request, wiring.recorder
         left = max(0, request.prompt_left or 0)
         if request.passing == "prefill":
             num_layers = self._hierarchy.residency.directory.shape.num_layers
-            done = (recent[-1].layer + 1) / num_layers if recent else 0.0
-            left += round(self._wiring.step.length * (1 - done))
+            has_begun = recorder.num_recorded > wiring.recorded_before_step
+            done = (recorder.recent[-1].layer + 1) / num_layers if has_begun else 0.0
+            left += round(wiring.step.length * (1 - done))
         return left
 
     def tier_map(self) -> NDArray[np.uint8]:

@@ -59,6 +59,7 @@ class Wiring:
     ) -> None:
         self.request = Request(time.perf_counter())
         self.recorder = Recorder()
+        self.recorded_before_step = 0  # events, when the pass that runs began
         self._anatomy = anatomy
         self._model = model
         self._hierarchy = hierarchy
@@ -176,6 +177,7 @@ class Wiring:
 
     def _begin_step(self, step: Step) -> None:
         step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
+        self.recorded_before_step = self.recorder.num_recorded
         self._threads.begin(step)
         is_directed = self._device is not None and self._device.begin_step(step)
         observer = self._runtime.observer
