@@ -7,7 +7,7 @@ import torch
 
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.devices.base import Device
-from moe_infinity.devices.choice import open_device
+from moe_infinity.devices.choice import open_device, open_devices
 from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.errors import BudgetError
 from support.stores import TurnedClock
@@ -23,6 +23,22 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     yield opened
     opened.close()
     opened.close()
+
+
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+
+
+@pytest.fixture(
+    params=["simulated,simulated:12", pytest.param("cuda:0,cuda:1", marks=TWO_GPUS)],
+)
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Device, Device]]:
+    first, second = open_devices(request.param.split(","))
+    yield first, second
+    for each in (first, second):
+        each.close()
 
 
 def host(fill: int) -> torch.Tensor:
@@ -102,6 +118,48 @@ def test_more_than_there_is_is_refused(device: Device) -> None:
         device.allocate(device.total_bytes() * 2)
 
 
+class TestTwo:
+    def test_a_tensor_is_brought_there_and_back(self, pair: tuple[Device, Device]) -> None:
+        first, second = pair
+        with first.computing():
+            there = torch.arange(1000, device=first.torch_device).view(10, 100)
+            here = second.bring(there, first)
+            with second.computing():
+                changed = here + 1
+            back = first.bring(changed, second)
+            there.zero_()
+            assert here.device == changed.device == second.torch_device
+            assert back.device == first.torch_device
+            assert torch.equal(back.cpu(), torch.arange(1000).view(10, 100) + 1)
+
+    def test_what_one_sent_down_the_other_takes_up(self, pair: tuple[Device, Device]) -> None:
+        first, second = pair
+        there, here, between = first.allocate(SIZE), second.allocate(SIZE), host(0)
+        there.fill_(6)
+        here.zero_()
+        down, up = first.new_stream("down"), second.new_stream("up")
+        down.after(first.compute.mark())
+        down.copy(between, there)
+        up.after(second.compute.mark())
+        up.after(down.mark())
+        up.copy(here, between)
+        second.compute.after(up.mark())
+        with second.computing():
+            assert int(here.sum()) == 6 * SIZE
+
+    def test_memory_pinned_once_is_pinned_for_both(self, pair: tuple[Device, Device]) -> None:
+        source = host(5)
+        was_pinned = pair[0].pin(source)
+        for each in pair:
+            there, up = each.allocate(SIZE), each.new_stream("up")
+            up.copy(there, source)
+            each.compute.after(up.mark())
+            with each.computing():
+                assert int(there.sum()) == 5 * SIZE
+        if was_pinned:
+            pair[0].unpin(source)
+
+
 class TestSimulated:
     """Beyond the contract: copies take effect when they end, and the link's time is kept."""
 
@@ -144,3 +202,26 @@ class TestSimulated:
         device.compute.after(up.mark())
         assert device.take_stall_s() == pytest.approx(0.75 * SIZE / 1e9)
         assert device.take_stall_s() == 0
+
+    def test_tokens_take_the_slower_links_time_and_wait_for_both(self) -> None:
+        clock = TurnedClock()
+        first = SimulatedDevice(2.0, clock)
+        second = SimulatedDevice(1.0, beside=first)
+        tokens = torch.zeros(1000, dtype=torch.uint8)
+        second.bring(tokens, first)
+        assert clock.at_s == pytest.approx(1000 / 1e9)
+        second.compute.lag_s = 3.0
+        before_s = clock.at_s
+        first.bring(tokens, second)
+        assert clock.at_s - before_s == pytest.approx(3.0 + 1000 / 1e9)
+
+    def test_links_are_each_ones_own(self) -> None:
+        clock = TurnedClock()
+        first = SimulatedDevice(1.0, clock)
+        second = SimulatedDevice(1.0, beside=first)
+        ups = [each.new_stream("up") for each in (first, second)]
+        for up in ups:
+            up.copy(first.allocate(SIZE), host(1))
+        for up in ups:
+            up.mark().wait()
+        assert clock.at_s == pytest.approx(SIZE / 1e9)

@@ -51,7 +51,8 @@ class Device(ABC):
     name: for reports. torch_device: where tensors have to be. compute: the stream on which torch
     and our kernels launch. runtime_bytes: what driver and libraries take of its memory; host_bytes:
     and, once kernels are there, of RAM. has_bf16: whether it computes in bfloat16. reads_host:
-    whether its kernels find pinned memory at the host's own addresses.
+    whether its kernels find pinned memory at the host's own addresses. rounding: devices that say
+    the same have the same results to the last bit.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Device(ABC):
     host_bytes: int = 0
     has_bf16: bool = True
     reads_host: bool = True
+    rounding: str = ""
     torch_device: torch.device
     compute: Stream
 
@@ -103,6 +105,11 @@ class Device(ABC):
     def computing(self) -> AbstractContextManager[object]:
         """While it is open, what the calling thread launches goes to ``compute``."""
         return nullcontext()
+
+    @abstractmethod
+    def bring(self, tensor: torch.Tensor, source: Device) -> torch.Tensor:
+        """A copy, here, of a tensor on another device of the same kind: after what either was
+        given to compute so far, and before what either is given next. The host goes on."""
 
     @abstractmethod
     def take_stall_s(self) -> float:

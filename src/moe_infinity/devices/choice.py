@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -27,6 +27,15 @@ def computing_on(device: Device | None) -> Iterator[None]:
         ) from error
 
 
+def open_devices(names: Sequence[str], needed_by: str = "") -> tuple[Device, ...]:
+    """The devices of EngineConfig's names, the model's own first; none: the CPU computes from RAM.
+    Raises as ``open_device``."""
+    first = open_device(names[0], needed_by)
+    if first is None:
+        return ()
+    return (first, *(_open_beside(first, name) for name in names[1:]))
+
+
 def open_device(name: str, needed_by: str = "") -> Device | None:
     """The device of one of EngineConfig's names; None: the CPU computes from RAM.
 
@@ -35,7 +44,7 @@ def open_device(name: str, needed_by: str = "") -> Device | None:
     """
     kind, _, number = name.partition(":")
     if kind == "simulated":
-        return SimulatedDevice(float(number) if number else PCIE4_GBPS)
+        return SimulatedDevice(_gbps(number))
     if kind == "auto" and not torch.cuda.is_available():
         if needed_by:
             raise ConfigError(
@@ -48,3 +57,15 @@ def open_device(name: str, needed_by: str = "") -> Device | None:
     from moe_infinity.devices.cuda import CudaDevice
 
     return CudaDevice(int(number or 0))
+
+
+def _open_beside(first: Device, name: str) -> Device:
+    if isinstance(first, SimulatedDevice):
+        return SimulatedDevice(_gbps(name.partition(":")[2]), beside=first)
+    device = open_device(name)
+    assert device is not None, f"{name} is no device"
+    return device
+
+
+def _gbps(number: str) -> float:
+    return float(number) if number else PCIE4_GBPS

@@ -37,7 +37,7 @@ class CudaDevice(Device):
         _require_cuda(index)
         self.torch_device = torch.device("cuda", index)
         properties = _cuda.get_device_properties(index)
-        self.name = properties.name
+        self.name = self.rounding = properties.name
         self.has_bf16 = properties.major >= 8
         self.reads_host = sys.platform == "linux" and "microsoft" not in platform.release().lower()
         self._stalls: deque[tuple[Any, Any]] = deque()
@@ -66,6 +66,7 @@ class CudaDevice(Device):
         return _CudaStream(_cuda.Stream(self.torch_device))
 
     def pin(self, host: torch.Tensor) -> bool:
+        # For all GPUs: one address space makes every registration a portable one.
         refused = _cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
         if int(refused) == 0:
             return True
@@ -119,6 +120,10 @@ class CudaDevice(Device):
             ended.synchronize()
             found.append(began.elapsed_time(ended) / 1e3)
         return float(min(found))
+
+    def bring(self, tensor: torch.Tensor, source: Device) -> torch.Tensor:
+        with self.computing():  # torch lets both devices' current streams wait for each other
+            return tensor.to(self.torch_device, non_blocking=True)
 
     def take_stall_s(self) -> float:
         while self._stalls and self._stalls[0][1].query():

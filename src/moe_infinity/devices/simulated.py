@@ -43,6 +43,32 @@ class WallClock(Clock):
         time.sleep(max(0.0, at_s - time.perf_counter()))
 
 
+class _Begun:
+    """Copies of devices that share a host's memory: they take effect in the order in which they
+    end, whichever device's they are."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+        self.lock = threading.Lock()
+        self._heap: list[tuple[float, int, _Copy]] = []  # by the time at which they end
+        self._order = itertools.count()
+
+    def add(self, ends_s: float, copy: _Copy) -> None:
+        """With the lock held."""
+        heapq.heappush(self._heap, (ends_s, next(self._order), copy))
+
+    def end(self, at_least_s: float = 0.0) -> None:
+        with self.lock:
+            now_s = max(self.clock.now_s(), at_least_s)
+            while self._heap and self._heap[0][0] <= now_s:
+                target, source = heapq.heappop(self._heap)[2]
+                target.copy_(source)
+
+    def last_s(self) -> float:
+        with self.lock:
+            return max((at_s for at_s, *_ in self._heap), default=0.0)
+
+
 class SimulatedDevice(Device):
     """One link with two directions that do not disturb each other, as PCIe has."""
 
@@ -52,20 +78,20 @@ class SimulatedDevice(Device):
         clock: Clock | None = None,
         memory_bytes: int | None = None,
         pins: bool = True,
+        beside: SimulatedDevice | None = None,
     ) -> None:
-        """memory_bytes: of the device; None: what the machine has. pins: whether ``pin`` works."""
+        """memory_bytes: of the device; None: what the machine has. pins: whether ``pin`` works.
+        beside: another one of the same machine, whose clock this one has too."""
         self.name = f"simulated, {link_gbps:g} GB/s"
         self.torch_device = torch.device("cpu")
         self._link_gbps = link_gbps
-        self._clock = clock or WallClock()
-        self.compute = _Computation(self)
+        self._begun: _Begun = beside._begun if beside else _Begun(clock or WallClock())
+        self._clock = self._begun.clock
+        self.compute: _Computation = _Computation(self)
         self._memory_bytes = memory_bytes
         self._taken_bytes = 0
         self._pins = pins
-        self._lock = threading.Lock()
         self._busy_until_s: dict[Direction, float] = {"up": 0.0, "down": 0.0}
-        self._begun: list[tuple[float, int, _Copy]] = []  # heap, by the time at which they end
-        self._order = itertools.count()
         self._stall_s = 0.0
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -100,22 +126,29 @@ class SimulatedDevice(Device):
     def memory_gbps(self) -> float | None:
         return None
 
+    def bring(self, tensor: torch.Tensor, source: Device) -> torch.Tensor:
+        """Over the slower of both links, beside the copies on them: tokens are small."""
+        assert isinstance(source, SimulatedDevice)
+        gbps = min(self._link_gbps, source._link_gbps)
+        marks = (self.compute.mark(), source.compute.mark())
+        starts_s = max(self.now_s(), *(mark.at_s for mark in marks))
+        self.wait_until(starts_s + tensor.nbytes / (gbps * 1e9))
+        return tensor.clone()
+
     def take_stall_s(self) -> float:
         taken, self._stall_s = self._stall_s, 0.0
         return taken
 
     def close(self) -> None:
-        with self._lock:
-            last_s = max((at_s for at_s, *_ in self._begun), default=0.0)
-        self.wait_until(last_s)
+        self.wait_until(self._begun.last_s())
 
     def begin(self, copy: _Copy, direction: Direction, not_before_s: float) -> float:
         """Put a copy on the link, behind those of its direction. Returns when it ends."""
-        with self._lock:
+        with self._begun.lock:
             starts_s = max(self._clock.now_s(), not_before_s, self._busy_until_s[direction])
             ends_s = starts_s + copy[1].numel() / (self._link_gbps * 1e9)
             self._busy_until_s[direction] = ends_s
-            heapq.heappush(self._begun, (ends_s, next(self._order), copy))
+            self._begun.add(ends_s, copy)
         return ends_s
 
     def now_s(self) -> float:
@@ -124,7 +157,7 @@ class SimulatedDevice(Device):
     def has_reached(self, at_s: float) -> bool:
         if self._clock.now_s() < at_s:
             return False
-        self._end_copies()
+        self._begun.end()
         return True
 
     def wait_until(self, at_s: float) -> float:
@@ -132,18 +165,11 @@ class SimulatedDevice(Device):
         before_s = self._clock.now_s()
         if before_s < at_s:
             self._clock.wait_until(at_s)
-        self._end_copies(at_s)
+        self._begun.end(at_s)
         return max(0.0, at_s - before_s)
 
     def count_stall(self, seconds: float) -> None:
         self._stall_s += seconds
-
-    def _end_copies(self, at_least_s: float = 0.0) -> None:
-        with self._lock:
-            now_s = max(self._clock.now_s(), at_least_s)
-            while self._begun and self._begun[0][0] <= now_s:
-                target, source = heapq.heappop(self._begun)[2]
-                target.copy_(source)
 
 
 class _At(Mark):
@@ -190,5 +216,5 @@ class _Computation(Stream):
         assert isinstance(mark, _At)
         self._device.count_stall(self._device.wait_until(mark.at_s))
 
-    def mark(self) -> Mark:
+    def mark(self) -> _At:
         return _At(self._device, self._device.now_s() + self.lag_s if self.lag_s else 0.0)
