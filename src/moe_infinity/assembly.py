@@ -8,6 +8,7 @@ from typing import NamedTuple, cast
 
 import torch
 
+from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
@@ -156,7 +157,8 @@ def build_hierarchy(
             host = HostTier(_shelf(anatomy, plan, config), arena, engine)
             top = plan.device
             slots = DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare)
-            hierarchy = VramHierarchy(store, runner, host, slots, device, pays)
+            memory = DeviceMemory(store, slots, device)
+            hierarchy = VramHierarchy(store, runner, host, memory, pays)
             if config.miss != "copy":
                 hierarchy.share_misses(_split(anatomy, config, chosen))
         undo.pop_all()

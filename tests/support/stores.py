@@ -1,13 +1,15 @@
 """Expert stores in memory whose reads can be held back, watched and made to fail."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
+from moe_infinity.cache.device_memory import DeviceMemory
+from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.cache.pinned import PinnedArena
@@ -167,30 +169,44 @@ class TurnedClock(Clock):
 def vram_hierarchy(
     shape: ExpertShape,
     store: ExpertStore,
-    num_slots: int,
+    num_slots: int | Sequence[int],
     num_ram_slots: int,
     policy: str = "lru",
     predictor: ExpertPredictor | None = None,
-    device: Device | None = None,
+    device: Device | Sequence[Device] | None = None,
     num_threads: int = 2,
     num_spare: int = 2,
 ) -> Iterator[VramHierarchy]:
     """A device tier over a RAM tier, one size class each, closed in the end. Uploads go in chunks
-    of a page."""
-    device = device or SimulatedDevice(24.0, TurnedClock())
-    residency = new_residency(shape, [num_slots], policy)
+    of a page. num_slots: of each, where there are several devices."""
+    devices = [device] if isinstance(device, Device) else device
+    devices = devices or [SimulatedDevice(24.0, TurnedClock())]
+    counts = [num_slots] if isinstance(num_slots, int) else num_slots
+    residency = new_residency(shape, [sum(counts)], policy)
     planner = PrefetchPlanner(predictor or find_predictor("none")(shape), residency.directory)
     below = new_residency(shape, [num_ram_slots], policy)
-    slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
-    arena = PinnedArena((num_ram_slots,), (store.slot_bytes,), device)
+    memories = [
+        _device_memory(store, count, each, num_spare)
+        for count, each in zip(counts, devices, strict=True)
+    ]
+    memory = memories[0] if isinstance(num_slots, int) else DevicePool(memories)
+    arena = PinnedArena((num_ram_slots,), (store.slot_bytes,), devices[0])
     engine = TransferEngine(store, num_threads, chunk_bytes=PAGE)
     host = HostTier(Shelf(below.directory, below.policy), arena, engine)
-    hierarchy = VramHierarchy(store, EventRunner(residency, planner), host, slots, device)
-    hierarchy.memory.uploads.chunk_bytes = PAGE
+    hierarchy = VramHierarchy(store, EventRunner(residency, planner), host, memory)
     try:
         yield hierarchy
     finally:
         hierarchy.close()
+
+
+def _device_memory(
+    store: ExpertStore, num_slots: int, device: Device, num_spare: int
+) -> DeviceMemory:
+    slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
+    memory = DeviceMemory(store, slots, device)
+    memory.uploads.chunk_bytes = PAGE
+    return memory
 
 
 @contextmanager

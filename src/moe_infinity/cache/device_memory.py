@@ -30,6 +30,9 @@ class DeviceMemory:
 
     def __init__(self, store: ExpertStore, slots: DeviceSlots, device: Device) -> None:
         self.slots = slots
+        self.device = device
+        self.devices = (device,)
+        self.lossy: tuple[str, ...] = ()
         self.uploads = Uploads(device)
         self.layouts = {key: device_layout(spec) for key, spec in store.specs.items()}
         self.slot_of: dict[ExpertKey, int] = {}
@@ -115,6 +118,10 @@ class DeviceMemory:
         slot = self.slot_of[key]
         return self._views.of(key, slot, self.slots.memory(slot))
 
+    def take_stall_s(self) -> float:
+        """What the computation has waited since the last time."""
+        return self.device.take_stall_s()
+
     def drain(self) -> None:
         """Copy no more of what is queued, and wait for what was begun."""
         self.uploads.drain()
@@ -126,12 +133,17 @@ class DeviceMemory:
             pending.clear()
         self.slot_of = slots
 
+    def check_integrity(self, slots: Mapping[ExpertKey, int]) -> None:
+        """Raise AssertionError unless every expert lies where ``slots`` says."""
+        assert self.slot_of == slots, f"elsewhere: {self.slot_of.items() ^ slots.items()}"
+
     def close(self) -> None:
         self._views.clear()
         self.slots.close()
 
-    def give_back(self) -> set[int]:
-        """Let some memory go, when nothing uses it. Returns the slots it was of."""
+    def give_back(self, device: int = 0) -> set[int]:
+        """Let some memory go, when nothing uses it. Returns the slots it was of. device: there is
+        this one alone."""
         gone = self.slots.give_back()
         self._views.forget(gone)
         return gone

@@ -39,6 +39,7 @@ class DeviceSlots:
         num_spare: int,
     ) -> None:
         """num_spare: for each class. Raises BudgetError if the device has no room."""
+        self.slots_per_class = slots_per_class
         self._class_of: list[int] = []
         self._rooms: list[_Room | None] = []  # by slot; None: given back
         self._spare: list[deque[_Room]] = []
@@ -52,8 +53,9 @@ class DeviceSlots:
     def _allocate(self, device: Device, count: int, slot_bytes: int) -> list[_Room]:
         size = -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
         rooms: list[_Room] = []
-        for first in range(0, count, -(-count // _SEGMENTS)):
-            here = min(count - first, -(-count // _SEGMENTS))
+        most = max(1, -(-count // _SEGMENTS))
+        for first in range(0, count, most):
+            here = min(count - first, most)
             whole = device.allocate(here * size)
             rooms += [_Room(each, self._num_segments) for each in torch.split(whole, size)]
             self._num_segments += 1

@@ -91,6 +91,11 @@ class Uploads:
     def is_queued(self, key: ExpertKey) -> bool:
         return any(upload.key == key for upload in self._queue)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is anything to ``wait`` for."""
+        return bool(self._on_link or self._begun)
+
     def take_settled(self) -> list[tuple[ExpertKey, Mark]]:
         """Uploads that can be used, once their marks are reached."""
         self._pump()

@@ -7,11 +7,10 @@ import contextlib
 from moe_infinity.cache.base import Compute
 from moe_infinity.cache.beside import Beside
 from moe_infinity.cache.device_memory import DeviceMemory
-from moe_infinity.cache.device_slots import DeviceSlots
+from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.checkpoint.base import ExpertStore
-from moe_infinity.devices.base import Device
 from moe_infinity.kernels.base import Views
 from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import PaysMeter
@@ -23,7 +22,7 @@ from moe_infinity.types import ExpertKey, Phase, Priority, TierName
 
 
 class VramHierarchy(DrivenHierarchy):
-    """Slots on a device over a tier of slots in RAM over an expert store.
+    """Slots on a device, or on several, over a tier of slots in RAM over an expert store.
 
     A load is settled when its copy was put on a stream: the computation waits for that on the
     device, the host only for the disk. So no decision depends on how long a copy takes.
@@ -36,14 +35,13 @@ class VramHierarchy(DrivenHierarchy):
         store: ExpertStore,
         runner: EventRunner,
         host: HostTier,
-        slots: DeviceSlots,
-        device: Device,
+        memory: DeviceMemory | DevicePool,
         pays: PaysMeter | None = None,
     ) -> None:
         """The computation of what the processor takes over is set by ``share_misses``."""
         super().__init__(store, runner, pays)
-        self.device = device
-        self.memory = DeviceMemory(store, slots, device)
+        self.memory = memory
+        self.device = memory.devices[0]  # the model's own
         self._host = host
         self._coming: dict[ExpertKey, Priority] = {}  # begun, and not yet settled
         self._unwanted: set[ExpertKey] = set()  # of them, what was cancelled while it was read
@@ -66,7 +64,8 @@ class VramHierarchy(DrivenHierarchy):
     @property
     def lossy(self) -> tuple[str, ...]:
         """What another way of computing misses may change, for reports."""
-        return ("misses computed on the CPU",) if self._beside is not None else ()
+        beside = ("misses computed on the CPU",) if self._beside is not None else ()
+        return beside + self.memory.lossy
 
     def share_misses(self, split: MissSplit) -> None:
         """Let the processor compute some misses from RAM instead of copying them."""
@@ -77,11 +76,11 @@ class VramHierarchy(DrivenHierarchy):
     def get_ready(self) -> None:
         self._host.arena.touch_ahead()
 
-    def shrink(self) -> int:
-        """Give some of the device's memory back, between events. Returns how many slots went; 0:
+    def shrink(self, device: int = 0) -> int:
+        """Give some of a device's memory back, between events. Returns how many slots went; 0:
         what is left is needed."""
         self._abort()
-        gone = self.memory.give_back()
+        gone = self.memory.give_back(device)
         self.residency.clear(gone)
         self.residency.directory.retire(gone)
         self._start_anew()
@@ -203,7 +202,7 @@ class VramHierarchy(DrivenHierarchy):
 
     def count_activity(self) -> None:
         self.count_reads(*self._host.take_activity())
-        self.count_wait(self.device.take_stall_s())
+        self.count_wait(self.memory.take_stall_s())
 
     def drain(self) -> None:
         self._host.drain()
@@ -230,6 +229,8 @@ class VramHierarchy(DrivenHierarchy):
         assert in_flight == self._coming.keys(), (
             f"in flight without a load, or the reverse: {in_flight ^ self._coming.keys()}"
         )
+        held = self.residency.directory.keys_in(State.RESIDENT) + list(in_flight)
+        self.memory.check_integrity({key: self.residency.directory.slot(key) for key in held})
         above = [k for k in self.residency.directory.keys_in(State.RESIDENT) if self._is_lost(k)]
         assert not above, f"in both tiers, and the shelf does not know: {above}"
 
@@ -237,7 +238,8 @@ class VramHierarchy(DrivenHierarchy):
         with contextlib.ExitStack() as closing:  # all of it, also of a device that was lost
             closing.callback(self.memory.close)
             closing.callback(self._host.close)
-            closing.callback(self.device.close)
+            for device in self.memory.devices:
+                closing.callback(device.close)
             closing.callback(self._abort)
 
     def _is_lost(self, key: ExpertKey) -> bool:

@@ -18,11 +18,12 @@ class Views(dict[str, list[torch.Tensor | PackedMatrix]]):
     """An expert's parts by name, each a list of blocks that lie in its slot.
 
     prepared: what a kernel made of them, kept while they are. on_host: they lie in RAM, while the
-    model computes on a device.
+    model computes on a device. device: the number of the one they lie on; the model's own is 0.
     """
 
     prepared: Any = None
     on_host: bool = False
+    device: int = 0
 
 
 @dataclass(frozen=True)

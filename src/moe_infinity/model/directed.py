@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.formats import part_views
@@ -98,13 +99,11 @@ class DirectedExperts:
 
     def _addresses(self) -> None:
         """Of every slot's memory and of every expert in RAM."""
-        hierarchy = self._hierarchy
-        directory, host, layouts = (
-            hierarchy.residency.directory,
-            hierarchy.host,
-            hierarchy.memory.layouts,
-        )
-        slots = [hierarchy.memory.slots.memory(slot) for slot in range(directory.num_slots)]
+        directory, host = self._hierarchy.residency.directory, self._hierarchy.host
+        memory = self._hierarchy.memory
+        assert isinstance(memory, DeviceMemory), "several devices cannot direct"
+        layouts = memory.layouts
+        slots = [memory.slots.memory(slot) for slot in range(directory.num_slots)]
         at = {key: host.source(key)[0].data_ptr() for key in layouts}
         for number, piece in enumerate(next(iter(layouts.values())).segments):
             sources = [0] * len(directory.states)
@@ -142,12 +141,14 @@ class DirectedExperts:
 
 
 def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath]) -> bool:
-    """Whether the device could ever serve this model's passes by itself."""
-    if kernel.name != "triton":
+    """Whether the device could ever serve this model's passes by itself: one that has no others
+    beside it."""
+    memory = hierarchy.memory
+    if kernel.name != "triton" or not isinstance(memory, DeviceMemory):
         return False
     from moe_infinity.kernels.gpu.directed import kernel_form
 
-    residency, layouts = hierarchy.residency, hierarchy.memory.layouts
+    residency, layouts = hierarchy.residency, memory.layouts
     firsts = {key.layer: layout for key, layout in layouts.items() if key.expert == 0}
     pieces = {tuple(piece[1:] for piece in layout.segments) for layout in layouts.values()}
     return (
@@ -158,7 +159,7 @@ def can_direct(hierarchy: VramHierarchy, kernel: Any, maths: Sequence[ExpertMath
         and all(each.spec.parts == firsts[key.layer].spec.parts for key, each in layouts.items())
         and all(math.post is None for math in maths)
         and all(
-            kernel.lay_out(math, part_views(firsts[layer].spec, hierarchy.memory.slots.memory(0)))
+            kernel.lay_out(math, part_views(firsts[layer].spec, memory.slots.memory(0)))
             for layer, math in enumerate(maths)
         )
     )
