@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
 import torch
 
 from moe_infinity.cache.device_memory import DeviceMemory
+from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
@@ -17,7 +19,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
 from moe_infinity.cache.vram import VramHierarchy
-from moe_infinity.checkpoint.base import Checkpoint
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore
 from moe_infinity.checkpoint.gguf import GgufCheckpoint
 from moe_infinity.checkpoint.hub_names import is_gguf
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
@@ -25,7 +27,7 @@ from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
 from moe_infinity.device_plan import DeviceFacts
 from moe_infinity.devices.base import Device
-from moe_infinity.devices.choice import open_device
+from moe_infinity.devices.choice import open_devices
 from moe_infinity.errors import ConfigError
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.loading import Anatomy, read_config
@@ -63,21 +65,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return PackedCheckpoint(path) if is_packed(path) else SafetensorsCheckpoint(path)
 
 
-def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[Device | None, Plan]:
-    """The device that was asked for, opened, and the plan for it and this machine's RAM.
+def plan_here(anatomy: Anatomy, config: EngineConfig) -> tuple[tuple[Device, ...], Plan]:
+    """The devices that were asked for, opened, and the plan for them and this machine's RAM.
 
     Raises ConfigError or BudgetError.
     """
-    device = open_device(config.device, config.needs_device)
-    if device is not None and not device.has_bf16 and anatomy.dtype is torch.bfloat16:
-        raise ConfigError(
-            f"dtype: got bfloat16, which {device.name} does not compute in (before Ampere), "
-            f"expected another; choose dtype float16 or float32"
-        )
-    plan = make_plan(anatomy, config, None if device is None else facts_of(device))
-    if device is not None and plan.device is not None:
-        device.limit(plan.device.budget_bytes)
-    return device, plan
+    devices = open_devices(config.devices, config.needs_device)
+    for device in devices:
+        if not device.has_bf16 and anatomy.dtype is torch.bfloat16:
+            raise ConfigError(
+                f"dtype: got bfloat16, which {device.name} does not compute in (before Ampere), "
+                f"expected another; choose dtype float16 or float32"
+            )
+    plan = make_plan(anatomy, config, *map(facts_of, devices))
+    for device, top in zip(devices, plan.devices, strict=True):
+        device.limit(top.budget_bytes)
+    return devices, plan
 
 
 def facts_of(device: Device) -> DeviceFacts:
@@ -102,8 +105,7 @@ def choose_prefetch(config: EngineConfig, anatomy: Anatomy, plan: Plan) -> str:
     few slots to spare any, or where the model has no routers that can be asked."""
     if config.prefetch != "auto":
         return config.prefetch
-    slots_per_class = (plan.device or plan).slots_per_class
-    if sum(slots_per_class) >= anatomy.shape.num_total or max(slots_per_class) < FEWEST_SLOTS:
+    if sum(plan.top_slots) >= anatomy.shape.num_total or max(plan.top_slots) < FEWEST_SLOTS:
         return "none"
     names = [module.name for module in anatomy.experts]
     return (
@@ -126,7 +128,7 @@ class Chosen(NamedTuple):
 
     prefetch: str
     speeds: Bandwidths | None
-    device: Device | None
+    devices: tuple[Device, ...]
 
 
 def build_hierarchy(
@@ -144,20 +146,16 @@ def build_hierarchy(
     pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
     with contextlib.ExitStack() as undo:
         sizes = (plan.slots_per_class, plan.slot_bytes)
-        device = chosen.device
-        arena = SlotArena(*sizes) if device is None else PinnedArena(*sizes, device)
+        arena = PinnedArena(*sizes, chosen.devices[0]) if chosen.devices else SlotArena(*sizes)
         undo.callback(arena.close)
         engine = TransferEngine(store, *reading_of(config, chosen.speeds))
         undo.callback(engine.close)
         hierarchy: DrivenHierarchy
-        if device is None or plan.device is None:
+        if not isinstance(arena, PinnedArena):
             hierarchy = RamHierarchy(store, runner, arena, engine, pays)
         else:
-            assert isinstance(arena, PinnedArena)
             host = HostTier(_shelf(anatomy, plan, config), arena, engine)
-            top = plan.device
-            slots = DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare)
-            memory = DeviceMemory(store, slots, device)
+            memory = _device_memory(store, plan, chosen.devices)
             hierarchy = VramHierarchy(store, runner, host, memory, pays)
             if config.miss != "copy":
                 hierarchy.share_misses(_split(anatomy, config, chosen))
@@ -165,17 +163,38 @@ def build_hierarchy(
     return hierarchy
 
 
-def speeds_of(device: Device) -> DeviceSpeeds:
-    """What a report needs to know of it."""
-    return DeviceSpeeds(device.name, device.link_gbps(), device.memory_gbps())
+def speeds_of(devices: Sequence[Device]) -> DeviceSpeeds | None:
+    """What a report needs to know of them: what all deliver that work at once."""
+    if not devices:
+        return None
+    memory = [device.memory_gbps() for device in devices]
+    of_all = sum(gbps for gbps in memory if gbps is not None)
+    return DeviceSpeeds(
+        " + ".join(device.name for device in devices),
+        sum(device.link_gbps() for device in devices),
+        None if None in memory else of_all,
+    )
+
+
+def _device_memory(
+    store: ExpertStore, plan: Plan, devices: Sequence[Device]
+) -> DeviceMemory | DevicePool:
+    memories = [
+        DeviceMemory(
+            store,
+            DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare),
+            device,
+        )
+        for device, top in zip(devices, plan.devices, strict=True)
+    ]
+    return memories[0] if len(memories) == 1 else DevicePool(memories)
 
 
 def _runner(anatomy: Anatomy, plan: Plan, config: EngineConfig, chosen: Chosen) -> EventRunner:
     """Decides on the tier that is computed from."""
-    slots_per_class = (plan.device or plan).slots_per_class
     predictor = make(find_predictor(chosen.prefetch), anatomy.shape, config.seed)
-    directory = Directory(anatomy.shape, slots_per_class, plan.class_of_layer)
-    policy = _policy(anatomy, sum(slots_per_class), config)
+    directory = Directory(anatomy.shape, plan.top_slots, plan.class_of_layer)
+    policy = _policy(anatomy, sum(plan.top_slots), config)
     layer_bytes = [0] * anatomy.shape.num_layers
     for key, spec in anatomy.specs.items():
         layer_bytes[key.layer] = max(layer_bytes[key.layer], spec.read_bytes)
@@ -193,12 +212,13 @@ def _shelf(anatomy: Anatomy, plan: Plan, config: EngineConfig) -> Shelf:
 
 def _split(anatomy: Anatomy, config: EngineConfig, chosen: Chosen) -> MissSplit:
     """By the link's speed and what a product of this model's experts reaches on the processor."""
-    assert chosen.device is not None
+    device_speeds = speeds_of(chosen.devices)
+    assert device_speeds is not None, "nothing is beside the processor"
     expert_bytes = next(iter(anatomy.specs.values())).weight_bytes
     speeds = chosen.speeds
     cpu_gbps = speeds.matvec_gbps if speeds else measure_matvec_gbps(expert_bytes)
     mode = cast(MissMode, config.miss)
-    return MissSplit(mode, chosen.device.link_gbps(), cpu_gbps, anatomy.shape.num_layers)
+    return MissSplit(mode, device_speeds.link_gbps, cpu_gbps, anatomy.shape.num_layers)
 
 
 def _policy(anatomy: Anatomy, num_slots: int, config: EngineConfig) -> CachePolicy:

@@ -17,6 +17,7 @@ _SIZE = re.compile(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([A-Za-z]*)\s*")
 _DTYPES = (None, "auto", "float32", "bfloat16", "float16")
 _MISS_RULES = ("copy", "cpu", "auto")
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?|simulated(:\d{1,4}(\.\d{1,3})?)?")
+_IN_LISTS = ("cuda", "simulated")  # kinds of which several can be used
 KERNELS = ("auto", "native", "torch", "triton")
 
 # Tokens of one prefill chunk. A constant, never a function of the budget: the number of rows of a
@@ -93,8 +94,9 @@ class EngineConfig:
     """Options of ``MoE(...)``; the command line is derived from these names and defaults."""
 
     ram: int | str = "auto"  # bytes for the whole process; "auto": what the machine can spare
-    vram: int | str = "auto"  # bytes of device memory; "auto": what the desktop can spare
-    device: str = "auto"  # cpu; cuda, cuda:1; simulated, simulated:12 (GB/s); auto: cuda or cpu
+    vram: int | str = "auto"  # bytes of each device's memory; "auto": what it can spare; 8GiB,12GiB
+    # cpu; cuda, cuda:1; simulated, simulated:12 (GB/s); cuda:0,cuda:1: several; auto: cuda or cpu
+    device: str = "auto"
     dtype: str | None = None  # None: as the checkpoint says
     kernel: str = "auto"  # native: compiled for this CPU; triton: for GPUs; torch; auto: the best
     policy: str = "next_use"
@@ -113,12 +115,8 @@ class EngineConfig:
                 f"ram: got {self.ram!r}, that is {parse_size(self.ram)} bytes, expected memory for "
                 f"a whole process; did you mean {str(self.ram).strip()}GiB?"
             )
-        if not _DEVICE.fullmatch(self.device):
-            raise ConfigError(
-                f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or simulated"
-            )
-        if self.vram != "auto":
-            parse_size(self.vram, "vram")
+        _check_devices(self.device, self.devices)
+        _ = self.vram_bytes  # which says what is wrong with it
         if self.device == "cpu" and self.needs_device:
             name = self.needs_device
             raise ConfigError(
@@ -147,9 +145,40 @@ class EngineConfig:
         return next((name for name, is_chosen in chosen.items() if is_chosen), "")
 
     @property
-    def vram_bytes(self) -> int | None:
-        """The device's budget in bytes, None for "auto"."""
-        return None if self.vram == "auto" else parse_size(self.vram, "vram")
+    def devices(self) -> tuple[str, ...]:
+        """Names, the model's own first."""
+        return tuple(name.strip() for name in self.device.split(","))
+
+    @property
+    def vram_bytes(self) -> tuple[int | None, ...]:
+        """Each device's budget in bytes, None for "auto". Raises ConfigError."""
+        sizes = [size.strip() for size in str(self.vram).split(",")]
+        if len(sizes) == 1:
+            sizes *= len(self.devices)
+        if len(sizes) != len(self.devices):
+            raise ConfigError(
+                f"vram: got {len(sizes)} sizes ({self.vram}), expected one, or one for each of the "
+                f"devices named: {self.device}"
+            )
+        return tuple(None if size == "auto" else parse_size(size, "vram") for size in sizes)
+
+
+def _check_devices(given: str, names: tuple[str, ...]) -> None:
+    """Raise ConfigError for what no device is called, and for what cannot be used together."""
+    expected = "expected auto, cpu, cuda, cuda:N or simulated"
+    kinds = {name.partition(":")[0] for name in names}
+    if not all(map(_DEVICE.fullmatch, names)):
+        raise ConfigError(f"device: got {given!r}, {expected}, or several such as cuda:0,cuda:1")
+    if len(names) == 1:
+        return
+    if len(kinds) > 1 or not kinds <= {*_IN_LISTS}:
+        raise ConfigError(
+            f"device: got {given!r}, expected several of one kind ({' or '.join(_IN_LISTS)}), or "
+            f"one device"
+        )
+    indices = [int(name.partition(":")[2] or 0) for name in names if name.startswith("cuda")]
+    if len(set(indices)) < len(indices):
+        raise ConfigError(f"device: got {given!r}, expected each GPU once")
 
 
 def _choice(name: str, got: str | None, known: tuple[str | None, ...]) -> None:

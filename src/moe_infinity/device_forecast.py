@@ -77,10 +77,12 @@ def device_forecast(
     """Bytes over bandwidths at typical hit rates, and at those of random routing. plan: with a
     device. Where RAM does not hold every expert, both tiers' slots add up."""
     assert plan.device is not None, "the plan has no device"
-    low_vram = plan.device.num_slots / plan.experts_total
-    held = plan.num_slots + (0 if plan.num_slots >= plan.experts_total else plan.device.num_slots)
+    num_slots = sum(plan.top_slots)
+    low_vram = num_slots / plan.experts_total
+    held = plan.num_slots + (0 if plan.num_slots >= plan.experts_total else num_slots)
     low_both = min(1.0, held / plan.experts_total)
-    layer_s = _LAYER_S[plan.num_slots >= plan.experts_total]  # the device directs if RAM has it all
+    # A lone device directs if RAM has it all.
+    layer_s = _LAYER_S[plan.num_slots >= plan.experts_total and not plan.others]
     computed_s = (plan.bytes_per_token + plan.dense_read_bytes) / (memory_gbps * 1e9)
 
     def rate(in_vram: float, in_both: float) -> float:

@@ -1,9 +1,11 @@
-"""The arithmetic of a device's memory: dense weights, KV cache and workspace first, slots after."""
+"""The arithmetic of devices' memory: dense weights, KV cache and workspace first, slots after."""
 
 from __future__ import annotations
 
+import itertools
 import operator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from moe_infinity.config import format_bytes
 from moe_infinity.errors import BudgetError
@@ -12,6 +14,12 @@ from moe_infinity.size_classes import SizeClass, divide
 # With "auto" a device keeps this much free, or so much of it: what shows the desktop grows.
 _AUTO_RESERVE_BYTES = 512 * 1024**2
 _AUTO_RESERVE_SHARE = 0.05
+_WHY_FIRST = (
+    "what is beside the experts has to lie on the device, and one token's experts of a layer"
+)
+_WHY_OTHERS = (
+    "a device beside the model's own has to hold tokens and an expert of each size; leave it out"
+)
 NUM_SPARE = 2  # slots of a class beside those of the cache, while victims are copied back to RAM
 
 
@@ -60,10 +68,13 @@ class DevicePlan:
     def arithmetic(self) -> str:
         """One line per term, for people."""
         spare = f" and {self.num_spare * len(self.slot_bytes)} spare" if self.num_spare else ""
-        rows = [
+        computing = [
             ("dense weights", self.dense_bytes),
             ("KV cache", self.kv_bytes),
             ("activations and logits", self.workspace_bytes),
+        ]
+        rows = [
+            *(computing if self.dense_bytes else [("tokens and results", self.workspace_bytes)]),
             ("driver and libraries", self.runtime_bytes),
             (f"expert slots ({self.num_slots} of {self.experts_total}{spare})", self.cache_bytes),
             (f"sum, of {format_bytes(self.budget_bytes)}", self.used_bytes),
@@ -108,48 +119,79 @@ def device_budget(facts: DeviceFacts, asked_bytes: int | None) -> int:
     return asked_bytes
 
 
-def plan_device(
-    facts: DeviceFacts,
-    budget: int,
-    needs: DeviceNeeds,
-    fewest: Fewest,
-    vram_slots: int | None,
-    num_spare: int,
-) -> DevicePlan:
-    """Divide a device's budget. vram_slots: capacity in experts, if it is bounded so too.
-    Raises BudgetError with the arithmetic if it cannot work."""
+@dataclass(frozen=True)
+class Wish:
+    """What is to be planned for one device. needs: beside expert slots, at the planned context."""
+
+    facts: DeviceFacts
+    budget_bytes: int
+    needs: DeviceNeeds
+    fewest: Fewest
+
+
+def plan_devices(
+    wishes: Sequence[Wish], vram_slots: int | None, num_spare: int
+) -> tuple[DevicePlan, ...]:
+    """Divide each device's budget; the model's own comes first. Where they have room for more
+    experts together than there are, or than vram_slots allows, each gets its share.
+
+    Raises BudgetError with the arithmetic if it cannot work.
+    """
+    fewest = wishes[0].fewest.slots
+    needed = sum(n for n, _ in fewest)
+    if vram_slots is not None and vram_slots < needed:
+        raise BudgetError(
+            f"vram_slots: got {vram_slots}, expected at least {needed}: one token's experts of one "
+            f"layer"
+        )
+    plans = [_plan(wish, num_spare) for wish in wishes]
+    _refuse_too_small(plans, wishes)
+    everything = sum(c.num_experts * c.slot_bytes for _, c in fewest)
+    rooms = zip(*(plan.slots_per_class for plan in plans), strict=True)
+    shares = map(_share, divide(everything, fewest, vram_slots), rooms)
+    slots = zip(*shares, strict=True)
+    return tuple(replace(p, slots_per_class=mine) for p, mine in zip(plans, slots, strict=True))
+
+
+def _plan(wish: Wish, num_spare: int) -> DevicePlan:
+    """With all the slots that the budget has room for."""
+    facts, needs, fewest = wish.facts, wish.needs, wish.fewest
     classes = [c for _, c in fewest.slots]
     beside = facts.runtime_bytes + sum(num_spare * c.slot_bytes for c in classes)
     least = fewest.beside.total + beside + sum(n * c.slot_bytes for n, c in fewest.slots)
-    plan = DevicePlan(
+    return DevicePlan(
         name=facts.name,
-        budget_bytes=budget,
+        budget_bytes=wish.budget_bytes,
         dense_bytes=needs.dense_bytes,
         kv_bytes=needs.kv_bytes,
         workspace_bytes=needs.workspace_bytes,
         runtime_bytes=facts.runtime_bytes,
-        slots_per_class=divide(budget - needs.total - beside, fewest.slots, vram_slots),
+        slots_per_class=divide(wish.budget_bytes - needs.total - beside, fewest.slots, None),
         slot_bytes=tuple(c.slot_bytes for c in classes),
         num_spare=num_spare,
         experts_total=sum(c.num_experts for c in classes),
         smallest_budget_bytes=-(-least // 1024**2) * 1024**2,
     )
-    _refuse_too_small(plan, fewest, vram_slots)
-    return plan
 
 
-def _refuse_too_small(plan: DevicePlan, fewest: Fewest, vram_slots: int | None) -> None:
-    needed = [n for n, _ in fewest.slots]
-    if all(map(operator.ge, plan.slots_per_class, needed)):
-        return
-    if vram_slots is not None and vram_slots < sum(needed):
+def _share(total: int, rooms: Sequence[int]) -> Sequence[int]:
+    """In proportion to rooms; none gets more than its room."""
+    if total >= sum(rooms):
+        return rooms
+    ends = [total * room // sum(rooms) for room in itertools.accumulate(rooms)]
+    return [end - start for start, end in itertools.pairwise([0, *ends])]
+
+
+def _refuse_too_small(plans: Sequence[DevicePlan], wishes: Sequence[Wish]) -> None:
+    """Of several plans the arithmetic of all, up to the first one that cannot work."""
+    for number, (plan, wish) in enumerate(zip(plans, wishes, strict=True)):
+        needed = [n for n, _ in wish.fewest.slots]
+        if all(map(operator.ge, plan.slots_per_class, needed)):
+            continue
+        why = _WHY_OTHERS if number else _WHY_FIRST
+        arithmetic = "\n".join(each.arithmetic() for each in plans[: number + 1])
         raise BudgetError(
-            f"vram_slots: got {vram_slots}, expected at least {sum(needed)}: one token's experts "
-            f"of one layer"
+            f"the model will not fit into vram={format_bytes(plan.budget_bytes)} of {plan.name}:\n"
+            f"{arithmetic}\n"
+            f"{why}; the smallest budget that works is {format_bytes(plan.smallest_budget_bytes)}"
         )
-    raise BudgetError(
-        f"the model will not fit into vram={format_bytes(plan.budget_bytes)}:\n"
-        f"{plan.arithmetic()}\n"
-        f"what is beside the experts has to lie on the device, and one token's experts of a "
-        f"layer; the smallest budget that works is {format_bytes(plan.smallest_budget_bytes)}"
-    )

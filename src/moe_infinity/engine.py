@@ -79,12 +79,13 @@ class MoE:
             self.checkpoint = open_checkpoint(self.path)
             undo.callback(self.checkpoint.close)
             anatomy = examine(self.checkpoint, self.config.dtype)
-            self.device, self.plan = plan_here(anatomy, self.config)
+            self.devices, self.plan = plan_here(anatomy, self.config)
+            self.device = self.devices[0] if self.devices else None  # the model's own
             _log.info("plan for %s:\n%s", self.path, self.plan.arithmetic())
             prefetch = choose_prefetch(self.config, anatomy, self.plan)
             read_bytes = next(iter(anatomy.specs.values())).read_bytes
             self._speeds = Speeds(self.checkpoint.files, read_bytes)
-            chosen = Chosen(prefetch, self._speeds.remembered, self.device)
+            chosen = Chosen(prefetch, self._speeds.remembered, self.devices)
             self._hierarchy = build_hierarchy(
                 self.checkpoint, anatomy, self.plan, self.config, chosen
             )
@@ -105,9 +106,8 @@ class MoE:
         self.prefetch, self._shape = prefetch, anatomy.shape
         self._num_ids = getattr(self.model.get_input_embeddings(), "num_embeddings", None)
         self._vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 1
-        self._running = threading.Lock()
+        self._running, self._closed = threading.Lock(), False
         self._owner: int | None = None  # thread of the running request
-        self._closed = False
         self._total = (PhaseCounters(), PhaseCounters())
         self.live = Live(self._wiring, self._hierarchy, self._total, self.checkpoint.lossy)
         self._tokenizer: Any = None
@@ -203,7 +203,7 @@ class MoE:
             bandwidths=bandwidths,
             faults=self.live.faults,
             choices=(self.config.policy, self.prefetch),
-            device=speeds_of(self.device) if self.device else None,
+            device=speeds_of(self.devices),
             ram_slots=self.plan.num_slots if self.device else 0,
         )
         if total:

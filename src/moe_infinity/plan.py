@@ -32,10 +32,21 @@ class Plan:
     max_batch: int
     smallest_budget_bytes: int
     device: DevicePlan | None = None  # where dense weights and KV cache are, if not in RAM
+    others: tuple[DevicePlan, ...] = ()  # devices beside that one, with experts only
 
     @property
     def num_slots(self) -> int:
         return sum(self.slots_per_class)
+
+    @property
+    def devices(self) -> tuple[DevicePlan, ...]:
+        return () if self.device is None else (self.device, *self.others)
+
+    @property
+    def top_slots(self) -> tuple[int, ...]:
+        """By class, of the tier that is computed from: all devices', or else RAM's."""
+        each = [device.slots_per_class for device in self.devices] or [self.slots_per_class]
+        return tuple(map(sum, zip(*each, strict=True)))
 
     @property
     def cache_bytes(self) -> int:
@@ -104,4 +115,4 @@ class Plan:
             f"  {'sum, of ' + format_bytes(self.budget_bytes):<40} "
             f"{format_bytes(self.used_bytes):>12}"
         )
-        return "\n".join([*lines, *([self.device.arithmetic()] if self.device else [])])
+        return "\n".join([*lines, *(device.arithmetic() for device in self.devices)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_infinity.config import (
@@ -15,15 +15,16 @@ from moe_infinity.device_plan import (
     DeviceFacts,
     DeviceNeeds,
     Fewest,
+    Wish,
     device_budget,
-    plan_device,
+    plan_devices,
 )
 from moe_infinity.errors import BudgetError
 from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_cache import KvShape
 from moe_infinity.model.loading import Anatomy
-from moe_infinity.model.workspace import workspace_bytes
+from moe_infinity.model.workspace import visit_bytes, workspace_bytes
 from moe_infinity.plan import Plan
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
 from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
@@ -51,14 +52,16 @@ _TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors
 class _Needs:
     """What a model takes beside its expert slots, as a function of the context."""
 
-    def __init__(self, anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None) -> None:
+    def __init__(
+        self, anatomy: Anatomy, config: EngineConfig, facts: Sequence[DeviceFacts]
+    ) -> None:
         self._facts = facts
         self.staging_bytes = _TRANSFER_BYTES + _prediction_bytes(anatomy, config)
         self.dense_bytes = _dense_bytes(anatomy)
         vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
         self.runtime_bytes = resident_bytes() + RUNTIME_MARGIN_BYTES
         self.runtime_bytes += vocab_size * _TOKENIZER_BYTES_PER_ID
-        self.runtime_bytes += facts.host_bytes if facts is not None else 0
+        self.runtime_bytes += sum(each.host_bytes for each in facts)
         self.kv = KvShape.of(anatomy.meta)
         self._anatomy = anatomy
         self._rows = config.max_batch
@@ -74,6 +77,11 @@ class _Needs:
         growing = (self.kv_bytes(context), self.workspace_bytes(context))
         return DeviceNeeds(self.dense_bytes, *growing)
 
+    def visiting(self, context: int) -> DeviceNeeds:
+        """What lies where experts are computed only."""
+        anatomy = self._anatomy
+        return DeviceNeeds(0, 0, visit_bytes(anatomy.meta, context, self._rows, anatomy.dtype))
+
     def total(self, context: int) -> int:
         """In RAM."""
         beside = self.staging_bytes + self.runtime_bytes
@@ -81,37 +89,34 @@ class _Needs:
 
     @property
     def is_on_device(self) -> bool:
-        return self._facts is not None
+        return bool(self._facts)
 
     def beside_slots(self, context: int) -> int:
         """In the memory that the context has to fit into."""
-        if self._facts is None:
+        if not self._facts:
             return self.total(context)
-        return self.computing(context).total + self._facts.runtime_bytes
+        return self.computing(context).total + self._facts[0].runtime_bytes
 
     def at_opening(self) -> int:
         """In RAM, before slots are used: dense weights pass through it on their way to a device."""
         return self.dense_bytes + self.staging_bytes + self.runtime_bytes
 
 
-def make_plan(anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None = None) -> Plan:
-    """Divide the budget, and that of the device if there is one. Raises BudgetError with the
-    arithmetic if it cannot work."""
+def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Plan:
+    """Divide the budget, and those of devices if there are any, the model's own first. Raises
+    BudgetError with the arithmetic if it cannot work."""
     budget = config.ram_bytes or _auto_budget()
-    device_bytes = device_budget(facts, config.vram_bytes) if facts else None
+    device_bytes = [*map(device_budget, facts, config.vram_bytes)]
     needs = _Needs(anatomy, config, facts)
     classes, class_of_layer = size_classes(anatomy)
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
-    context, shortest = _contexts(anatomy, config, needs, device_bytes or budget, classes)
+    contexts = _contexts(anatomy, config, needs, (device_bytes or [budget])[0], classes)
+    context, shortest = contexts
     slots = divide(budget - needs.total(context), smallest, config.ram_slots)
-    device = None
-    if facts is not None and device_bytes is not None:
-        fewest = Fewest(smallest, needs.computing(shortest))
-        num_spare = 0 if sum(slots) >= anatomy.shape.num_total else NUM_SPARE
-        device = plan_device(
-            facts, device_bytes, needs.computing(context), fewest, config.vram_slots, num_spare
-        )
+    num_spare = 0 if sum(slots) >= anatomy.shape.num_total else NUM_SPARE
+    wishes = _wishes(needs, contexts, list(zip(facts, device_bytes, strict=True)), smallest)
+    devices = plan_devices(wishes, config.vram_slots, num_spare) if wishes else ()
     plan = Plan(
         budget_bytes=budget,
         dense_bytes=needs.dense_bytes,
@@ -131,10 +136,27 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, facts: DeviceFacts | None 
         max_context=context,
         max_batch=config.max_batch,
         smallest_budget_bytes=_smallest(needs, shortest, cache_bytes),
-        device=device,
+        device=devices[0] if devices else None,
+        others=devices[1:],
     )
     _refuse_too_small(plan, smallest, config)
     return plan
+
+
+def _wishes(
+    needs: _Needs,
+    contexts: tuple[int, int],
+    devices: list[tuple[DeviceFacts, int]],
+    smallest: list[tuple[int, SizeClass]],
+) -> list[Wish]:
+    """Of each device. The model's own has to be able to do without the others' slots."""
+    one_each = [(1, size_class) for _, size_class in smallest]
+    wishes = []
+    for number, (facts, budget_bytes) in enumerate(devices):
+        beside, slots = (needs.visiting, one_each) if number else (needs.computing, smallest)
+        at_context, at_shortest = map(beside, contexts)
+        wishes.append(Wish(facts, budget_bytes, at_context, Fewest(slots, at_shortest)))
+    return wishes
 
 
 def _contexts(

@@ -14,7 +14,8 @@ from moe_infinity.types import ExpertShape, Phase
 
 @dataclass(frozen=True)
 class DeviceSpeeds:
-    """A device's name, how fast experts come to it, and how fast it reads its memory."""
+    """A device's name, how fast experts come to it, and how fast it reads its memory; of several
+    what they do together."""
 
     name: str
     link_gbps: float

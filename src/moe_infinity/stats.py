@@ -138,8 +138,8 @@ class Stats:
     memory since it started. bytes_written: by this process to its state file. slots: capacity in
     experts. bit_exact: nothing that was chosen can change the logits; lossy names what does.
     faults: a policy or predictor that failed, and what took its place. policy and prefetch: the
-    names of those that were chosen. device: a GPU's name, "" where the CPU computes from RAM; slots
-    are its own then, and ram_slots those beneath.
+    names of those that were chosen. device: a GPU's name, or several with + in between; "" where
+    the CPU computes from RAM. With a GPU slots are those of all, and ram_slots those beneath.
     """
 
     prefill: PhaseStats

@@ -37,12 +37,17 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="Where to compute: cpu, cuda, cuda:1, or auto: a GPU if there is one. "
-        "simulated:24 keeps experts behind a link of 24 GB/s, without a GPU."
+        help="Where to compute: cpu, cuda, cuda:1, or auto: a GPU if there is one. cuda:0,cuda:1: "
+        "the model on the first, experts on both. simulated:24 keeps experts behind a link of "
+        "24 GB/s, without a GPU."
     ),
 ]
 Vram = Annotated[
-    str, typer.Option(help="Memory of the device: a size such as 8GiB, or auto: what is free.")
+    str,
+    typer.Option(
+        help="Memory of the device: a size such as 8GiB, or auto: what is free. Of several: one "
+        "size for each (8GiB,12GiB), or one for all."
+    ),
 ]
 Miss = Annotated[
     str,

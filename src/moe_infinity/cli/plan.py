@@ -35,7 +35,7 @@ def plan(
         str | None,
         typer.Option(
             help="A GPU that need not be here: memory, link, and GB/s of its memory if known: "
-            "24GiB,pcie4 or 16GiB,12,288."
+            "24GiB,pcie4 or 16GiB,12,288. Several: 24GiB,pcie4;12GiB,pcie3."
         ),
     ] = None,
     hit_rate: Annotated[
@@ -48,16 +48,17 @@ def plan(
 ) -> None:
     """Show where the memory goes and how fast decode will be, before loading anything."""
     name = model or str(bundled_model_path())
+    described = [parse_gpu(each) for each in gpu.split(";")] if gpu else []
+    as_if_here = ",".join(f"cuda:{number}" for number in range(len(described)))
     config = EngineConfig(
         ram=ram if ram == "auto" else parse_size(ram, "--ram"),
         ram_slots=ram_slots,
         max_context=max_context,
         max_batch=max_batch,
         dtype=dtype,
-        device="auto" if gpu else device,
+        device=as_if_here or device,
         vram="auto" if gpu else vram,
     )
-    described = parse_gpu(gpu) if gpu else None
     with tempfile.TemporaryDirectory() as scratch:
         remote = is_hub_id(name)
         path = headers_only(name, Path(scratch)) if remote else resolve(name)
@@ -71,7 +72,7 @@ def plan(
 def _report(
     path: Path,
     config: EngineConfig,
-    gpu: Gpu | None,
+    gpus: list[Gpu],
     hit_rate: float | None,
     disk_gbps: float | None,
     measure_here: bool,
@@ -87,8 +88,8 @@ def _report(
         anatomy = examine(checkpoint, config.dtype)
         is_packed = checkpoint.packed_specs is not None
         files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)
-    facts, link_gbps, device_gbps = _device(config, gpu)
-    made = make_plan(anatomy, config, facts)
+    facts, link_gbps, device_gbps = _devices(config, gpus)
+    made = make_plan(anatomy, config, *facts)
     speeds = _measure(files, anatomy, disk_gbps)
     is_compiled = native.native is not None and look_usual(anatomy)
     other_s = overhead_s(anatomy.shape.num_layers, is_compiled)
@@ -98,7 +99,7 @@ def _report(
     )
     better = recommended(expected, choices)
     on_device = None
-    if facts is not None:
+    if facts:
         device_gbps = device_gbps or speeds.memory_gbps
         measured = (link_gbps, device_gbps, speeds.disk_gbps)
         on_device = device_forecast(made, anatomy.shape.num_layers, *measured)
@@ -123,20 +124,22 @@ def _measure(files: Any, anatomy: Any, disk_gbps: float | None) -> Any:
     )
 
 
-def _device(
-    config: EngineConfig, gpu: Gpu | None
-) -> tuple[DeviceFacts | None, float, float | None]:
-    """What is known of the described device or of this machine's: its memory, its link's GB/s and
-    its memory's (None: the machine's)."""
+def _devices(
+    config: EngineConfig, gpus: list[Gpu]
+) -> tuple[list[DeviceFacts], float, float | None]:
+    """What is known of the described devices or of this machine's: their memory, GB/s of all links
+    and of the first one's memory (None: the machine's)."""
     from moe_infinity.assembly import facts_of
-    from moe_infinity.devices.choice import open_device
+    from moe_infinity.devices.choice import open_devices
 
-    if gpu is not None:
-        return gpu.facts(), gpu.link_gbps, gpu.memory_gbps
-    device = open_device(config.device, config.needs_device)
-    if device is None:
-        return None, 0.0, None
-    return facts_of(device), device.link_gbps(), device.memory_gbps()
+    if gpus:
+        link_gbps = sum(gpu.link_gbps for gpu in gpus)
+        return [gpu.facts() for gpu in gpus], link_gbps, gpus[0].memory_gbps
+    devices = open_devices(config.devices, config.needs_device)
+    if not devices:
+        return [], 0.0, None
+    link_gbps = sum(device.link_gbps() for device in devices)
+    return [facts_of(device) for device in devices], link_gbps, devices[0].memory_gbps()
 
 
 def _facts(made: Any, anatomy: Any) -> dict[str, Any]:
@@ -217,7 +220,8 @@ def _print(name: str, report: dict[str, Any]) -> None:
 
 
 def _print_device(report: dict[str, Any]) -> None:
-    speed, name = report["device_forecast"], report["device"]["name"]
+    speed = report["device_forecast"]
+    name = " and ".join(each["name"] for each in (report["device"], *report["others"]))
     print(
         f"decode: about {speed['tokens_per_s']:.1f} tokens/s with typical routing "
         f"({speed['in_vram']:.0%} of a token's experts on the device, {speed['in_ram']:.0%} in "

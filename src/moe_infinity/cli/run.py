@@ -205,8 +205,7 @@ def _say_plan(moe: Any) -> None:
     if plan.budget_bytes > total:
         print(f"note: this machine has {format_bytes(total)} of memory", file=sys.stderr)
     fits = f"{plan.num_slots} of {plan.experts_total} experts fit"
-    if plan.device is not None:
-        top = plan.device
+    for top in plan.devices:
         fits += f"; {format_bytes(top.budget_bytes)} of {top.name}, {top.num_slots} fit"
     print(
         f"[{moe.path.name}: {format_bytes(plan.budget_bytes)} of memory, {fits}; "

@@ -173,7 +173,7 @@ class CompiledBlock:
             self._note(keys, views, x)
             return None
 
-        experts.run_token(x, ids, weights, self._choice.logits, compute)
+        experts.run_token(x, ids, weights, self._choice.logits, compute, outs)
 
     def _note(self, keys: list[ExpertKey], views: list[Views], x: torch.Tensor) -> None:
         for key, each in zip(keys, views, strict=True):

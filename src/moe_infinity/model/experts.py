@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
 from moe_infinity.model.directed import DirectedExperts
+from moe_infinity.model.elsewhere import Elsewhere, Trip
 from moe_infinity.model.observer import LONE, Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
@@ -35,6 +37,7 @@ class Runtime:
     step: Step
     host_kernel: ExpertKernel | None = None  # of misses that are computed in RAM beside a device
     directed: DirectedExperts | None = None  # None: the device cannot direct its experts itself
+    elsewhere: Elsewhere | None = None  # None: experts lie on no other device than the model's
     observer: Observer | None = None  # None: nobody asked to see more than the routing
 
 
@@ -95,16 +98,18 @@ class ExpertsLayer:
         weights: NDArray[np.float32],
         logits: torch.Tensor,
         compute: Compute,
+        out: torch.Tensor,
     ) -> None:
-        """Bring the experts of one token x [1, H] to ``compute``; its router, which said logits
-        [1, E], chose ids and weights [1, K], all different."""
+        """Bring the experts of one token x [1, H] to ``compute``, which puts each one's result into
+        its row of out [K, H]; its router, which said logits [1, E], chose ids and weights [1, K],
+        all different."""
         observer = self._runtime.observer
         seen = Seen()
         if observer is not None:
             seen = observer.see_token(self.layer, x, logits, ids, weights)
         event = self._event(ids, weights, _FIRST_ROW, LONE, seen)
         self._runtime.recorder.record(event)
-        self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
+        self._run(event, compute, seen, (x, out), lambda: _places_by_expert(ids, ids >= 0))
 
     def told_later(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event | None:
         """The event of one token whose experts were asked already; None where somebody wants to
@@ -147,10 +152,26 @@ class ExpertsLayer:
         seen = observer.see(self.layer, start, ids, values, real) if observer else Seen()
         event = self._event(ids, values, rows, real, seen)
         self._runtime.recorder.record(event)
-        self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
+        self._run(event, compute, seen, (x, out), lambda: places)
         out = out.view(num_tokens, top_k, -1)
         sums = [_combine(out[s], weights[s], x.dtype) for s in _slices(num_tokens, _COMBINE_TOKENS)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    def _run(
+        self,
+        event: Event,
+        compute: Compute,
+        seen: Seen,
+        rows: tuple[torch.Tensor, torch.Tensor],
+        places: Callable[[], dict[int, NDArray[np.int64]]],
+    ) -> None:
+        """rows: the event's tokens and its results; places: those that are each expert's own."""
+        if self._runtime.elsewhere is None:
+            self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
+            return
+        trip = Trip(self._runtime.elsewhere, self.math, *rows, places())
+        self._runtime.hierarchy.run_event(event, trip.around(compute), seen.foreseen)
+        trip.bring_back()
 
     def _compute_beside(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.errors import BudgetError
+from moe_infinity.model.elsewhere import FullElsewhereError
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.standing import stand_aside, stand_before
 
@@ -50,10 +51,12 @@ class UnderPressure:
         layers = getattr(cache, "layers", ())  # other kinds have what cannot be taken back
         is_plain = bool(layers) and all(type(layer) is PreallocatedLayer for layer in layers)
         can_again = cache is None or is_plain
-        num_gone = self._hierarchy.shrink() if can_again else 0
+        device = error.device if isinstance(error, FullElsewhereError) else 0
+        num_gone = self._hierarchy.shrink(device) if can_again else 0
         if not num_gone:
+            name = self._hierarchy.memory.devices[device].name
             raise BudgetError(
-                f"{self._hierarchy.device.name}: out of memory in mid-run, and the cache has "
+                f"{name}: out of memory in mid-run, and the cache has "
                 f"nothing to give ({str(error).splitlines()[0]}); open the model with less vram "
                 f"or a smaller max_context, or close what else uses the GPU"
             ) from error
