@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 import torch
 
+from moe_infinity.cache.device_layout import device_layouts
 from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.cache.device_slots import DeviceSlots
@@ -179,14 +180,10 @@ def speeds_of(devices: Sequence[Device]) -> DeviceSpeeds | None:
 def _device_memory(
     store: ExpertStore, plan: Plan, devices: Sequence[Device]
 ) -> DeviceMemory | DevicePool:
-    memories = [
-        DeviceMemory(
-            store,
-            DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare),
-            device,
-        )
-        for device, top in zip(devices, plan.devices, strict=True)
-    ]
+    layouts, memories = device_layouts(store.specs), []
+    for device, top in zip(devices, plan.devices, strict=True):
+        slots = DeviceSlots(device, top.slots_per_class, top.slot_bytes, top.num_spare)
+        memories.append(DeviceMemory(layouts, slots, device))
     return memories[0] if len(memories) == 1 else DevicePool(memories)
 
 

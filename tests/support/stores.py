@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_infinity.cache.device_layout import device_layouts
 from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.cache.device_slots import DeviceSlots
@@ -204,7 +205,7 @@ def _device_memory(
     store: ExpertStore, num_slots: int, device: Device, num_spare: int
 ) -> DeviceMemory:
     slots = DeviceSlots(device, (num_slots,), (store.slot_bytes,), num_spare)
-    memory = DeviceMemory(store, slots, device)
+    memory = DeviceMemory(device_layouts(store.specs), slots, device)
     memory.uploads.chunk_bytes = PAGE
     return memory
 

@@ -6,13 +6,13 @@ layer lie alike, so that a kernel which knows a slot's address knows where every
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moe_infinity.kernels.formats import SIDE_DTYPES, span_bytes
 from moe_infinity.kernels.packed import PACKED
-from moe_infinity.types import Block, ExpertSpec, Part, Plane
+from moe_infinity.types import Block, ExpertKey, ExpertSpec, Part, Plane
 
 ALIGNMENT_BYTES = 16  # what one thread copies at once; below it places stay as they are
 
@@ -32,6 +32,11 @@ class DeviceLayout:
 
     spec: ExpertSpec
     segments: tuple[Segment, ...]
+
+
+def device_layouts(specs: Mapping[ExpertKey, ExpertSpec]) -> dict[ExpertKey, DeviceLayout]:
+    """Of every expert; devices of one model share them."""
+    return {key: device_layout(spec) for key, spec in specs.items()}
 
 
 def device_layout(spec: ExpertSpec) -> DeviceLayout:

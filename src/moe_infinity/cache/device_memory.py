@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from moe_infinity.cache.device_layout import device_layout
+from moe_infinity.cache.device_layout import DeviceLayout
 from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.uploads import Uploads
-from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.devices.base import Device, Mark
 from moe_infinity.kernels.base import Views
 from moe_infinity.types import ExpertKey, Priority
@@ -28,13 +27,15 @@ class DeviceMemory:
     has to wait for.
     """
 
-    def __init__(self, store: ExpertStore, slots: DeviceSlots, device: Device) -> None:
+    def __init__(
+        self, layouts: Mapping[ExpertKey, DeviceLayout], slots: DeviceSlots, device: Device
+    ) -> None:
         self.slots = slots
         self.device = device
         self.devices = (device,)
         self.lossy: tuple[str, ...] = ()
         self.uploads = Uploads(device)
-        self.layouts = {key: device_layout(spec) for key, spec in store.specs.items()}
+        self.layouts = layouts
         self.slot_of: dict[ExpertKey, int] = {}
         self._compute = device.compute
         self._down = device.new_stream("down")
@@ -42,7 +43,7 @@ class DeviceMemory:
         self._leaving: dict[int, list[Mark]] = {}  # by slot: copies of what it held, back to RAM
         self._uploaded: dict[int, Mark] = {}  # by slot: when what was copied to it is there
         self._awaited: set[int] = set()  # slots for whose mark the computation waits already
-        self._views = SlotViews({key: each.spec for key, each in self.layouts.items()})
+        self._views = SlotViews({key: each.spec for key, each in layouts.items()})
 
     def reserve(self, slots: Mapping[ExpertKey, int]) -> None:
         """Memory for loads, in these slots; their victims are gone."""
