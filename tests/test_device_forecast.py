@@ -80,6 +80,15 @@ def test_the_command_says_it_is_a_forecast() -> None:
     assert report["device_forecast"]["in_vram"] == 1.0
 
 
+def test_several_gpus_are_one_pool() -> None:
+    report = json.loads(run("plan", "--gpu", "8GiB,pcie4;4GiB,pcie3", "--json").out)
+    names = [each["name"] for each in (report["device"], *report["others"])]
+    assert names == [f"a GPU with a link of {gbps} GB/s" for gbps in (24, 12)]
+    slots = [each["slots_per_class"] for each in (report["device"], *report["others"])]
+    assert slots == [[128], [128]]
+    assert report["device_forecast"]["in_vram"] == 1.0
+
+
 def test_a_gpu_smaller_than_the_dense_part_is_refused(bundled: Anatomy) -> None:
     with pytest.raises(MoEInfinityError, match="the smallest budget that works is"):
         make_plan(bundled, EngineConfig(ram="8GiB"), parse_gpu("500MiB,pcie4").facts())

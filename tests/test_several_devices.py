@@ -1,5 +1,6 @@
 """The engine over several devices, simulated: one pool of experts, the bits of one device."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from moe_infinity import MoE, bundled_model_path
 from moe_infinity.cache.device_pool import DevicePool
 from moe_infinity.config import EngineConfig
 from moe_infinity.errors import BudgetError, ConfigError, DeviceError, MoEInfinityError
+from moe_infinity.kernels.base import ExpertMath
+from moe_infinity.model import elsewhere
+from moe_infinity.model.elsewhere import maths_on
 from support.engine import BUDGET, IDS, generate, leaving_nothing
 
 PROMPT = torch.randint(1, 4000, (1, 40), generator=torch.Generator().manual_seed(3))  # [1, S] int64
@@ -45,14 +49,12 @@ def without() -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"vram_slots": 4},
-        {"vram_slots": 13, "ram_slots": 4, "device": UNEVEN},
+        {"vram_slots": 4, "ram_slots": 4, "device": UNEVEN},
         {"vram_slots": 40, "ram_slots": 60, "policy": "lru"},
         {"vram": "40MiB,8MiB", "max_context": 512, "prefetch": "gate_lookahead"},
         {"vram": "10MiB,12MiB", "max_context": 512, "policy": "activation", "device": UNEVEN},
         {"vram_slots": 30, "device": f"{UNEVEN},simulated:3"},
         {"vram_slots": 13, "miss": "auto", "device": UNEVEN},
-        {},
     ],
     ids=str,
 )
@@ -70,20 +72,20 @@ def test_another_kernel_computes_the_same_everywhere(tiny: Path, kernel: str) ->
         options = {"device": device, "kernel": kernel, "vram_slots": 9, "dtype": "bfloat16"}
         with leaving_nothing(), MoE(tiny, ram=BUDGET, **options) as moe:
             cache = moe.new_cache()
-            first = moe(IDS[:, :3], past_key_values=cache).logits
-            return torch.cat([first, moe(IDS[:, 3:4], past_key_values=cache).logits], dim=1)
+            first = moe(IDS[:, :1], past_key_values=cache).logits
+            return torch.cat([first, moe(IDS[:, 1:2], past_key_values=cache).logits], dim=1)
 
     assert torch.equal(said(BOTH), said("simulated"))
 
 
 def test_experts_and_their_copies_are_spread_over_both(tiny: Path) -> None:
-    def run(device: str, **options: Any) -> tuple[MoE, list[int]]:
+    def opened(device: str, **options: Any) -> tuple[MoE, list[int]]:
         with MoE(tiny, ram=BUDGET, device=device, prefetch="none", **options) as moe:
             tokens = generate(moe, 16)
             return moe, tokens[0].tolist()
 
-    several, said = run(BOTH, vram_slots=12)
-    alone, expected = run("simulated", vram_slots=12)
+    several, said = opened(BOTH, vram_slots=12)
+    alone, expected = opened("simulated", vram_slots=12)
     assert said == expected
     stats, plain = several.stats(), alone.stats()
     assert (stats.hits, stats.misses) == (plain.hits, plain.misses)
@@ -112,6 +114,24 @@ def test_tokens_go_there_once_an_event_and_results_come_back(
             monkeypatch.setattr(device, "bring", bring)
         assert not torch.equal(moe(IDS).logits, expected)
         assert brought == [1, 0] * num_layers
+
+
+def test_results_come_back_a_few_at_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "_FEW_ROWS", 1)
+    with MoE(tiny, ram=BUDGET, device=BOTH) as moe:
+        in_pieces = moe(IDS).logits
+    with MoE(tiny, ram=BUDGET, device="simulated") as moe:
+        assert torch.equal(moe(IDS).logits, in_pieces)
+
+
+def test_what_a_model_does_after_its_experts_is_done_there() -> None:
+    norm = torch.nn.RMSNorm(4)
+    math = ExpertMath(True, False, False, gate=torch.relu, post=norm)
+    plain, moved = maths_on(torch.device("meta"), [replace(math, post=None), math])
+    assert plain.post is None
+    assert isinstance(moved.post, torch.nn.RMSNorm)
+    assert moved.post.weight.device.type == "meta"
+    assert norm.weight.device.type == "cpu"
 
 
 def test_residency_and_plan_are_of_all(tiny: Path) -> None:

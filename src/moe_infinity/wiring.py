@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-
-import torch
 
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.config import EngineConfig
 from moe_infinity.device_wiring import DeviceWiring
+from moe_infinity.devices.base import Device
 from moe_infinity.errors import ConfigError
-from moe_infinity.kernels.base import ExpertKernel, ExpertMath
+from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
 from moe_infinity.model.blocks import speed_up_blocks
-from moe_infinity.model.elsewhere import Elsewhere
+from moe_infinity.model.elsewhere import Elsewhere, Other, maths_on
 from moe_infinity.model.experts import ExpertsLayer, Runtime
 from moe_infinity.model.latent_attention import speed_up_latents
 from moe_infinity.model.linears import FewThreads, speed_up
@@ -76,7 +75,7 @@ class Wiring:
         beside = choose("auto") if config.miss != "copy" else None
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, beside)
         if isinstance(hierarchy, VramHierarchy) and len(hierarchy.memory.devices) > 1:
-            self._runtime.elsewhere = self._elsewhere(hierarchy, config)
+            self._runtime.elsewhere = self._elsewhere(hierarchy.memory.devices, maths, config)
         layers = self._attach(modules, maths)
         self._chain = None
         if type(routing) is KeepRouting:
@@ -149,8 +148,9 @@ class Wiring:
 
     def close(self) -> None:
         self._threads.end()
-        others = self._runtime.elsewhere.kernels if self._runtime.elsewhere else ()
-        for kernel in (self.kernel, self._runtime.host_kernel, *others):
+        others = self._runtime.elsewhere.others if self._runtime.elsewhere else ()
+        kernels = (other.kernel for other in others)
+        for kernel in (self.kernel, self._runtime.host_kernel, *kernels):
             if kernel is not None:
                 kernel.close()
         self._tap.close()
@@ -159,15 +159,19 @@ class Wiring:
         if self._runtime.observer is not None:
             self._runtime.observer.close()
 
-    def _elsewhere(self, hierarchy: VramHierarchy, config: EngineConfig) -> Elsewhere:
-        """A kernel for each device beside the model's own; what lies alike has the same one."""
-        devices = hierarchy.memory.devices
-        kernels: dict[torch.device, ExpertKernel] = {devices[0].torch_device: self.kernel}
+    def _elsewhere(
+        self, devices: Sequence[Device], maths: list[ExpertMath], config: EngineConfig
+    ) -> Elsewhere:
+        """A kernel for each device beside the model's own, which comes first. Simulated ones are
+        computed on by the same processor."""
+        others = []
         for device in devices[1:]:
             where = device.torch_device
-            if where not in kernels:
-                kernels[where] = choose(config.kernel, where)
-        return Elsewhere(devices, [kernels[device.torch_device] for device in devices[1:]])
+            if where == devices[0].torch_device:
+                others.append(Other(device, self.kernel, maths))
+            else:
+                others.append(Other(device, choose(config.kernel, where), maths_on(where, maths)))
+        return Elsewhere(devices[0], others)
 
     def _attach(self, modules: list[Any], maths: list[ExpertMath]) -> list[ExpertsLayer]:
         adapter = self._anatomy.adapter

@@ -57,7 +57,7 @@ def fill_ram(hierarchy: VramHierarchy) -> None:
         hierarchy.host.shelf.given_back(key)
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     slots=st.sampled_from([(1, 1), (5, 1), (3, 13), (0, 9), (9, 0), (24, 20), (5, 7, 6), (40, 32)]),
     num_ram_slots=st.sampled_from([1, 2, 7, 24, 72]),
@@ -206,6 +206,27 @@ def test_a_prefetch_is_cancelled_on_its_own_device() -> None:
         states = {hierarchy.residency.directory.state(key) for key in queued}
         assert states == {State.ABSENT}
         run_checked(hierarchy, event(1, [1, 2], 24), STORE)
+
+
+@pytest.mark.parametrize("method", ["reserve", "upload", "send_down", "await_all", "views_of"])
+def test_an_interrupt_halfway_leaves_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with vram_hierarchy(SHAPE, STORE, (3, 3), 5, device=devices(24.0, 24.0)) as hierarchy:
+        events = random_events(7, 20)
+        for each in events:
+            run_checked(hierarchy, each, STORE)
+
+        def struck(*args: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(pool_of(hierarchy).memories[1], method, struck)
+            with pytest.raises(KeyboardInterrupt):
+                for each in events:
+                    run_checked(hierarchy, each, STORE)
+        hierarchy.check_integrity()
+        assert not hierarchy.residency.directory.pins.any()
+        for each in events:
+            run_checked(hierarchy, each, STORE)
 
 
 def test_devices_that_round_differently_are_named() -> None:

@@ -6,11 +6,14 @@ T: tokens, K: top-k, H: hidden size.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from moe_infinity.cache.base import Compute
 from moe_infinity.devices.base import Device
@@ -18,12 +21,35 @@ from moe_infinity.devices.choice import computing_on
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Rows, Views
 from moe_infinity.types import ExpertKey
 
+_FEW_ROWS = 256  # results are copied back so many at once, or as many as there are tokens
+_NONE = np.empty(0, dtype=np.int64)
+
+
+class Other(NamedTuple):
+    """A device beside the model's own; maths: of each MoE layer, with what they need of memory
+    there."""
+
+    device: Device
+    kernel: ExpertKernel
+    maths: Sequence[ExpertMath]
+
 
 class Elsewhere(NamedTuple):
-    """devices: the model's own, then the others; kernels: of each other."""
+    """home: the model's own device."""
 
-    devices: Sequence[Device]
-    kernels: Sequence[ExpertKernel]
+    home: Device
+    others: Sequence[Other]
+
+
+def maths_on(device: torch.device, maths: Sequence[ExpertMath]) -> list[ExpertMath]:
+    """The same computations, for tensors on another device: a model's own norm after its experts
+    has weights."""
+    return [
+        replace(math, post=copy.deepcopy(math.post).to(device))
+        if isinstance(math.post, nn.Module)
+        else math
+        for math in maths
+    ]
 
 
 class FullElsewhereError(torch.OutOfMemoryError):
@@ -44,18 +70,18 @@ class Trip:
     def __init__(
         self,
         elsewhere: Elsewhere,
-        math: ExpertMath,
+        layer: int,
         x: torch.Tensor,
         out: torch.Tensor,
         places: Mapping[int, Rows],
     ) -> None:
-        """x [T, H]; out [T * K, H], and by expert the rows of it that are its own."""
-        self._home = elsewhere.devices[0]
+        """x [T, H]; out [T * K, H], and by expert the rows of it that are its own. Tokens go now,
+        before the others' computation waits for experts: the copy would wait with it."""
+        self._home = elsewhere.home
         self._out, self._places = out, places
-        others = zip(elsewhere.devices[1:], elsewhere.kernels, strict=True)
         self._visits = [
-            _Visit(number, device, kernel, math, (x, self._home), out)
-            for number, (device, kernel) in enumerate(others, start=1)
+            _Visit(number, other, layer, (x, self._home), out)
+            for number, other in enumerate(elsewhere.others, start=1)
         ]
 
     def around(self, compute: Compute) -> Compute:
@@ -76,10 +102,12 @@ class Trip:
     def bring_back(self) -> None:
         """The event is computed: all results to their places."""
         for visit in self._visits:
-            if visit.rows:
-                rows = np.concatenate(visit.rows)
-                results = self._home.bring(visit.results(rows), visit.device)
-                self._out[_placed(rows, self._out.device)] = results
+            rows = np.concatenate(visit.rows or [_NONE])
+            most = max(visit.num_tokens, _FEW_ROWS)
+            for first in range(0, len(rows), most):
+                some = rows[first : first + most]
+                results = self._home.bring(visit.results(some), visit.device)
+                self._out[_placed(some, self._out.device)] = results
 
 
 class _Visit:
@@ -88,36 +116,35 @@ class _Visit:
     def __init__(
         self,
         number: int,
-        device: Device,
-        kernel: ExpertKernel,
-        math: ExpertMath,
+        other: Other,
+        layer: int,
         origin: tuple[torch.Tensor, Device],
         out: torch.Tensor,
     ) -> None:
         """origin: x [T, H] and where it lies; out: [T * K, H] where results go in the end."""
         self.number = number
-        self.device = device
+        self.device = other.device
         self.rows: list[Rows] = []
-        self._kernel, self._math = kernel, math
-        self._origin, self._out_at_home = origin, out
-        self._there: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._kernel, self._math = other.kernel, other.maths[layer]
+        with self._working():
+            self._x = self.device.bring(*origin)
+            self._out = torch.empty_like(out, device=self.device.torch_device)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._x)
 
     def run(self, views: list[Views], where: list[Rows]) -> None:
+        top_k = len(self._out) // self.num_tokens
+        tokens = [rows // top_k for rows in where]
         with self._working():
-            if self._there is None:
-                out = torch.empty_like(self._out_at_home, device=self.device.torch_device)
-                self._there = (self.device.bring(*self._origin), out)
-            x, out = self._there
-            top_k = len(out) // len(x)
-            tokens = [rows // top_k for rows in where]
-            self._kernel.run_placed(self._math, views, x, out, tokens, where)
+            self._kernel.run_placed(self._math, views, self._x, self._out, tokens, where)
         self.rows += where
 
     def results(self, rows: Rows) -> torch.Tensor:
         """These rows, still there."""
-        assert self._there is not None, "nothing was computed there"
         with self._working():
-            return self._there[1][_placed(rows, self.device.torch_device)]
+            return self._out[_placed(rows, self.device.torch_device)]
 
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:

@@ -169,7 +169,7 @@ class ExpertsLayer:
         if self._runtime.elsewhere is None:
             self._runtime.hierarchy.run_event(event, compute, seen.foreseen)
             return
-        trip = Trip(self._runtime.elsewhere, self.math, *rows, places())
+        trip = Trip(self._runtime.elsewhere, self.layer, *rows, places())
         self._runtime.hierarchy.run_event(event, trip.around(compute), seen.foreseen)
         trip.bring_back()
 

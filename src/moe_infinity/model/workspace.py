@@ -51,13 +51,14 @@ def workspace_bytes(
 
 
 def visit_bytes(model: Any, context: int, rows: int, dtype: torch.dtype) -> int:
-    """Where experts are computed apart from the model: tokens of one pass, all their results, those
-    to be copied back, and what is between an expert's products."""
+    """Where experts are computed apart from the model: tokens of one pass, their results, before
+    the model's own norm and after, those to be copied back (model/elsewhere.py: as many as there
+    are tokens), and what is between an expert's products."""
     text = model.config.get_text_config()
     tokens = min(PREFILL_CHUNK_TOKENS, context) * rows
     hidden = first_number(text, "hidden_size", "d_model") or 1
     top_k = first_number(text, "num_experts_per_tok") or 8
-    per_token = (2 + 3 * top_k) * hidden + 3 * _inner_size(model, text)
+    per_token = (2 + 2 * top_k) * hidden + 3 * _inner_size(model, text)
     return tokens * dtype.itemsize * per_token
 
 
