@@ -224,6 +224,16 @@ def test_memory_that_cannot_be_pinned_is_said_and_used() -> None:
         assert any(fault.startswith("pinned memory: the system gave") for fault in hierarchy.faults)
 
 
+def test_a_cache_that_held_every_expert_streams_once_it_has_given_slots_back() -> None:
+    with vram_hierarchy(SHAPE, STORE, TOTAL, TOTAL) as hierarchy:
+        prompts = [event(layer, list(range(24)), 24, "prefill", 0) for layer in range(3)]
+        for each in prompts:
+            run(hierarchy, each)
+        assert hierarchy.shrink() > 0
+        for each in prompts * 2:
+            run(hierarchy, each)
+
+
 def test_a_device_without_room_is_refused() -> None:
     device = SimulatedDevice(24.0, TurnedClock(), memory_bytes=3 * SLOT_BYTES)
     with (

@@ -83,6 +83,7 @@ class VramHierarchy(DrivenHierarchy):
         gone = self.memory.give_back(device)
         self.residency.clear(gone)
         self.residency.directory.retire(gone)
+        self.residency.room.measure()
         self._start_anew()
         return len(gone)
 

@@ -56,7 +56,12 @@ class Directory:
 
     @property
     def num_usable(self) -> int:
-        return self.num_slots - sum(map(len, self._retired))
+        return sum(self.usable_per_class)
+
+    @property
+    def usable_per_class(self) -> list[int]:
+        pairs = zip(self.slots_per_class, self._retired, strict=True)
+        return [slots - len(retired) for slots, retired in pairs]
 
     def retire(self, slots: Iterable[int]) -> None:
         """Take free slots out of use: their memory is gone."""

@@ -40,18 +40,23 @@ class RoomFinder:
     """
 
     def __init__(self, directory: Directory, policy: CachePolicy) -> None:
-        shares = [max(1, slots // _RING_SHARE) for slots in directory.slots_per_class]
-        self.ring_slots = [min(_MAX_RING_SLOTS, share) for share in shares]
+        self.ring_slots: list[int] = []  # by class, as is what follows
+        self._holds_all: list[bool] = []
         self.ahead: dict[ExpertKey, int] = {}  # to the pass in which its layer is due
         self._directory = directory
         self._policy = policy
-        self._rings: list[deque[ExpertKey]] = [deque() for _ in shares]
-        num_experts = [0] * len(shares)
-        for layer, size_class in enumerate(directory.class_of_layer):
-            num_experts[size_class] += directory.shape.experts_per_layer[layer]
-        sizes = zip(directory.slots_per_class, num_experts, strict=True)
-        self._holds_all = [slots >= wanted for slots, wanted in sizes]
+        self._rings: list[deque[ExpertKey]] = [deque() for _ in directory.slots_per_class]
         self._protected: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self.measure()
+
+    def measure(self) -> None:
+        """Ask the directory how many slots there are: some may have been retired."""
+        usable = self._directory.usable_per_class
+        num_experts = [0] * len(usable)
+        for layer, size_class in enumerate(self._directory.class_of_layer):
+            num_experts[size_class] += self._directory.shape.experts_per_layer[layer]
+        self.ring_slots = [min(_MAX_RING_SLOTS, max(1, n // _RING_SHARE)) for n in usable]
+        self._holds_all = [n >= wanted for n, wanted in zip(usable, num_experts, strict=True)]
 
     def protect(self, flat_keys: NDArray[np.int64]) -> None:
         """These, in place of those named before, are expected to be used shortly."""
