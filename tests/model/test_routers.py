@@ -37,7 +37,7 @@ def test_looking_ahead_changes_no_word(name: str, tmp_path: Path) -> None:
 def test_a_model_without_a_router_in_sight_loads_nothing_ahead(tmp_path: Path) -> None:
     save_tiny(family("afmoe"), tmp_path)
     _, moe = generated(tmp_path, ram_slots=6)
-    assert moe._prefetch == "none"
+    assert moe.prefetch == "none"
     with pytest.raises(ConfigError, match="found no router beside these experts"):
         generated(tmp_path, ram_slots=6, prefetch="gate_lookahead")
 
@@ -45,7 +45,7 @@ def test_a_model_without_a_router_in_sight_loads_nothing_ahead(tmp_path: Path) -
 @pytest.mark.parametrize(("slots", "chosen"), [(256, "none"), (64, "gate_lookahead"), (12, "none")])
 def test_auto_looks_ahead_where_it_can_be_of_use(slots: int, chosen: str) -> None:
     with MoE(bundled_model_path(), ram=BUDGET, ram_slots=slots) as moe:
-        assert moe._prefetch == chosen
+        assert moe.prefetch == chosen
 
 
 def test_recording_leaves_no_hooks_behind() -> None:
