@@ -103,13 +103,13 @@ class LiveView:
         }
 
     def _device(self) -> dict[str, Any] | None:
-        device = self._worker.moe.plan.device
-        if device is None:
+        devices = self._worker.moe.plan.devices
+        if not devices:
             return None
         return {
-            "name": device.name,
-            "budget_bytes": device.budget_bytes,
-            "used_bytes": device.used_bytes,
+            "name": " + ".join(device.name for device in devices),
+            "budget_bytes": sum(device.budget_bytes for device in devices),
+            "used_bytes": sum(device.used_bytes for device in devices),
             "slots": self._worker.moe.live.num_slots,
         }
 
