@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose other bytes are in later tokens
+_CHARACTER_BYTES = 4  # of UTF-8's longest ones
 
 
 class AnswerText:
@@ -30,9 +31,12 @@ class AnswerText:
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        if text.endswith(_UNFINISHED) or len(text) <= len(before):
+        read = len(self._ids)
+        if text.endswith(_UNFINISHED):
+            read, text = self._finished(text)
+        if len(text) <= len(before):
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        self._start, self._read = self._read, read
         return self._admit(text[len(before) :])
 
     def end(self) -> str:
@@ -41,6 +45,17 @@ class AnswerText:
         rest = self._decode(self._ids[self._start :])[len(before) :]
         said = self._admit(rest)
         return said if self.stopped else said + self._held
+
+    def _finished(self, text: str) -> tuple[int, str]:
+        """Tokens whose text stays as it is, and that text: more bytes than a character has cannot
+        all belong to the last one."""
+        if len(self._ids) - self._read <= _CHARACTER_BYTES:
+            return self._read, ""
+        for read in range(len(self._ids) - 1, self._read, -1):
+            shorter = self._decode(self._ids[self._start : read])
+            if text.startswith(shorter) and len(shorter) < len(text):
+                return read, shorter
+        return self._read, ""
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(
