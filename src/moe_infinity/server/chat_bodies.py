@@ -200,21 +200,46 @@ class Tools:
 
     def grammar(self, grammars: Grammars) -> str:
         """Of one call as JSON. Raises ApiError for parameters that are no usable schema."""
-        calls = [_call_schema(tool["function"]) for tool in self._callable]
+        functions = [tool["function"] for tool in self._callable]
+        calls = [_call_schema(function) for function in functions]
         schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-        return grammars.of_schema(schema, "tools")
+        given = {each["name"]: _parameters(each) for each in functions}
+        return grammars.of_schema(schema | {"$defs": given}, "tools")
 
 
 def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    given = dict(function.get("parameters") or {"type": "object"})
-    definitions = {key: given.pop(key) for key in ("$defs", "definitions") if key in given}
+    arguments = {"$ref": f"#/$defs/{function['name']}"}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": given},
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
-        **definitions,
     }
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """Their schema as a part of a larger one."""
+    given = function.get("parameters") or {}
+    if given.get("type", "object") != "object":
+        raise ApiError(
+            400, f"tools: got parameters of {function['name']} of type {given['type']!r:.40}, "
+            f"expected object", "tools", "invalid_schema",
+        )  # fmt: skip
+    moved: dict[str, Any] = _moved({"type": "object"} | given, f"#/$defs/{function['name']}")
+    return moved
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """References within it lead to where it is now."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _moved(value, to) for key, value in schema.items()}
+    target = found.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        found["$ref"] = to + target[1:]
+    return found
 
 
 def _plain(message: Message, number: int) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from transformers import LogitsProcessor
 
 from moe_infinity.server.problems import ApiError
 
+# A model that is in doubt says white space for ever, where a grammar lets it.
+_JSON = {"whitespace_pattern": r"( |\n[ \t]{0,20})?"}
+
 
 class Grammars:
     """Grammars over one model's tokens.
@@ -47,7 +50,7 @@ class Grammars:
     def of_schema(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of a JSON schema. Raises ApiError for one that cannot be kept to."""
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
             problem = LLMatcher.validate_grammar(grammar, self.tokens)
         except (ValueError, RecursionError) as error:
             problem = str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Hashable
@@ -119,7 +120,8 @@ class Job:
         """From the computing thread. One wake-up serves all that was posted until it is heard."""
         self._events.append(event)
         if len(self._events) == 1:
-            self._loop.call_soon_threadsafe(self._wake.set)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who listened
+                self._loop.call_soon_threadsafe(self._wake.set)
 
     async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.

@@ -141,10 +141,10 @@ class Worker:
         seed = job.sampling.seed
         first_seed = int.from_bytes(os.urandom(6), "big") if seed is None else seed
         for index, prompt in enumerate(p for p in job.prompts for _ in range(job.num_choices)):
-            torch.manual_seed((first_seed + index) % 2**63)
-            self._answer(job, index, prompt)
             if job.is_cancelled:
                 return
+            torch.manual_seed((first_seed + index) % 2**63)
+            self._answer(job, index, prompt)
 
     def _answer(self, job: Job, index: int, prompt: list[int]) -> None:
         sampling, moe = job.sampling, self.moe
