@@ -15,8 +15,8 @@ from transformers import LogitsProcessor
 
 from moe_infinity.server.problems import ApiError
 
-# A model that is in doubt says white space for ever, where a grammar lets it.
-_JSON = {"whitespace_pattern": r"( |\n[ \t]{0,20})?"}
+# A model in doubt says white space for ever where a grammar lets it, and tokens are dear here.
+_JSON = {"whitespace_pattern": " ?"}
 
 
 class Grammars:
