@@ -74,6 +74,7 @@ class ResponseBody(SamplingBody):
     reasoning: ReasoningOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     include: Items[str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Is given back.")
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None

@@ -198,11 +198,11 @@ class _Response:
             "temperature": body.temperature,
             "top_p": body.top_p,
             "tool_choice": _shown(body.tool_choice) or "auto",
-            "tools": [_shown(tool) | {"strict": None} for tool in body.tools or []],
+            "tools": [{"strict": None} | _shown(tool) for tool in body.tools or []],
             "text": _shown(body.text) or {"format": {"type": "text"}},
             "reasoning": _shown(body.reasoning),
             "store": False,
-            "metadata": {},
+            "metadata": body.metadata or {},
             "usage": None if end is None else usage,
         }
 
