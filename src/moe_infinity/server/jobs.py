@@ -127,14 +127,13 @@ class Job:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.
         Ends behind Done or Failed."""
         while True:
-            if not self._events:
+            while not self._events:
                 self._wake.clear()
-                if not self._events:
+                if not self._events:  # a wake-up may come late, for what was read already
                     try:
                         await asyncio.wait_for(self._wake.wait(), heartbeat_s)
                     except asyncio.TimeoutError:
                         yield []
-                        continue
             found = []
             while self._events:
                 found.append(self._events.popleft())
