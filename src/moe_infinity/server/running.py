@@ -20,7 +20,7 @@ from moe_infinity.server.app import build_app
 from moe_infinity.server.service import Service
 
 _log = logging.getLogger(__name__)
-_HEADERS_S = 10.0  # that a request's headers may take to arrive
+_HEADERS_S = 10.0  # that headers may take to arrive, and the rest of a body nobody reads
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 512
 
@@ -119,7 +119,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _PatientProtocol(H11Protocol):
-    """Closes a connection whose headers take too long; uvicorn itself would wait forever."""
+    """Closes a connection whose headers take too long, or that still sends a body when it was
+    answered; uvicorn itself would read on for ever."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -129,7 +130,9 @@ class _PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch(self.conn.their_state is h11.IDLE)
+        theirs = self.conn.their_state
+        is_answered = self.conn.our_state is h11.DONE and theirs is h11.SEND_BODY
+        self._watch(theirs is h11.IDLE or is_answered)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch(False)
