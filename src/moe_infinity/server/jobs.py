@@ -117,9 +117,10 @@ class Job:
         return (self.num_new - 1) / spent_s if spent_s > 0 else None
 
     def post(self, event: Event) -> None:
-        """From the computing thread. One wake-up serves all that was posted until it is heard."""
+        """From the computing thread; a failure from any. One wake-up serves all that was posted
+        until it is heard."""
         self._events.append(event)
-        if len(self._events) == 1:
+        if len(self._events) == 1 or isinstance(event, Failed):
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who listened
                 self._loop.call_soon_threadsafe(self._wake.set)
 

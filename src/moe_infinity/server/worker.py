@@ -54,7 +54,7 @@ class Worker:
         """Put a job into the queue. Raises ApiError where it is full, or the server ends."""
         with self._changed:
             if self._is_closing:
-                raise ApiError(503, "the server is shutting down", None, "shutting_down")
+                raise _closing()
             if len(self._queue) >= self.max_waiting:
                 wait_s = round(max(1.0, min(600.0, self._mean_s * len(self._queue))))
                 raise ApiError(
@@ -97,9 +97,14 @@ class Worker:
         with self._changed:
             self._is_closing = True
             for job in self._queue.drain():
-                error = ApiError(503, "the server is shutting down", None, "shutting_down")
-                job.post(Failed(error))
+                job.post(Failed(_closing()))
             self._changed.notify()
+
+    def abandon(self) -> None:
+        """Tell whoever waits for the running job that it will not be finished."""
+        running = self.running
+        if running is not None:
+            running.post(Failed(_closing()))
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -182,6 +187,10 @@ class Worker:
             is_cut = False
         finally:
             self.caches.give_back(prompt + sink.ids, is_cut)
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "the server is shutting down", None, "shutting_down")
 
 
 def eos_ids_of(moe: MoE) -> frozenset[int]:
