@@ -45,11 +45,19 @@ class Process:
     """A command under way. Its three standard streams are files that are named, pipes included."""
 
     def __init__(
-        self, arguments: tuple[object, ...], *, stdin: str, stdout: str, stderr: str
+        self,
+        arguments: tuple[object, ...],
+        *,
+        stdin: str,
+        stdout: str,
+        stderr: str,
+        seconds: int = _TIMEOUT_S,
     ) -> None:
+        """seconds: it may take; then it is killed."""
         job = {
             "arguments": [str(argument) for argument in arguments],
             "streams": [stdin, stdout, stderr],
+            "seconds": seconds,
             "state": os.environ["MOE_INFINITY_STATE_DIR"],
         }
         self.number = _ask(job)
@@ -152,6 +160,7 @@ def _become(job: dict[str, Any]) -> None:
     code = 1
     try:
         _open_streams(job["streams"])
+        signal.alarm(job["seconds"])
         sys.argv = ["moe-infinity", *job["arguments"]]
         os.environ["MOE_INFINITY_STATE_DIR"] = job["state"]
         import torch
@@ -176,7 +185,6 @@ def _become(job: dict[str, Any]) -> None:
 
 def _open_streams(paths: list[str]) -> None:
     os.setsid()  # a terminal opened next becomes the child's own
-    signal.alarm(_TIMEOUT_S)
     for number, path in enumerate(paths):
         flags = os.O_WRONLY | os.O_CREAT if number else os.O_RDONLY
         os.dup2(os.open(path, flags, 0o600), number)

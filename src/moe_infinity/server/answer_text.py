@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_MOST_TOKENS = 8  # that one character is made of; beyond that they are no text
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # of a character whose other bytes are in later tokens
+_CHARACTER_BYTES = 4  # of UTF-8's longest ones
 
 
 class AnswerText:
@@ -31,10 +31,12 @@ class AnswerText:
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])
-        is_unfinished = text.endswith(_UNFINISHED) and len(self._ids) - self._read < _MOST_TOKENS
-        if is_unfinished or len(text) <= len(before):
+        read = len(self._ids)
+        if text.endswith(_UNFINISHED):
+            read, text = self._finished(text)
+        if len(text) <= len(before):
             return ""
-        self._start, self._read = self._read, len(self._ids)
+        self._start, self._read = self._read, read
         return self._admit(text[len(before) :])
 
     def end(self) -> str:
@@ -43,6 +45,17 @@ class AnswerText:
         rest = self._decode(self._ids[self._start :])[len(before) :]
         said = self._admit(rest)
         return said if self.stopped else said + self._held
+
+    def _finished(self, text: str) -> tuple[int, str]:
+        """Tokens whose text stays as it is, and that text: more bytes than a character has cannot
+        all belong to the last one."""
+        if len(self._ids) - self._read <= _CHARACTER_BYTES:
+            return self._read, ""
+        for read in range(len(self._ids) - 1, self._read, -1):
+            shorter = self._decode(self._ids[self._start : read])
+            if text.startswith(shorter) and len(shorter) < len(text):
+                return read, shorter
+        return self._read, ""
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(

@@ -17,9 +17,11 @@ _MAX_CHOICES = 32
 _MAX_STOPS = 16
 _SEEDS = 2**63
 # pydantic puts the name of a union's member into the path of what is wrong: str, list[Tool]...
-_UNION_PART = re.compile(r"(str|int|float|bool)$|(list|dict|literal|constrained|function)\W|[A-Z]")
+_UNION_PART = re.compile(r"(str|int|float|bool)$|(list|dict|literal|constrained|function|fail)\W|[A-Z]")
 
 Model = TypeVar("Model", bound=BaseModel)
+Item = TypeVar("Item")
+Items = Annotated[list[Item], Field(fail_fast=True)]  # a million wrong ones cost no more than the first
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -50,7 +52,7 @@ class OpenAIBody(SamplingBody):
     """What chat and plain completions share."""
 
     stream_options: StreamOptions | None = None
-    stop: StopText | list[StopText] | None = Field(None, max_length=_MAX_STOPS)
+    stop: StopText | Items[StopText] | None = Field(None, max_length=_MAX_STOPS)
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -65,6 +67,14 @@ class OpenAIBody(SamplingBody):
     @classmethod
     def _one_stop_is_a_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _first_wrong_bias(cls, bias: Any) -> Any:
+        for token, value in bias.items() if isinstance(bias, dict) else ():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"token {token!r:.40} has a bias that is no number")
+        return bias
 
     @property
     def wants_usage(self) -> bool:
@@ -107,13 +117,22 @@ def read(model: type[Model], raw: bytes) -> Model:
     try:
         return model.model_validate_json(raw)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"] if not _UNION_PART.match(str(part)))
-        if first["type"] == "json_invalid":
-            raise ApiError(400, f"body: {first['msg']}", None, "invalid_json") from error
-        got = f", got {first['input']!r:.80}" if first["type"] != "missing" else ""
-        message = f"{where or 'body'}: {first['msg']}{got}"
+        found = error.errors(include_url=False, include_context=False)
+        if found[0]["type"] == "json_invalid":
+            raise ApiError(400, f"body: {found[0]['msg']}", None, "invalid_json") from error
+        where, wrong = _nearest(found)
+        got = f", got {wrong['input']!r:.80}" if wrong["type"] != "missing" else ""
+        message = f"{where or 'body'}: {wrong['msg']}{got}"
         raise ApiError(400, _printable(message), where or None, "invalid_value") from error
+
+
+def _nearest(found: list[Any]) -> tuple[str, Any]:
+    """The first error and where it is. Of a value of several types there is one for each: the
+    deepest is of the type that was meant."""
+    places = [tuple(p for p in map(str, e["loc"]) if not _UNION_PART.match(p)) for e in found]
+    same = [n for n, place in enumerate(places) if place[: len(places[0])] == places[0]]
+    number = max(same, key=lambda n: len(places[n]))
+    return ".".join(places[number]), found[number]
 
 
 def _bias(given: dict[str, float], num_ids: int) -> tuple[tuple[int, float], ...]:

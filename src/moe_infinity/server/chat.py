@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moe_infinity.server.bodies import read
 from moe_infinity.server.chat_bodies import ChatBody, Tools
@@ -17,7 +17,7 @@ from moe_infinity.server.jobs import Job
 from moe_infinity.server.parts import AnswerParser, Arguments, Call, Content, ForcedCall, Part
 from moe_infinity.server.problems import ApiError
 from moe_infinity.server.prompts import Prompt, Rendering
-from moe_infinity.server.replies import EventStream, comment, data_frame, while_there
+from moe_infinity.server.replies import EventStream, JsonReply, comment, data_frame, while_there
 from moe_infinity.server.service import Service, in_thread
 
 
@@ -29,7 +29,7 @@ async def chat_completions(service: Service, request: Request) -> Response:
     talk = _Talk(service, body, exchange)
     if body.stream:
         return EventStream(talk.frames(), ApiError.openai)
-    return JSONResponse(await while_there(request, talk.whole()))
+    return JsonReply(await while_there(request, talk.whole()))
 
 
 async def _exchange(service: Service, request: Request, body: ChatBody) -> Exchange:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moe_infinity.server.bodies import Body, OpenAIBody
+from moe_infinity.server.bodies import Body, Items, OpenAIBody
 from moe_infinity.server.grammars import Grammars
 from moe_infinity.server.problems import ApiError, unsupported
 
@@ -64,9 +64,9 @@ class ContentPart(Body):
 
 class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[ContentPart] | None = None
+    content: str | Items[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Items[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -74,11 +74,11 @@ class Message(Body):
 class ChatBody(OpenAIBody):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[Tool] | None = None
+    tools: Items[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -86,7 +86,7 @@ class ChatBody(OpenAIBody):
     chat_template_kwargs: dict[str, Any] | None = None
     functions: Any = None
     function_call: Any = None
-    modalities: list[str] | None = None
+    modalities: Items[str] | None = None
     audio: Any = None
 
     @property
@@ -145,7 +145,7 @@ class ChatBody(OpenAIBody):
 class CompletionBody(OpenAIBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Items[str] | Items[int] | Items[Items[int]]
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = None
@@ -200,21 +200,46 @@ class Tools:
 
     def grammar(self, grammars: Grammars) -> str:
         """Of one call as JSON. Raises ApiError for parameters that are no usable schema."""
-        calls = [_call_schema(tool["function"]) for tool in self._callable]
+        functions = [tool["function"] for tool in self._callable]
+        calls = [_call_schema(function) for function in functions]
         schema = calls[0] if len(calls) == 1 else {"anyOf": calls}
-        return grammars.of_schema(schema, "tools")
+        given = {each["name"]: _parameters(each) for each in functions}
+        return grammars.of_schema(schema | {"$defs": given}, "tools")
 
 
 def _call_schema(function: dict[str, Any]) -> dict[str, Any]:
-    given = dict(function.get("parameters") or {"type": "object"})
-    definitions = {key: given.pop(key) for key in ("$defs", "definitions") if key in given}
+    arguments = {"$ref": f"#/$defs/{function['name']}"}
     return {
         "type": "object",
-        "properties": {"name": {"const": function["name"]}, "arguments": given},
+        "properties": {"name": {"const": function["name"]}, "arguments": arguments},
         "required": ["name", "arguments"],
         "additionalProperties": False,
-        **definitions,
     }
+
+
+def _parameters(function: dict[str, Any]) -> dict[str, Any]:
+    """Their schema as a part of a larger one."""
+    given = function.get("parameters") or {}
+    if given.get("type", "object") != "object":
+        raise ApiError(
+            400, f"tools: got parameters of {function['name']} of type {given['type']!r:.40}, "
+            f"expected object", "tools", "invalid_schema",
+        )  # fmt: skip
+    moved: dict[str, Any] = _moved({"type": "object"} | given, f"#/$defs/{function['name']}")
+    return moved
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """References within it lead to where it is now."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _moved(value, to) for key, value in schema.items()}
+    target = found.get("$ref")
+    if isinstance(target, str) and target.startswith("#"):
+        found["$ref"] = to + target[1:]
+    return found
 
 
 def _plain(message: Message, number: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moe_infinity.server.bodies import read
 from moe_infinity.server.chat import progress_of, usage_of, waiting_comment
@@ -16,7 +16,7 @@ from moe_infinity.server.exchange import Exchange, Update
 from moe_infinity.server.jobs import TokenLogprob
 from moe_infinity.server.parts import AnswerParser, Content
 from moe_infinity.server.problems import ApiError
-from moe_infinity.server.replies import EventStream, data_frame, while_there
+from moe_infinity.server.replies import EventStream, JsonReply, data_frame, while_there
 from moe_infinity.server.service import Service, in_thread
 
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's, of this endpoint
@@ -36,7 +36,7 @@ async def completions(service: Service, request: Request) -> Response:
     talk = _Completion(service, body, exchange)
     if body.stream:
         return EventStream(talk.frames(), ApiError.openai)
-    return JSONResponse(await while_there(request, talk.whole()))
+    return JsonReply(await while_there(request, talk.whole()))
 
 
 def _prompts(service: Service, body: CompletionBody) -> list[list[int]]:

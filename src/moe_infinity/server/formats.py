@@ -22,6 +22,8 @@ _MISTRAL_THINK = _THINK | {
     "close_pattern": r"\s*\[/THINK\]\s*",
 }
 _CALL = {"repeats": True}
+MARKS = "marks"  # a field that nobody is told of
+REST = "rest"  # a field of what is in no other, where content has marks itself
 _NAMED = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
 _WHOLE = {"type": "function", "function": "{content}"}
 
@@ -44,7 +46,7 @@ class AnswerFormat:
         """The response template for an answer; where no tools were offered, calls are content."""
         if self.response is None or with_calls or self.name == "harmony":
             return self.response
-        fields = {k: v for k, v in self.response["fields"].items() if k != "tool_calls"}
+        fields = {k: v for k, v in self.response["fields"].items() if k not in ("tool_calls", MARKS)}
         return self.response | {"fields": fields}
 
 
@@ -61,15 +63,20 @@ def format_of(tokenizer: Any) -> AnswerFormat:
     return _PLAIN
 
 
-def _response(call: dict[str, Any], think: dict[str, Any] = _THINK) -> dict[str, Any]:
-    return {
-        "start_anchor": "\0",  # the parser is shown only what the template wrote of the answer
-        "fields": {
-            "reasoning_content": think,
-            "tool_calls": _CALL | call,
-            "content": {"content": "text"},
-        },
+def _response(
+    call: dict[str, Any], think: dict[str, Any] = _THINK, marks: str | None = None
+) -> dict[str, Any]:
+    """marks: what stands around calls, and is no part of the answer."""
+    fields = {
+        "reasoning_content": think,
+        "tool_calls": _CALL | call,
+        "content": {"content": "text"},
     }
+    if marks is not None:
+        fields[MARKS] = {"open_pattern": marks, "close_pattern": r"(?s)(?=.)", "content": "text"}
+        fields[MARKS] |= {"repeats": True}
+    # The parser is shown only what the template wrote of the answer.
+    return {"start_anchor": "\0", "fields": fields}
 
 
 _HERMES_CALL = {
@@ -121,11 +128,13 @@ _DEEPSEEK = AnswerFormat(
     _response(
         {
             "open_pattern": r"\s*(?:<｜tool▁calls▁begin｜>)?\s*<｜tool▁call▁begin｜>"
-            r"(?:function<｜tool▁sep｜>)?(?P<name>[^\n<]+)(?:<｜tool▁sep｜>|\n```json\n)",
-            "close_pattern": r"(?:\n```)?\s*<｜tool▁call▁end｜>\s*(?:<｜tool▁calls▁end｜>)?",
+            r"(?:function<｜tool▁sep｜>(?P<name>[^\n<]+)\n```json\n"
+            r"|(?!function<｜tool▁sep｜>)(?P<name>[^\n<]+)<｜tool▁sep｜>)",
+            "close_pattern": r"(?:\n```)?\s*<｜tool▁call▁end｜>",
             "content": "json",
             "transform": _NAMED,
-        }
+        },
+        marks=r"\s*<｜tool▁calls▁end｜>\s*",
     ),
     keeps_special=True,
 )
@@ -188,6 +197,7 @@ _HARMONY = AnswerFormat(
                 "repeats": True,
                 "join": "\n",
             },
+            REST: {"content": "text"},
         },
     },
     keeps_special=True,

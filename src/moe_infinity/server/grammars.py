@@ -15,8 +15,8 @@ from transformers import LogitsProcessor
 
 from moe_infinity.server.problems import ApiError
 
-# As json.dumps writes: free white space would let a small model say nothing else, without end.
-_PLAIN_JSON: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# A model in doubt says white space for ever where a grammar lets it, and tokens are dear here.
+_JSON: Any = {"whitespace_pattern": " ?"}
 
 
 class Grammars:
@@ -50,7 +50,7 @@ class Grammars:
     def of_schema(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of a JSON schema. Raises ApiError for one that cannot be kept to."""
         try:
-            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), _PLAIN_JSON)
+            grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_JSON)
             problem = LLMatcher.validate_grammar(grammar, self.tokens)
         except (ValueError, RecursionError) as error:
             problem = str(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -64,7 +64,7 @@ class Guard:
         under that name."""
         if self._keys or not self._config.is_local:
             return
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _parts(f"//{host}").hostname or ""
         if name in _LOCAL_NAMES or name == self._config.host or _is_loopback(name):
             return
         raise ApiError(
@@ -76,7 +76,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self._config.origins or "*" in self._config.origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        if _parts(origin).netloc != headers.get("host"):
             raise ApiError(
                 403, f"origin: got a request of a page at {origin!r:.100}; --origin lets it in",
                 None, "wrong_origin",
@@ -126,6 +126,13 @@ class _Bounded:
 
 def _too_large(most: int) -> ApiError:
     return ApiError(413, f"the request's body is larger than {most} bytes", None, "body_too_large")
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # brackets without an address
+        return urlsplit("")
 
 
 def _is_loopback(name: str) -> bool:

@@ -120,10 +120,11 @@ class Job:
         return (self.num_new - 1) / spent_s if spent_s > 0 else None
 
     def post(self, event: Event) -> None:
-        """From the computing thread. One wake-up serves all that was posted until it is heard."""
+        """From the computing thread; a failure from any. One wake-up serves all that was posted
+        until it is heard."""
         self._events.append(event)
-        if len(self._events) == 1:
-            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody listens
+        if len(self._events) == 1 or isinstance(event, Failed):
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who listened
                 self._loop.call_soon_threadsafe(self._wake.set)
 
     async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
@@ -131,13 +132,13 @@ class Job:
         Ends behind Done or Failed."""
         is_first = True
         while True:
-            self._wake.clear()
-            if not self._events:
-                try:
-                    await asyncio.wait_for(self._wake.wait(), heartbeat_s)
-                except asyncio.TimeoutError:
-                    yield []
-                continue
+            while not self._events:
+                self._wake.clear()
+                if not self._events:  # a wake-up may come late, for what was read already
+                    try:
+                        await asyncio.wait_for(self._wake.wait(), heartbeat_s)
+                    except asyncio.TimeoutError:
+                        yield []
             if not is_first:
                 await asyncio.sleep(_GATHER_S)
             is_first = False

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moe_infinity.server.bodies import Body, StopText
+from moe_infinity.server.bodies import Body, Items, StopText
 from moe_infinity.server.chat_bodies import Tools
 from moe_infinity.server.problems import unsupported
 from moe_infinity.server.sampling import Sampling
@@ -24,12 +24,12 @@ class Block(Body):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | Items[Block] | None = None
 
 
 class Turn(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Items[Block]
 
 
 class ToolDefinition(Body):
@@ -53,9 +53,9 @@ class CountBody(Body):
     """POST /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
-    system: str | list[Block] | None = None
-    tools: list[ToolDefinition] | None = None
+    messages: Items[Turn] = Field(min_length=1)
+    system: str | Items[Block] | None = None
+    tools: Items[ToolDefinition] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
@@ -93,7 +93,7 @@ class MessagesBody(CountBody):
 
     max_tokens: int = Field(ge=1, le=2**31)
     stream: bool | None = None
-    stop_sequences: list[StopText] | None = Field(None, max_length=16)
+    stop_sequences: Items[StopText] | None = Field(None, max_length=16)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)

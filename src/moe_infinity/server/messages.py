@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moe_infinity.server.blocks import Blocks, Event, kind_of
 from moe_infinity.server.bodies import read
@@ -19,7 +19,7 @@ from moe_infinity.server.message_bodies import CountBody, MessagesBody
 from moe_infinity.server.parts import Call, Part
 from moe_infinity.server.problems import ApiError
 from moe_infinity.server.prompts import Prompt, Rendering
-from moe_infinity.server.replies import EventStream, data_frame, while_there
+from moe_infinity.server.replies import EventStream, JsonReply, data_frame, while_there
 from moe_infinity.server.service import Service, in_thread
 
 _REASONS = {"length": "max_tokens", "cancelled": "end_turn"}
@@ -44,7 +44,7 @@ async def create_message(service: Service, request: Request) -> Response:
     talk = _Message(service, exchange)
     if body.stream:
         return EventStream(talk.frames(), ApiError.anthropic, "error")
-    return JSONResponse(await while_there(request, talk.whole()))
+    return JsonReply(await while_there(request, talk.whole()))
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
@@ -52,7 +52,7 @@ async def count_tokens(service: Service, request: Request) -> Response:
     body = read(CountBody, await request.body())
     service.require_model(body.model)
     prompt, _ = await in_thread(_prepared, service, body, body.tool_choices())
-    return JSONResponse({"input_tokens": len(prompt.ids)})
+    return JsonReply({"input_tokens": len(prompt.ids)})
 
 
 def _prepared(service: Service, body: CountBody, tools: Tools) -> tuple[Prompt, str | None]:

@@ -6,8 +6,6 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from moe_infinity.server.formats import AnswerFormat, format_of
 from moe_infinity.server.problems import ApiError, too_long, unsupported
 
@@ -99,7 +97,7 @@ class Prompts:
                 tokenize=False,
                 **(how.values or {}),
             )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except Exception as error:  # templates compute with whatever values they are given
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise ApiError(
                 400, f"{param}: the model's chat template refuses messages of {roles:.200} "

@@ -34,8 +34,16 @@ def comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
-def error_response(error: ApiError, body: dict[str, Any]) -> JSONResponse:
-    return JSONResponse(body, error.status, headers=error.headers)
+class JsonReply(JSONResponse):
+    """What a model says may decode to half of a surrogate pair, which no UTF-8 can tell."""
+
+    def render(self, content: Any) -> bytes:
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode(errors="replace")
+
+
+def error_response(error: ApiError, body: dict[str, Any]) -> JsonReply:
+    return JsonReply(body, error.status, headers=error.headers)
 
 
 class EventStream(Response):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moe_infinity.server.bodies import Body, SamplingBody
+from moe_infinity.server.bodies import Body, Items, SamplingBody
 from moe_infinity.server.chat_bodies import MAX_TOP_LOGPROBS, Tools
 from moe_infinity.server.grammars import Grammars
 from moe_infinity.server.problems import ApiError, unsupported
@@ -27,12 +27,12 @@ class Item(Body):
 
     type: str = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[ItemPart] | None = None
-    summary: list[ItemPart] | None = None
+    content: str | Items[ItemPart] | None = None
+    summary: Items[ItemPart] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[ItemPart] | None = None
+    output: str | Items[ItemPart] | None = None
 
 
 class FunctionTool(Body):
@@ -64,16 +64,17 @@ class ReasoningOptions(Body):
 class ResponseBody(SamplingBody):
     """POST /v1/responses."""
 
-    input: str | list[Item]
+    input: str | Items[Item]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=2**31)
-    tools: list[FunctionTool] | None = None
+    tools: Items[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    include: list[str] | None = None
+    include: Items[str] | None = None
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Is given back.")
     previous_response_id: str | None = None
     conversation: Any = None
     background: bool | None = None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from moe_infinity.server.blocks import Blocks, Event, kind_of
 from moe_infinity.server.bodies import read
@@ -19,7 +19,7 @@ from moe_infinity.server.jobs import Ended
 from moe_infinity.server.parts import Call, Part
 from moe_infinity.server.problems import ApiError
 from moe_infinity.server.prompts import Prompt, Rendering
-from moe_infinity.server.replies import EventStream, data_frame, while_there
+from moe_infinity.server.replies import EventStream, JsonReply, data_frame, while_there
 from moe_infinity.server.response_bodies import ResponseBody
 from moe_infinity.server.service import Service, in_thread
 
@@ -38,7 +38,7 @@ async def create_response(service: Service, request: Request) -> Response:
     talk = _Response(service, body, exchange)
     if body.stream:
         return EventStream(talk.frames(), _failed, "error")
-    return JSONResponse(await while_there(request, talk.whole()))
+    return JsonReply(await while_there(request, talk.whole()))
 
 
 def _prepared(service: Service, body: ResponseBody, tools: Tools) -> tuple[Prompt, str | None]:
@@ -198,11 +198,11 @@ class _Response:
             "temperature": body.temperature,
             "top_p": body.top_p,
             "tool_choice": _shown(body.tool_choice) or "auto",
-            "tools": [_shown(tool) | {"strict": None} for tool in body.tools or []],
+            "tools": [{"strict": None} | _shown(tool) for tool in body.tools or []],
             "text": _shown(body.text) or {"format": {"type": "text"}},
             "reasoning": _shown(body.reasoning),
             "store": False,
-            "metadata": {},
+            "metadata": body.metadata or {},
             "usage": None if end is None else usage,
         }
 

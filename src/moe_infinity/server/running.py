@@ -20,9 +20,11 @@ from moe_infinity.server.app import build_app
 from moe_infinity.server.service import Service
 
 _log = logging.getLogger(__name__)
-_HEADERS_S = 10.0  # that a request's headers may take to arrive
+_HEADERS_S = 10.0  # that headers may take to arrive, and the rest of a body nobody reads
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 512
+_LAST_WORDS_S = 1.0  # that clients get to hear of the end
+_ENDING_S, _ENDING_STEPS = 2.0, 40  # that tasks get when their connections are gone
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -70,7 +72,6 @@ def serve(service: Service, sock: socket.socket, on_start: Callable[[], None]) -
         log_config=None,
         server_header=False,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=round(service.config.shutdown_s),
         backlog=_BACKLOG,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -94,11 +95,26 @@ class _Server(uvicorn.Server):
         self._on_start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._service.worker.refuse_all()
+        """What runs may finish, within its time; then its client is told, then cut off."""
+        worker, grace_s = self._service.worker, self._service.config.shutdown_s
+        worker.refuse_all()
+        loop = asyncio.get_running_loop()
+        late = [
+            loop.call_later(grace_s, worker.abandon),
+            loop.call_later(grace_s + _LAST_WORDS_S, self._cut_off),
+        ]
         await super().shutdown(sockets)
-        running = self._service.worker.running
-        if running is not None:  # its client is gone by now
-            self._service.worker.cancel(running)
+        for timer in late:
+            timer.cancel()
+        worker.abandon()
+        self._cut_off()  # who is still there was in the way of a second Ctrl-C
+        for _ in range(_ENDING_STEPS):
+            if self.server_state.tasks:
+                await asyncio.sleep(_ENDING_S / _ENDING_STEPS)
+
+    def _cut_off(self) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -119,7 +135,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _PatientProtocol(H11Protocol):
-    """Closes a connection whose headers take too long; uvicorn itself would wait forever."""
+    """Closes a connection whose headers take too long, or that still sends a body when it was
+    answered; uvicorn itself would read on for ever."""
 
     _timer: asyncio.TimerHandle | None = None
 
@@ -129,7 +146,9 @@ class _PatientProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch(self.conn.their_state is h11.IDLE)
+        theirs = self.conn.their_state
+        is_answered = self.conn.our_state is h11.DONE and theirs is h11.SEND_BODY
+        self._watch(theirs is h11.IDLE or is_answered)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 from dataclasses import dataclass
 
 from moe_infinity.errors import ConfigError
@@ -38,7 +39,7 @@ class ServeConfig:
         for name in ("request_timeout_s", "body_timeout_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected seconds above 0")
-        if not self.shutdown_s >= 0:
+        if not 0 <= self.shutdown_s < math.inf:
             raise ConfigError(f"shutdown_s: got {self.shutdown_s}, expected seconds")
         for key in self.api_keys:
             if not key or not key.isascii() or not key.isprintable() or " " in key:

@@ -54,7 +54,7 @@ class Worker:
         """Put a job into the queue. Raises ApiError where it is full, or the server ends."""
         with self._changed:
             if self._is_closing:
-                raise ApiError(503, "the server is shutting down", None, "shutting_down")
+                raise _closing()
             if len(self._queue) >= self.max_waiting:
                 wait_s = round(max(1.0, min(600.0, self._mean_s * len(self._queue))))
                 raise ApiError(
@@ -97,9 +97,14 @@ class Worker:
         with self._changed:
             self._is_closing = True
             for job in self._queue.drain():
-                error = ApiError(503, "the server is shutting down", None, "shutting_down")
-                job.post(Failed(error))
+                job.post(Failed(_closing()))
             self._changed.notify()
+
+    def abandon(self) -> None:
+        """Tell whoever waits for the running job that it will not be finished."""
+        running = self.running
+        if running is not None:
+            running.post(Failed(_closing()))
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
@@ -141,10 +146,10 @@ class Worker:
         seed = job.sampling.seed
         first_seed = int.from_bytes(os.urandom(6), "big") if seed is None else seed
         for index, prompt in enumerate(p for p in job.prompts for _ in range(job.num_choices)):
-            torch.manual_seed((first_seed + index) % 2**63)
-            self._answer(job, index, prompt)
             if job.is_cancelled:
                 return
+            torch.manual_seed((first_seed + index) % 2**63)
+            self._answer(job, index, prompt)
 
     def _answer(self, job: Job, index: int, prompt: list[int]) -> None:
         sampling, moe = job.sampling, self.moe
@@ -184,6 +189,10 @@ class Worker:
             is_cut = False
         finally:
             self.caches.give_back(prompt + sink.ids, is_cut)
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "the server is shutting down", None, "shutting_down")
 
 
 def eos_ids_of(moe: MoE) -> frozenset[int]:
