@@ -1,5 +1,6 @@
 """What every device promises: copies in order, marks that wait, memory that is said to be there."""
 
+import contextlib
 from collections.abc import Iterator
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.devices.base import Device
 from moe_infinity.devices.choice import open_device, open_devices
+from moe_infinity.devices.cuda import CudaDevice
 from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.errors import BudgetError
 from support.stores import TurnedClock
@@ -132,6 +134,15 @@ class TestTwo:
             assert back.device == first.torch_device
             assert torch.equal(back.cpu(), torch.arange(1000).view(10, 100) + 1)
 
+    def test_whatever_streams_the_caller_uses(self, pair: tuple[Device, Device]) -> None:
+        first, second = pair
+        with first.computing():
+            there = torch.arange(1000, device=first.torch_device)
+        with _on_streams_of_its_own(first), _on_streams_of_its_own(second):
+            here = second.bring(there, first)
+        with second.computing():
+            assert torch.equal(here.cpu(), torch.arange(1000))
+
     def test_what_one_sent_down_the_other_takes_up(self, pair: tuple[Device, Device]) -> None:
         first, second = pair
         there, here, between = first.allocate(SIZE), second.allocate(SIZE), host(0)
@@ -158,6 +169,34 @@ class TestTwo:
                 assert int(there.sum()) == 5 * SIZE
         if was_pinned:
             pair[0].unpin(source)
+
+
+def _on_streams_of_its_own(device: Device) -> contextlib.AbstractContextManager[object]:
+    if device.torch_device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device.torch_device))
+
+
+def test_gpus_copy_on_the_streams_that_both_compute_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: torch orders a copy by the current streams, which are a caller's to choose."""
+    open_now: set[str] = set()
+
+    class Tokens(torch.Tensor):
+        def to(self, *args: object, **kwargs: object) -> torch.Tensor:  # type: ignore[override]
+            assert open_now == {"first", "second"}
+            return torch.ones(1)
+
+    @contextlib.contextmanager
+    def computing(device: CudaDevice) -> Iterator[None]:
+        open_now.add(device.name)
+        yield
+        open_now.remove(device.name)
+
+    monkeypatch.setattr(CudaDevice, "computing", computing)
+    pair = [CudaDevice.__new__(CudaDevice) for _ in range(2)]
+    for each, name in zip(pair, ("first", "second"), strict=True):
+        each.name, each.torch_device = name, torch.device("cpu")
+    assert pair[1].bring(Tokens(), pair[0]) == 1
 
 
 class TestSimulated:

@@ -67,7 +67,8 @@ class CudaDevice(Device):
 
     def pin(self, host: torch.Tensor) -> bool:
         # For all GPUs: one address space makes every registration a portable one.
-        refused = _cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
+        with _cuda.device(self.torch_device):
+            refused = _cuda.cudart().cudaHostRegister(host.data_ptr(), host.numel(), 0)
         if int(refused) == 0:
             return True
         with contextlib.suppress(RuntimeError):  # the refusal waits to be raised by the next launch
@@ -75,7 +76,8 @@ class CudaDevice(Device):
         return False
 
     def unpin(self, host: torch.Tensor) -> None:
-        _cuda.cudart().cudaHostUnregister(host.data_ptr())
+        with _cuda.device(self.torch_device):
+            _cuda.cudart().cudaHostUnregister(host.data_ptr())
 
     def free_bytes(self) -> int:
         """Of the driver's, and what torch has taken from it and does not use."""
@@ -122,7 +124,8 @@ class CudaDevice(Device):
         return float(min(found))
 
     def bring(self, tensor: torch.Tensor, source: Device) -> torch.Tensor:
-        with self.computing():  # torch lets both devices' current streams wait for each other
+        # torch lets both devices' current streams wait for each other: they have to be these.
+        with source.computing(), self.computing():
             return tensor.to(self.torch_device, non_blocking=True)
 
     def take_stall_s(self) -> float:
@@ -158,14 +161,17 @@ class CudaDevice(Device):
 
 
 class _CudaMark(Mark):
-    def __init__(self, event: Any) -> None:
+    def __init__(self, event: Any, device: Any) -> None:
         self.event = event
+        self._device = device
 
     def is_reached(self) -> bool:
         return bool(self.event.query())
 
     def wait(self) -> None:
-        self.event.synchronize()
+        # In a new thread GPU 0 is the current one: it would get a context of half a gigabyte.
+        with _cuda.device(self._device):
+            self.event.synchronize()
 
 
 class _CudaStream(Stream):
@@ -193,7 +199,7 @@ class _CudaStream(Stream):
     def mark(self) -> Mark:
         event = _cuda.Event()
         event.record(self._stream)
-        return _CudaMark(event)
+        return _CudaMark(event, self._stream.device)
 
 
 def _require_cuda(index: int) -> None:
