@@ -37,7 +37,9 @@ class CudaDevice(Device):
         _require_cuda(index)
         self.torch_device = torch.device("cuda", index)
         properties = _cuda.get_device_properties(index)
-        self.name = self.rounding = properties.name
+        is_alone = _cuda.device_count() == 1
+        self.name = properties.name if is_alone else f"{properties.name} (cuda:{index})"
+        self.rounding = properties.name
         self.has_bf16 = properties.major >= 8
         self.reads_host = sys.platform == "linux" and "microsoft" not in platform.release().lower()
         self._stalls: deque[tuple[Any, Any]] = deque()
