@@ -11,7 +11,7 @@ from moe_infinity.devices.base import Device
 from moe_infinity.devices.choice import open_device, open_devices
 from moe_infinity.devices.cuda import CudaDevice
 from moe_infinity.devices.simulated import SimulatedDevice
-from moe_infinity.errors import BudgetError
+from moe_infinity.errors import BudgetError, ConfigError
 from support.stores import TurnedClock
 
 MIB = 1024**2
@@ -169,6 +169,28 @@ class TestTwo:
                 assert int(there.sum()) == 5 * SIZE
         if was_pinned:
             pair[0].unpin(source)
+
+
+@pytest.mark.parametrize("wrong", [1, 2])
+def test_devices_that_bring_each_other_other_bytes_are_refused(
+    monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """wrong: which copy, the one there or the one back."""
+    real, calls = SimulatedDevice.bring, []
+
+    def bring(device: SimulatedDevice, tensor: torch.Tensor, source: Device) -> torch.Tensor:
+        calls.append(1)
+        brought = real(device, tensor, source)
+        return torch.zeros_like(brought) if len(calls) == wrong else brought
+
+    monkeypatch.setattr(SimulatedDevice, "bring", bring)
+    with pytest.raises(ConfigError, match="copied from simulated, 24 GB/s to simulated, 12 GB/s"):
+        open_devices(["simulated", "simulated:12"])
+
+
+def test_a_link_without_speed_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"got simulated:0\.0, expected GB/s"):
+        open_device("simulated:0.0")
 
 
 def _on_streams_of_its_own(device: Device) -> contextlib.AbstractContextManager[object]:

@@ -11,6 +11,8 @@ from moe_infinity.devices.base import Device
 from moe_infinity.devices.simulated import PCIE4_GBPS, SimulatedDevice
 from moe_infinity.errors import ConfigError, DeviceError
 
+_TRIED_NUMBERS = 2**18  # of 4 bytes, that go to another device and back
+
 
 @contextlib.contextmanager
 def computing_on(device: Device | None) -> Iterator[None]:
@@ -33,7 +35,10 @@ def open_devices(names: Sequence[str], needed_by: str = "") -> tuple[Device, ...
     first = open_device(names[0], needed_by)
     if first is None:
         return ()
-    return (first, *(_open_beside(first, name) for name in names[1:]))
+    others = [_open_beside(first, name) for name in names[1:]]
+    for other in others:
+        _refuse_wrong_copies(first, other)
+    return (first, *others)
 
 
 def open_device(name: str, needed_by: str = "") -> Device | None:
@@ -67,5 +72,28 @@ def _open_beside(first: Device, name: str) -> Device:
     return device
 
 
+def _refuse_wrong_copies(first: Device, other: Device) -> None:
+    """On some machines GPUs reach each other's memory through an IOMMU that brings other bytes, and
+    no error: pytorch/pytorch issues 84803 and 132397."""
+    said = torch.arange(_TRIED_NUMBERS, dtype=torch.int32)
+    with computing_on(first):
+        sent = said.to(first.torch_device)  # kept, or its memory would be what comes back
+    with computing_on(other):
+        there = other.bring(sent, first)
+        is_right = torch.equal(there.cpu(), said)
+    with computing_on(first):
+        back = first.bring(there, other)
+        is_right &= torch.equal(back.cpu(), said)
+    if not is_right:
+        raise ConfigError(
+            f"device: numbers copied from {first.name} to {other.name} and back came out as "
+            f"others, expected the same; name one of them, or turn the system's IOMMU and PCIe "
+            f"access control (ACS) off"
+        )
+
+
 def _gbps(number: str) -> float:
-    return float(number) if number else PCIE4_GBPS
+    gbps = float(number) if number else PCIE4_GBPS
+    if gbps <= 0:
+        raise ConfigError(f"device: got simulated:{number}, expected GB/s above 0")
+    return gbps
