@@ -1,5 +1,7 @@
 """The device tier over RAM: right bytes whatever the link does, capacities that add up."""
 
+import mmap
+import weakref
 from collections.abc import Iterable
 
 import numpy as np
@@ -8,7 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from moe_infinity.cache.device_memory import DeviceMemory
 from moe_infinity.cache.vram import VramHierarchy
+from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.errors import BudgetError, ReadError
 from moe_infinity.residency.directory import State
@@ -232,6 +236,37 @@ def test_a_cache_that_held_every_expert_streams_once_it_has_given_slots_back() -
         assert hierarchy.shrink() > 0
         for each in prompts * 2:
             run(hierarchy, each)
+
+
+class _Watched(SimulatedDevice):
+    """Knows which of what was allocated on it is still held by anyone."""
+
+    def __init__(self) -> None:
+        super().__init__(24.0, TurnedClock())
+        self.given: list[weakref.ref[mmap.mmap]] = []
+
+    def allocate(self, num_bytes: int) -> torch.Tensor:
+        memory = allocate(num_bytes)
+        self.given.append(weakref.ref(memory))
+        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes]
+
+
+def test_memory_given_back_is_held_by_nobody() -> None:
+    """Nor by views of a slot that has other memory since, and was not computed from that yet."""
+    device, rng = _Watched(), np.random.default_rng(0)
+    with vram_hierarchy(SHAPE, STORE, 8, TOTAL, device=device, num_spare=8) as hierarchy:
+        memory, key = hierarchy.memory, ExpertKey(0, 0)
+        assert isinstance(memory, DeviceMemory)
+        for _ in range(60):
+            memory.reserve({key: int(rng.integers(8))})
+            if rng.random() < 0.3:
+                memory.views_of(key)
+            memory.give_up(key)
+        while memory.give_back():
+            rooms = [*filter(None, memory.slots._rooms), *memory.slots._spare[0]]
+            held = {number for number, given in enumerate(device.given) if given() is not None}
+            assert held == {room.segment for room in rooms}
+            del rooms
 
 
 def test_a_device_without_room_is_refused() -> None:

@@ -146,5 +146,5 @@ class DeviceMemory:
         """Let some memory go, when nothing uses it. Returns the slots it was of. device: there is
         this one alone."""
         gone = self.slots.give_back()
-        self._views.forget(gone)
+        self._views.clear()  # also of slots that have other memory by now, and were not computed
         return gone

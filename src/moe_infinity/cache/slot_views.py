@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -32,11 +32,6 @@ class SlotViews:
         if is_viewable(spec):  # copies must not outlive the call: they are in no budget
             self._kept[slot] = (layout, memory, views)
         return views
-
-    def forget(self, slots: Iterable[int]) -> None:
-        """These have other memory, or none, from now on."""
-        for slot in slots:
-            self._kept.pop(slot, None)
 
     def clear(self) -> None:
         self._kept.clear()
