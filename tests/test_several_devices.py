@@ -251,6 +251,22 @@ class TestTheSecondDeviceFails:
             with pytest.raises(DeviceError, match=r"simulated, 12 GB/s: lost in mid-run \(an ill"):
                 generate(moe)
 
+    def test_lost_it_is_named_by_whatever_the_cache_asks_of_it(
+        self, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def lost(*_: object) -> None:
+            raise torch.AcceleratorError("an illegal access")
+
+        with (
+            MoE(tiny, ram=BUDGET, device=BOTH, vram_slots=16) as moe,
+            monkeypatch.context() as patch,
+        ):
+            assert isinstance(moe._hierarchy.memory, DevicePool)
+            for method in ("await_all", "drain"):
+                patch.setattr(moe._hierarchy.memory.memories[1], method, lost)
+            with pytest.raises(DeviceError, match="simulated, 12 GB/s: lost in mid-run"):
+                generate(moe)
+
 
 @pytest.mark.gpu
 @two_gpus

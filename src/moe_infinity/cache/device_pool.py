@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from moe_infinity.cache.device_memory import DeviceMemory, HostBytes
 from moe_infinity.devices.base import Device, Mark
+from moe_infinity.devices.choice import computing_on
 from moe_infinity.kernels.base import Views
 from moe_infinity.types import ExpertKey, Priority
 
@@ -75,7 +76,8 @@ class DevicePool:
 
     def drain(self) -> None:
         for memory in self.memories:
-            memory.drain()
+            with computing_on(memory.device):  # which is named, should it be lost
+                memory.drain()
 
     def hold(self, slots: Mapping[ExpertKey, int]) -> None:
         self._lies_on.clear()
