@@ -35,7 +35,8 @@ def plan(
         str | None,
         typer.Option(
             help="A GPU that need not be here: memory, link, and GB/s of its memory if known: "
-            "24GiB,pcie4 or 16GiB,12,288. Several: 24GiB,pcie4;12GiB,pcie3."
+            "24GiB,pcie4 or 16GiB,12,288. Several, in quotes: "
+            "'24GiB,pcie4;12GiB,pcie3'."
         ),
     ] = None,
     hit_rate: Annotated[
