@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_infinity.cache.device_pool import DevicePool
+from moe_infinity.cache.device_pool import DevicePool, _in_turns
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.devices.simulated import SimulatedDevice
 from moe_infinity.residency.directory import State
@@ -112,6 +112,29 @@ def test_decisions_are_those_of_one_device(policy: str, slots: tuple[int, ...]) 
 
     links = [24.0, SLOW_GBPS, 3.0][: len(slots)]
     assert taken(slots, *links) == taken(sum(slots), 24.0)
+
+
+@given(
+    st.integers(1, 3).flatmap(
+        lambda num_classes: st.lists(
+            st.lists(st.integers(0, 6), min_size=num_classes, max_size=num_classes).map(tuple),
+            min_size=2,
+            max_size=4,
+        )
+    )
+)
+def test_slots_of_a_class_are_those_of_each_devices_class(counts: list[tuple[int, ...]]) -> None:
+    """As a Directory numbers the pool's and a DeviceMemory its own. counts: of each device."""
+
+    def by_class(slots_per_class: Sequence[int]) -> list[int]:
+        return [number for number, count in enumerate(slots_per_class) for _ in range(count)]
+
+    places = _in_turns(counts)
+    assert len(set(places)) == len(places) == sum(map(sum, counts))
+    own = [by_class(each) for each in counts]
+    assert [own[device][slot] for device, slot in places] == by_class(
+        [sum(each) for each in zip(*counts, strict=True)]
+    )
 
 
 def test_every_device_has_its_share_from_the_start() -> None:
