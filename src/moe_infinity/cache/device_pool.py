@@ -71,8 +71,8 @@ class DevicePool:
         return views
 
     def take_stall_s(self) -> float:
-        """Added up: devices that wait at the same time count each."""
-        return sum(memory.take_stall_s() for memory in self.memories)
+        """Of the one that waited longest: they wait at the same time."""
+        return max(memory.take_stall_s() for memory in self.memories)
 
     def drain(self) -> None:
         for memory in self.memories:
