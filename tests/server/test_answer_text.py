@@ -28,9 +28,7 @@ def told(tokenizer: Any, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[li
 
 
 def decoded(tokenizer: Any, ids: list[int]) -> str:
-    return str(
-        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @given(text=st.text(max_size=30))
@@ -48,7 +46,9 @@ def test_any_tokens_at_all(tokenizer: Any, ids: list[int]) -> None:
 
 
 @given(text=st.text("ab\u2603\U0001d11e", max_size=20), data=st.data())
-def test_nothing_of_a_stop_text_or_behind_it(tokenizer: Any, text: str, data: st.DataObject) -> None:
+def test_nothing_of_a_stop_text_or_behind_it(
+    tokenizer: Any, text: str, data: st.DataObject
+) -> None:
     texts = st.text("ab\u2603", min_size=1, max_size=3)
     stop = tuple(data.draw(st.lists(texts, min_size=1, max_size=3)))
     pieces, found = told(tokenizer, tokenizer(text).input_ids, stop)

@@ -1,5 +1,7 @@
 """Clients take turns; nobody is lost, doubled or overtaken by requests of one's own."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -62,6 +64,6 @@ def test_none_waits_longer_than_a_round(clients: list[int]) -> None:
     turns = [queue.take()[0] for _ in clients]
     for client in set(clients):
         own = [at for at, turn in enumerate(turns) if turn == client]
-        for before, after in zip(own, own[1:], strict=False):
+        for before, after in itertools.pairwise(own):
             between = turns[before + 1 : after]
             assert len(between) == len(set(between))

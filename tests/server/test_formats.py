@@ -14,7 +14,7 @@ from moe_infinity.server.formats import AnswerFormat, format_of
 from moe_infinity.server.parts import AnswerParser, Arguments, Call, Content, ForcedCall, Part
 
 PARIS = {"city": "Paris", "days": 2}
-ROME = {"city": "Rom\u00e9 \"a\" {b} \\n", "days": 3}
+ROME = {"city": 'Rom\u00e9 "a" {b} \\n', "days": 3}
 TOOLS = [
     {
         "type": "function",
@@ -33,7 +33,9 @@ TOOLS = [
 CALLS: dict[str, tuple[str, Any, str, str]] = {
     "hermes": (
         "{{ '<tool_call>' }}",
-        lambda name, args: f'\n<tool_call>\n{{"name": "{name}", "arguments": {args}}}\n</tool_call>',
+        lambda name, args: (
+            f'\n<tool_call>\n{{"name": "{name}", "arguments": {args}}}\n</tool_call>'
+        ),
         "",
         "",
     ),
@@ -45,22 +47,24 @@ CALLS: dict[str, tuple[str, Any, str, str]] = {
     ),
     "qwen_xml": (
         "{{ '<tool_call>\n<function=' }}",
-        lambda name, args: f"\n<tool_call>\n<function={name}>\n"
-        + "".join(
-            f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in json.loads(args).items()
-        )
-        + "</function>\n</tool_call>",
+        lambda name, args: (
+            f"\n<tool_call>\n<function={name}>\n"
+            + "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in json.loads(args).items())
+            + "</function>\n</tool_call>"
+        ),
         "",
         "",
     ),
     "glm": (
         "{{ '<tool_call>' + '<arg_key>' }}",
-        lambda name, args: f"\n<tool_call>{name}\n"
-        + "".join(
-            f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n"
-            for k, v in json.loads(args).items()
-        )
-        + "</tool_call>",
+        lambda name, args: (
+            f"\n<tool_call>{name}\n"
+            + "".join(
+                f"<arg_key>{k}</arg_key>\n<arg_value>{v}</arg_value>\n"
+                for k, v in json.loads(args).items()
+            )
+            + "</tool_call>"
+        ),
         "",
         "",
     ),
@@ -72,8 +76,10 @@ CALLS: dict[str, tuple[str, Any, str, str]] = {
     ),
     "deepseek_r1": (
         "{{ '<｜tool▁call▁begin｜>' }}",
-        lambda name, args: "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-        f"{name}\n```json\n{args}\n```<｜tool▁call▁end｜>\n",
+        lambda name, args: (
+            "<｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+            f"{name}\n```json\n{args}\n```<｜tool▁call▁end｜>\n"
+        ),
         "<｜tool▁calls▁begin｜>",
         "<｜tool▁calls▁end｜>",
     ),
@@ -97,7 +103,7 @@ def read(parser: AnswerParser | ForcedCall, pieces: list[str]) -> list[Part]:
 
 
 def summary(parts: list[Part]) -> dict[str, Any]:
-    """Contents and reasoning as text, calls by name and arguments; pieces of a call are in order."""
+    """Contents and reasoning as text, calls by name and arguments."""
     said: dict[str, Any] = {"Content": "", "Reasoning": "", "calls": []}
     for part in parts:
         if isinstance(part, Call):
@@ -148,7 +154,9 @@ def test_a_call_that_is_not_finished(name: str) -> None:
     template, write, before, _ = CALLS[name]
     form, written = found_in(template), write("weather", json.dumps(PARIS))
     for length in range(1, len(written)):
-        found = summary(read(AnswerParser(form.reading(True), "", TOOLS), [before, written[:length]]))
+        found = summary(
+            read(AnswerParser(form.reading(True), "", TOOLS), [before, written[:length]])
+        )
         if not found["calls"]:
             assert found["Content"] == before + written[:length]
 
@@ -178,7 +186,7 @@ class TestHarmony:
     def test_channels(self) -> None:
         text = (
             "<|channel|>analysis<|message|>think<|end|><|start|>assistant<|channel|>commentary"
-            '<|message|>I ask.<|end|><|start|>assistant<|channel|>commentary to=functions.weather '
+            "<|message|>I ask.<|end|><|start|>assistant<|channel|>commentary to=functions.weather "
             f"<|constrain|>json<|message|>{json.dumps(PARIS)}<|call|>"
         )
         found = read_every_way(self.form, text)
@@ -302,7 +310,9 @@ def test_whatever_a_model_says_is_read(words: list[str], mark: str) -> None:
     form, text = found_in(mark), "".join(words)
     in_words = summary(read(AnswerParser(form.reading(True), "", TOOLS), words))
     in_chars = summary(read(AnswerParser(form.reading(True), "", TOOLS), list(text)))
-    assert in_words == in_chars == summary(read(AnswerParser(form.reading(True), "", TOOLS), [text]))
+    assert (
+        in_words == in_chars == summary(read(AnswerParser(form.reading(True), "", TOOLS), [text]))
+    )
 
 
 def test_what_is_no_call_is_plain_content_without_a_format() -> None:

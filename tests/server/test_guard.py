@@ -55,7 +55,7 @@ class TestKeys:
             {"authorization": "Bearer "},
             {"authorization": "Basic key-1"},
             {"authorization": "key-1"},
-            {"x-api-key": "key-1 "  "x"},
+            {"x-api-key": "key-1 x"},
             {"x-api-key": "k\xe9y"},
             {"authorization": "Bearer key-12"},
         ],
@@ -91,7 +91,8 @@ class TestHosts:
         assert server.ask("GET", "/v1/models", None, {"host": host}).status == 200
 
     @pytest.mark.parametrize(
-        "host", ["evil.example", "", "10.0.0.1", "localhost.evil.example", "[", "[::1", "a@localhost@b"]
+        "host",
+        ["evil.example", "", "10.0.0.1", "localhost.evil.example", "[", "[::1", "a@localhost@b"],
     )
     def test_other_names(self, server: Server, host: str) -> None:
         reply = server.ask("GET", "/health", None, {"host": host})
@@ -115,7 +116,9 @@ class TestHosts:
             "access-control-request-headers": "authorization",
         }
         assert strict.ask("OPTIONS", CHAT, None, asked).status == 200
-        assert strict.ask("OPTIONS", CHAT, None, asked | {"origin": "https://b.example"}).status == 403
+        assert (
+            strict.ask("OPTIONS", CHAT, None, asked | {"origin": "https://b.example"}).status == 403
+        )
 
 
 class TestBodies:
@@ -246,7 +249,9 @@ class TestBadInput:
         body = BODY | {"chat_template_kwargs": {"a": deep}, "metadata": deep}
         assert server.post(CHAT, body).status == 200
 
-    @pytest.mark.parametrize("content", ["\x00", "\U0010ffff", "<|endoftext|>", "{{ 1/0 }}", " " * 900])
+    @pytest.mark.parametrize(
+        "content", ["\x00", "\U0010ffff", "<|endoftext|>", "{{ 1/0 }}", " " * 900]
+    )
     def test_odd_texts(self, server: Server, content: str) -> None:
         body = BODY | {"messages": [{"role": "user", "content": content}]}
         assert server.post(CHAT, body).status == 200

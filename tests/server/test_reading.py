@@ -1,8 +1,8 @@
 """What a server says of itself: models, health, numbers, and what it does not write down."""
 
+import pytest
 from openai import NotFoundError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
-import pytest
 
 from support.serving import Server, wait_for
 
@@ -58,19 +58,27 @@ def test_metrics(server: Server, client: OpenAI) -> None:
     }
     assert requests[("completions", "ok")] >= 1
     for name in ("ttft_seconds", "tpot_seconds", "queue_seconds", "tokens", "expert_lookups",
-                 "link_bytes", "seconds", "experts", "expert_slots", "requests_waiting"):  # fmt: skip
+                 "link_bytes", "seconds", "expert_slots", "requests_waiting"):  # fmt: skip
         assert f"moe_infinity_{name}" in found
     assert found["moe_infinity_expert_slots"].samples[0].value == 64
 
 
 def test_openapi_names_every_path(server: Server) -> None:
     document = server.get("/openapi.json").json
-    for path in ("chat/completions", "completions", "responses", "messages", "messages/count_tokens"):
+    for path in (
+        "chat/completions",
+        "completions",
+        "responses",
+        "messages",
+        "messages/count_tokens",
+    ):
         operation = document["paths"][f"/v1/{path}"]["post"]
         assert operation["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert {"/v1/models", "/health", "/metrics", "/v1/stats"} <= document["paths"].keys()
     text = server.get("/openapi.json").body.decode()
-    for reference in set(part.split('"')[0] for part in text.split('"$ref":"#/components/schemas/')[1:]):
+    for reference in set(
+        part.split('"')[0] for part in text.split('"$ref":"#/components/schemas/')[1:]
+    ):
         assert reference in document["components"]["schemas"], reference
 
 

@@ -68,7 +68,7 @@ def test_streamed(claude: Anthropic) -> None:
         final = stream.get_final_message()
     assert text(final) == text(whole) and final.stop_reason == "max_tokens"
     assert final.usage.output_tokens == 8
-    raw = [event.type for event in found if not event.type == "text"]
+    raw = [event.type for event in found if event.type != "text"]
     assert raw[:2] == ["message_start", "content_block_start"]
     assert raw[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     assert set(raw[2:-3]) == {"content_block_delta"}
@@ -100,7 +100,11 @@ class TestTools:
 
     def test_streamed(self, claude: Anthropic) -> None:
         with claude.messages.stream(
-            model="bundled", max_tokens=60, messages=HELLO, tools=[TOOL], tool_choice={"type": "any"}
+            model="bundled",
+            max_tokens=60,
+            messages=HELLO,
+            tools=[TOOL],
+            tool_choice={"type": "any"},
         ) as stream:
             deltas = [event.partial_json for event in stream if event.type == "input_json"]
             final = stream.get_final_message()
@@ -137,9 +141,7 @@ class TestTools:
         assert "expected one of get_weather" in refused(
             claude, tools=[TOOL], tool_choice={"type": "tool", "name": "other"}
         )
-        assert "bash_20250124" in refused(
-            claude, tools=[{"type": "bash_20250124", "name": "bash"}]
-        )
+        assert "bash_20250124" in refused(claude, tools=[{"type": "bash_20250124", "name": "bash"}])
 
 
 def test_an_answer_that_was_begun_goes_on(claude: Anthropic) -> None:

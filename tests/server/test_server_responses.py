@@ -173,7 +173,10 @@ def test_logprobs(client: OpenAI) -> None:
         ({"given": "word " * 600}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "text.format.schema"),
+        (
+            {"text": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
+            "text.format.schema",
+        ),
     ],
 )
 def test_what_is_refused(client: OpenAI, fields: Any, param: str) -> None:
@@ -193,6 +196,8 @@ def test_reasoning_is_an_item_of_its_own(local: Local, script: Any) -> None:
     found = [json.loads(line[6:]) for line in raw.splitlines() if line.startswith("data: ")]
     for event in found:
         EVENTS.validate_python(event)
-    assert "".join(e["delta"] for e in found if e["type"] == "response.reasoning_text.delta") == "Hm."
+    assert (
+        "".join(e["delta"] for e in found if e["type"] == "response.reasoning_text.delta") == "Hm."
+    )
     assert "".join(e["delta"] for e in found if e["type"] == "response.output_text.delta") == "Yes."
     assert [e["output_index"] for e in found if e["type"].endswith("item.added")] == [0, 1]

@@ -112,6 +112,21 @@ def test_a_list_and_a_switch(given: Given, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--host", "::"), "--insecure"),
+        (("--host", "no.such.host.invalid", "--insecure"), "address of this machine"),
+        (("--api-key", ""), "api_key"),
+        (("--api-key", "a b"), "api_key"),
+        (("--log-level", "loud"), "debug, info"),
+    ],
+)
+def test_what_cannot_be_served(options: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        serve(*options)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("prot = 1", "got prot, expected names among"),

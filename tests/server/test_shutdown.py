@@ -3,8 +3,6 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
-
 from support.command_line import refused
 from support.serving import SMALL, Server, assert_clean, wait_for
 
@@ -62,19 +60,8 @@ def test_ctrl_c_without_grace() -> None:
     assert_clean(log)
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--host", "0.0.0.0"), "--insecure"),
-        (("--host", "::"), "--insecure"),
-        (("--host", "no.such.host.invalid", "--insecure"), "address of this machine"),
-        (("--api-key", ""), "api_key"),
-        (("--api-key", "a b"), "api_key"),
-        (("--log-level", "loud"), "debug, info"),
-    ],
-)
-def test_what_cannot_be_served(options: tuple[str, ...], words: str) -> None:
-    assert words in refused("serve", *options)
+def test_beyond_this_machine_only_with_a_key() -> None:
+    assert "--insecure" in refused("serve", "--host", "0.0.0.0")
 
 
 def test_a_port_that_is_taken(server: Server) -> None:

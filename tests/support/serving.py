@@ -200,7 +200,7 @@ class Script:
         self, prompts: list[list[int]], max_new_tokens: int, stopping_criteria: Any, **_: Any
     ) -> None:
         self.prompts += prompts
-        ids = self._moe.tokenizer(self._texts.pop(0)).input_ids + [0]
+        ids = [*self._moe.tokenizer(self._texts.pop(0)).input_ids, 0]
         said = list(prompts[0])
         for number, token in enumerate(ids):
             if number == 1:

@@ -17,11 +17,15 @@ _MAX_CHOICES = 32
 _MAX_STOPS = 16
 _SEEDS = 2**63
 # pydantic puts the name of a union's member into the path of what is wrong: str, list[Tool]...
-_UNION_PART = re.compile(r"(str|int|float|bool)$|(list|dict|literal|constrained|function|fail)\W|[A-Z]")
+_UNION_PART = re.compile(
+    r"(str|int|float|bool)$|(list|dict|literal|constrained|function|fail)\W|[A-Z]"
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 Item = TypeVar("Item")
-Items = Annotated[list[Item], Field(fail_fast=True)]  # a million wrong ones cost no more than the first
+Items = Annotated[
+    list[Item], Field(fail_fast=True)
+]  # a million wrong ones cost no more than the first
 StopText = Annotated[str, Field(min_length=1, max_length=1000)]
 
 

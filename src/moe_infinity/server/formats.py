@@ -46,7 +46,9 @@ class AnswerFormat:
         """The response template for an answer; where no tools were offered, calls are content."""
         if self.response is None or with_calls or self.name == "harmony":
             return self.response
-        fields = {k: v for k, v in self.response["fields"].items() if k not in ("tool_calls", MARKS)}
+        fields = {
+            k: v for k, v in self.response["fields"].items() if k not in ("tool_calls", MARKS)
+        }
         return self.response | {"fields": fields}
 
 
