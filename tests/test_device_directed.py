@@ -84,6 +84,7 @@ def test_both_can_take_turns(tiny: Path) -> None:
     assert by_turns[:3] == by_host[:3]
 
 
+@pytest.mark.slow
 def test_with_a_predictor_that_is_not_asked_meanwhile(tiny: Path) -> None:
     by_device = outcome(tiny, NEVER, True, prefetch="gate_lookahead")
     by_host = outcome(tiny, NEVER, False, policy="next_use", device="simulated")
@@ -111,6 +112,7 @@ def test_a_model_that_does_not_fit_into_ram_is_directed_by_the_host(tiny: Path) 
         assert moe.stats().decode.directed_passes == 0
 
 
+@pytest.mark.slow
 def test_recording_needs_the_host(tiny: Path) -> None:
     with opened(tiny, NEVER, True) as moe:
         whole_in_ram(moe)
@@ -122,6 +124,7 @@ def test_recording_needs_the_host(tiny: Path) -> None:
         assert moe.stats().decode.directed_passes == 2
 
 
+@pytest.mark.slow
 def test_nothing_is_recorded_before_it_was_done_once(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_request_lets_go_of_its_cache(tiny: Path) -> None:
         assert kept() is None
 
 
+@pytest.mark.slow
 def test_a_hand_over_that_fails_leaves_no_wrong_expert(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

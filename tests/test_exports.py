@@ -33,6 +33,15 @@ def test_every_error_is_one_of_the_tree() -> None:
     assert all(e.__name__ in (errors.__doc__ or "") for e in found), "drawn in the docstring"
 
 
+def test_the_commands_are_there_before_torch_is_loaded() -> None:
+    """Help, and what is wrong with an option, must not take seconds."""
+    program = (
+        "import sys; from moe_infinity.cli.app import build_app; build_app()\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'fastapi')))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     program = (
         "import sys, moe_infinity, moe_infinity.policies, moe_infinity.predictors\n"

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +16,10 @@ from moe_infinity.checkpoint.hub_names import is_hub_id
 from moe_infinity.cli import common
 from moe_infinity.cli.common import DEFAULTS
 from moe_infinity.config import EngineConfig, format_bytes, parse_size
-from moe_infinity.device_forecast import Gpu, device_forecast, parse_gpu
-from moe_infinity.device_plan import DeviceFacts
+
+if TYPE_CHECKING:
+    from moe_infinity.device_forecast import Gpu
+    from moe_infinity.device_plan import DeviceFacts
 
 
 def plan(
@@ -49,7 +51,7 @@ def plan(
 ) -> None:
     """Show where the memory goes and how fast decode will be, before loading anything."""
     name = model or str(bundled_model_path())
-    described = [parse_gpu(each) for each in gpu.split(";")] if gpu else []
+    described = _described(gpu) if gpu else []
     as_if_here = ",".join(f"cuda:{number}" for number in range(len(described)))
     config = EngineConfig(
         ram=ram if ram == "auto" else parse_size(ram, "--ram"),
@@ -70,6 +72,12 @@ def plan(
         _print(name, report)
 
 
+def _described(gpus: str) -> list[Gpu]:
+    from moe_infinity.device_forecast import parse_gpu
+
+    return [parse_gpu(each) for each in gpus.split(";")]
+
+
 def _report(
     path: Path,
     config: EngineConfig,
@@ -79,6 +87,7 @@ def _report(
     measure_here: bool,
 ) -> dict[str, Any]:
     from moe_infinity.assembly import open_checkpoint
+    from moe_infinity.device_forecast import device_forecast
     from moe_infinity.forecast import forecast, forms, overhead_s, recommended, verdict
     from moe_infinity.kernels import native
     from moe_infinity.model.block_kind import look_usual

@@ -124,6 +124,7 @@ def test_decides_as_the_host_does(form: str, cache: tuple[ExpertShape, int, list
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.slow
 def test_more_slots_than_are_ranked_at_a_time(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_infinity.kernels.gpu.directed._CHUNK_SLOTS", 8)
     shape = grid(5, 20, top_k=6)
