@@ -19,6 +19,14 @@ from support.checkpoints import tiny_checkpoint
 BUDGET = "8GiB"
 POLICIES = tuple(policy_names())
 PREDICTORS = [n for n in predictor_names() if not find_predictor(n).needs_future]
+
+
+def some_always(names: list[str], always: tuple[str, ...]) -> list[Any]:
+    """All of them, but only these where nobody asks for what is slow."""
+    assert set(always) <= set(names)
+    return [pytest.param(n, marks=[] if n in always else pytest.mark.slow) for n in names]
+
+
 CAPACITIES = (4, 8, 13, 64, 256)  # of 256; 4 is the minimum
 # In the checkpoint's dtype every policy at a few slots, the default one at all capacities; in
 # another dtype each capacity once.
@@ -94,7 +102,7 @@ def _taught(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_taught")
-@pytest.mark.parametrize("prefetch", PREDICTORS)
+@pytest.mark.parametrize("prefetch", some_always(PREDICTORS, ("none", "eamc", "gate_lookahead")))
 def test_bit_identical_whatever_is_loaded_ahead(
     references: dict[str, list[torch.Tensor]], prefetch: str
 ) -> None:

@@ -84,7 +84,7 @@ def random_ids(vocab_size: int, shape: tuple[int, int] = (3, 48)) -> torch.Tenso
     return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("factor", [2, 4])
+@pytest.mark.parametrize("factor", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_widening_keeps_logits_and_routing(out: Path, factor: int) -> None:
     make_checkpoint.write_widened(make_checkpoint.BUNDLED, out, factor, dtype=torch.float32)
     input_ids = random_ids(4096)

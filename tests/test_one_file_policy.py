@@ -71,10 +71,8 @@ def command(package: Path, *arguments: object) -> str:
 
 
 def test_help_names_it(package: Path) -> None:
-    code = (
-        "from moe_infinity.cli import _run; _run(['run', '--help']); _run(['simulate', '--help'])"
-    )
-    shown = python(package, "-c", code)
+    asked = "_run(['run', '--help']); _run(['simulate', '--help'])"
+    shown = python(package, "-c", f"from moe_infinity.cli import _run; {asked}")
     assert shown.count("brand_new") >= 2 and "Usage: moe-infinity simulate" in shown
 
 

@@ -67,6 +67,7 @@ def test_the_papers_rule_without_a_prediction(name: str, capacity: float) -> Non
     assert found == pytest.approx(ACTIVATION[name, capacity], abs=0.15)
 
 
+@pytest.mark.slow
 def test_recency_collapses_below_one_tokens_working_set() -> None:
     assert percent(run(public("qwen3_30b_a3b"), "lru", 0.04)) == 0.0
     assert percent(run(public("qwen3_30b_a3b"), "next_use", 0.04)) > 30
