@@ -109,6 +109,7 @@ class Job:
         self._events: deque[Event] = deque()
         self._loop = asyncio.get_running_loop()
         self._wake = asyncio.Event()
+        self._is_over = asyncio.Event()  # nothing more is posted
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -123,9 +124,15 @@ class Job:
         """From the computing thread; a failure from any. One wake-up serves all that was posted
         until it is heard."""
         self._events.append(event)
-        if len(self._events) == 1 or isinstance(event, Failed):
+        is_last = isinstance(event, (Done, Failed))
+        if len(self._events) == 1 or is_last:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who listened
-                self._loop.call_soon_threadsafe(self._wake.set)
+                self._loop.call_soon_threadsafe(self._hear, is_last)
+
+    def _hear(self, is_last: bool) -> None:
+        self._wake.set()
+        if is_last:
+            self._is_over.set()
 
     async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.
@@ -139,8 +146,9 @@ class Job:
                         await asyncio.wait_for(self._wake.wait(), heartbeat_s)
                     except asyncio.TimeoutError:
                         yield []
-            if not is_first:
-                await asyncio.sleep(_GATHER_S)
+            if not is_first and not self._is_over.is_set():
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._is_over.wait(), _GATHER_S)
             is_first = False
             found = []
             while self._events:
