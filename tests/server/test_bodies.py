@@ -61,6 +61,7 @@ def refusal(model: type[Model], raw: bytes | dict[str, Any]) -> ApiError:
         ({"presence_penalty": 3}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logit_bias": {"5": "much"}}, "logit_bias"),
         ({"logit_bias": [1]}, "logit_bias"),
         ({"top_logprobs": 21}, "top_logprobs"),

@@ -61,7 +61,7 @@ class OpenAIBody(SamplingBody):
     n: int | None = Field(None, ge=1, le=_MAX_CHOICES)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
     logit_bias: dict[str, float] | None = None
     return_progress: bool | None = Field(
         None, description="Streamed chunks say how much of the prompt was read (prompt_progress)."
