@@ -13,8 +13,8 @@ from typing import Literal
 from moe_infinity.server.sampling import Sampling
 
 # Text that comes faster is told together. Telling takes a few tenths of a millisecond, in which the
-# thread that computes may have to wait for Python; nobody reads fifty pieces a second.
-_GATHER_S = 0.02
+# thread that computes may have to wait for Python; nobody reads thirty pieces a second.
+_GATHER_S = 0.04
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
