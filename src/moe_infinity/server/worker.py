@@ -156,7 +156,9 @@ class Worker:
         left = moe.plan.max_context - len(prompt)
         max_tokens = min(left, sampling.max_tokens or left)
         logprobs = None
-        processors = sampling.processors(len(prompt), self.grammars)
+        # A decoder of its own begins with one token that says so.
+        start = 1 if moe.model.config.is_encoder_decoder else len(prompt)
+        processors = sampling.processors(start, self.grammars, moe.model.generation_config)
         if sampling.num_logprobs is not None:
             logprobs = LogprobsProcessor(sampling.num_logprobs)
             processors.insert(0, logprobs)
