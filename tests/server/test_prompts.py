@@ -1,5 +1,7 @@
 """Messages become prompts by the model's template, or the request is refused."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,3 +134,28 @@ def test_a_tokenizer_that_cannot_be_constrained() -> None:
     with pytest.raises(ApiError) as caught:
         Grammars(SimpleNamespace(), 10, [0]).of_schema({"type": "object"}, "response_format")
     assert caught.value.code == "unsupported_value"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_vocabulary_is_read_once(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    """However many ask at once, and where it cannot be read too."""
+    from moe_infinity.server.grammars import Grammars
+
+    calls: list[object] = []
+
+    def read(*args: object, **options: object) -> object:
+        calls.append(args)
+        time.sleep(0.05)
+        if not works:
+            raise ValueError("no")
+        return "tokens"
+
+    monkeypatch.setattr("moe_infinity.server.grammars.from_tokenizer", read)
+    grammars = Grammars(SimpleNamespace(), 10, [0])
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(lambda: grammars.tokens) for _ in range(4)]
+    assert len(calls) == 1
+    for each in asked:
+        error = each.exception()
+        assert isinstance(error, ApiError) if error else each.result() == "tokens"
+        assert (error is None) == works
