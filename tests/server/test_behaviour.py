@@ -114,11 +114,10 @@ class TestClientsThatReadNothing:
         fill = answers.data_frame
         monkeypatch.setattr(answers, "data_frame", lambda *a: fill(*a) + b" " * 8_000_000)
         monkeypatch.setattr(local.service, "name", "m" * (1 if is_streamed else 8_000_000))
-        before = local.num_connections
+        before = local.worker.last
         with self.deaf(local, "/v1/chat/completions", chat(stream=is_streamed, model=None)):
-            local.wait_idle()
-            wait_for(lambda: local.num_connections > before)
-            wait_for(lambda: local.num_connections == before)
+            wait_for(lambda: local.worker.last is not before)
+            wait_for(lambda: local.num_connections == 0)
 
     @pytest.mark.usefixtures("impatient")
     def test_slow_ones_are_not(
@@ -151,6 +150,23 @@ class TestConversations:
         assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert fresh["choices"] == going_on["choices"]
         assert fresh["usage"]["prompt_tokens"] == going_on["usage"]["prompt_tokens"]
+
+    def test_a_prompt_that_is_answered_several_times_is_counted_once(self, local: Local) -> None:
+        usage = ask(local, LONG, n=3, temperature=1).json["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+        usage = ask(local, LONG, n=3, temperature=1).json["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+    def test_of_several_prompts_those_read_are_told(self, local: Local, script: Any) -> None:
+        said: Script = script("one two", "three four")
+        said.may_go_on.clear()
+        body = {"prompt": [[5] * 7, [6] * 30], "max_tokens": 4}
+        reply = in_threads(1, local.post, "/v1/completions", body)[0]
+        wait_for(lambda: local.worker.running and local.worker.running.num_new)
+        assert local.get("/v1/stats").json["running"]["prompt_done"] == 7
+        said.may_go_on.set()
+        assert reply.result().json["usage"]["prompt_tokens"] == 37
+        assert local.get("/v1/stats").json["totals"]["prompt_tokens"] >= 37
 
     def test_two_in_turn(self, local: Local) -> None:
         others = "Sum up: " + LONG
