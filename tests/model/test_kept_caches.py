@@ -1,6 +1,7 @@
 """KV caches that go on: what is shared is not computed again, and the plan's memory is kept to."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from moe_infinity import MoE, bundled_model_path
 from moe_infinity.errors import CancelledError
+from moe_infinity.machine import resident_bytes
 from moe_infinity.model.kept_caches import KeptCaches
 from moe_infinity.model.kv_cache import PreallocatedLayer
+from support.encoder_decoder import FAMILIES, save
 
 CONTEXT = 400
 
@@ -103,6 +106,45 @@ def test_a_pass_cut_short_leaves_what_every_layer_holds(moe: MoE, caches: KeptCa
     assert {layer.get_seq_length() for layer in cache.layers} == {caches.num_tokens}
     got = answer(moe, caches, prompt)
     assert got == answer(moe, KeptCaches(moe.new_cache, CONTEXT), prompt)
+
+
+def test_many_short_conversations_use_no_more_than_their_tokens() -> None:
+    context, room = 32_768, 8 * 32_768 * 64 * 4  # of a head's keys: bytes of all tokens
+    before = resident_bytes()
+    caches = KeptCaches(lambda: _Wide(context), context)
+    for first in range(8):
+        cache, _ = caches.take([first, 1, 2])
+        cache.put(3)
+        caches.give_back([first, 1, 2, 3])
+    assert caches.num_tokens == 8 * 3
+    assert resident_bytes() - before < room // 8
+
+
+class _Wide:
+    """A cache of one layer."""
+
+    def __init__(self, capacity: int) -> None:
+        self.layers = [PreallocatedLayer(capacity)]
+
+    def put(self, num_tokens: int) -> None:
+        self.layers[0].update(*(torch.ones(1, 8, num_tokens, 64) for _ in range(2)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_kept_of_a_decoder_that_answers_another_text(
+    family: str, tmp_path: Path
+) -> None:
+    save(FAMILIES[family].build(), tmp_path, torch.float32)
+    with MoE(tmp_path, ram="2GiB", max_context=64, dtype="float32") as moe:
+        caches = KeptCaches(moe.new_cache, 64)
+        said = []
+        for end in ([11, 12], [20, 30, 40], [20, 30, 40]):
+            cache, shared = caches.take(prompt := [5, 6, 7, 8, 9, 10, *end])
+            options = {"past_key_values": cache, "do_sample": False}
+            said.append(moe.generate([prompt], max_new_tokens=6, **options)[0].tolist())
+            caches.give_back([*prompt, *said[-1][1:]])
+            assert shared == 0
+        assert said[1] == said[2]
 
 
 def test_nothing_is_kept_of_families_that_begin_anew() -> None:

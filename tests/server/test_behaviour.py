@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import socket
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from openai import APIError, OpenAI
 from moe_infinity import MoE
 from support.asking import answer, ask, chat, in_threads
 from support.engine import assert_at_rest
-from support.serving import Local, Script, running, wait_for
+from support.serving import Local, Script, request_bytes, running, wait_for
 
 LONG = "Tell me of the old mill by the river, of the miller, and of his seven daughters. " * 4
 
@@ -86,6 +88,52 @@ class TestClientsThatLeave:
         assert first.result().status == 200 and len(said.prompts) == 1
 
 
+class TestClientsThatReadNothing:
+    @pytest.fixture
+    def impatient(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from moe_infinity.server import running
+
+        monkeypatch.setattr(running, "_STALLED_S", 0.2)
+
+    def deaf(self, local: Local, path: str, body: dict[str, Any]) -> socket.socket:
+        """A connection with little room for what it never reads."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.connect(local.address)
+        sock.sendall(request_bytes(path, body))
+        return sock
+
+    @pytest.mark.usefixtures("impatient")
+    @pytest.mark.parametrize("is_streamed", [True, False])
+    def test_they_are_cut_off(
+        self, local: Local, script: Any, monkeypatch: pytest.MonkeyPatch, is_streamed: bool
+    ) -> None:
+        from moe_infinity.server import chat as answers
+
+        script("one two three")
+        fill = answers.data_frame
+        monkeypatch.setattr(answers, "data_frame", lambda *a: fill(*a) + b" " * 8_000_000)
+        monkeypatch.setattr(local.service, "name", "m" * (1 if is_streamed else 8_000_000))
+        before = local.worker.last
+        with self.deaf(local, "/v1/chat/completions", chat(stream=is_streamed, model=None)):
+            wait_for(lambda: local.worker.last is not before)
+            wait_for(lambda: local.num_connections == 0)
+
+    @pytest.mark.usefixtures("impatient")
+    def test_slow_ones_are_not(
+        self, local: Local, script: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        script("one two three")
+        monkeypatch.setattr(local.service, "name", "m" * 40_000_000)
+        size, begun_s = 0, time.monotonic()
+        with local.connect() as sock:
+            sock.sendall(request_bytes("/v1/chat/completions", chat(model=None)))
+            while more := sock.recv(1_000_000):
+                size += len(more)
+                time.sleep(0.01)
+        assert size > 40_000_000 and time.monotonic() - begun_s > 2 * 0.2
+
+
 class TestConversations:
     def test_one_that_goes_on_is_the_same_as_a_fresh_one(self, local: Local) -> None:
         first = answer(local, LONG, max_tokens=12)
@@ -102,6 +150,23 @@ class TestConversations:
         assert fresh["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         assert fresh["choices"] == going_on["choices"]
         assert fresh["usage"]["prompt_tokens"] == going_on["usage"]["prompt_tokens"]
+
+    def test_a_prompt_that_is_answered_several_times_is_counted_once(self, local: Local) -> None:
+        usage = ask(local, LONG, n=3, temperature=1).json["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == 0
+        usage = ask(local, LONG, n=3, temperature=1).json["usage"]
+        assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
+
+    def test_of_several_prompts_those_read_are_told(self, local: Local, script: Any) -> None:
+        said: Script = script("one two", "three four")
+        said.may_go_on.clear()
+        body = {"prompt": [[5] * 7, [6] * 30], "max_tokens": 4}
+        reply = in_threads(1, local.post, "/v1/completions", body)[0]
+        wait_for(lambda: local.worker.running and local.worker.running.num_new)
+        assert local.get("/v1/stats").json["running"]["prompt_done"] == 7
+        said.may_go_on.set()
+        assert reply.result().json["usage"]["prompt_tokens"] == 37
+        assert local.get("/v1/stats").json["totals"]["prompt_tokens"] >= 37
 
     def test_two_in_turn(self, local: Local) -> None:
         others = "Sum up: " + LONG

@@ -1,5 +1,7 @@
 """Messages become prompts by the model's template, or the request is refused."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +127,30 @@ class TestText:
         with pytest.raises(ApiError, match="lone surrogate"):
             made.of_text("\ud800", "prompt")
 
+    def test_of_what_is_far_too_long_the_beginning_is_counted(self, tokenizer: Any) -> None:
+        given: list[int] = []
+
+        class Counting:
+            chat_template = CHATML
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(tokenizer, name)
+
+            def __call__(self, text: str, **options: Any) -> Any:
+                given.append(len(text))
+                return tokenizer(text, **options)
+
+        made = prompts(tokenizer, CHATML)
+        made.tokenizer = Counting()
+        for ask in (
+            lambda text: made.of_text(text, "prompt"),
+            lambda text: made.of_messages([{"role": "user", "content": text}], Rendering()),
+        ):
+            with pytest.raises(ApiError, match=r"got more than \d+ tokens") as caught:
+                ask("a b " * 100_000)
+            assert caught.value.code == "context_length_exceeded"
+        assert max(given) <= 8 * made.max_context
+
 
 def test_a_tokenizer_that_cannot_be_constrained() -> None:
     from moe_infinity.server.grammars import Grammars
@@ -132,3 +158,28 @@ def test_a_tokenizer_that_cannot_be_constrained() -> None:
     with pytest.raises(ApiError) as caught:
         Grammars(SimpleNamespace(), 10, [0]).of_schema({"type": "object"}, "response_format")
     assert caught.value.code == "unsupported_value"
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_vocabulary_is_read_once(monkeypatch: pytest.MonkeyPatch, works: bool) -> None:
+    """However many ask at once, and where it cannot be read too."""
+    from moe_infinity.server.grammars import Grammars
+
+    calls: list[object] = []
+
+    def read(*args: object, **options: object) -> object:
+        calls.append(args)
+        time.sleep(0.05)
+        if not works:
+            raise ValueError("no")
+        return "tokens"
+
+    monkeypatch.setattr("moe_infinity.server.grammars.from_tokenizer", read)
+    grammars = Grammars(SimpleNamespace(), 10, [0])
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(lambda: grammars.tokens) for _ in range(4)]
+    assert len(calls) == 1
+    for each in asked:
+        error = each.exception()
+        assert isinstance(error, ApiError) if error else each.result() == "tokens"
+        assert (error is None) == works

@@ -8,8 +8,8 @@ import torch
 
 from moe_infinity.server.sampling import BiasProcessor, PenaltyProcessor, Sampling
 
-GREEDY = SimpleNamespace(do_sample=None, temperature=None)
-DRAWS = SimpleNamespace(do_sample=True, temperature=0.6)
+GREEDY = SimpleNamespace(do_sample=None, temperature=None, repetition_penalty=None)
+DRAWS = SimpleNamespace(do_sample=True, temperature=0.6, repetition_penalty=1.05)
 IDS = torch.tensor([[1, 2, 3, 3, 4]])
 
 
@@ -19,7 +19,7 @@ def options(defaults: Any = GREEDY, **wishes: Any) -> dict[str, Any]:
 
 def test_without_a_wish_the_model_decides_or_openai() -> None:
     assert options() == {
-        "num_beams": 1, "num_return_sequences": 1,
+        "num_beams": 1, "num_return_sequences": 1, "repetition_penalty": 1.0,
         "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0,
     }  # fmt: skip
     assert options(DRAWS)["temperature"] == 0.6
@@ -33,9 +33,9 @@ def test_no_temperature_is_greedy(temperature: float) -> None:
 
 
 def test_wishes_count_more_than_the_model() -> None:
-    found = options(DRAWS, temperature=1.5, top_p=0.5, top_k=3, min_p=0.1, repetition_penalty=1.2)
+    found = options(DRAWS, temperature=1.5, top_p=0.5, top_k=3, min_p=0.1)
     assert (found["temperature"], found["top_p"], found["top_k"]) == (1.5, 0.5, 3)
-    assert (found["min_p"], found["repetition_penalty"]) == (0.1, 1.2)
+    assert found["min_p"] == 0.1
     assert options(ignore_eos=True)["eos_token_id"] is None
 
 
@@ -57,6 +57,18 @@ def test_penalties_are_of_the_answer_only() -> None:
 def test_the_order_of_what_changes_scores() -> None:
     grammars: Any = SimpleNamespace(matcher=lambda grammar: object())
     wishes = Sampling(logit_bias=((1, 1.0),), presence_penalty=1.0, grammar="x")
-    names = [type(each).__name__ for each in wishes.processors(3, grammars)]
-    assert names == ["BiasProcessor", "PenaltyProcessor", "GrammarProcessor"]
-    assert Sampling().processors(3, grammars) == []
+    names = [type(each).__name__ for each in wishes.processors(3, grammars, DRAWS)]
+    assert names == [
+        "RepetitionPenaltyLogitsProcessor", "BiasProcessor", "PenaltyProcessor", "GrammarProcessor"
+    ]  # fmt: skip
+    assert Sampling().processors(3, grammars, GREEDY) == []
+
+
+def test_the_models_own_penalty_is_not_the_librarys_to_apply() -> None:
+    """Which would do it before log-probabilities are noted."""
+    grammars: Any = None
+    assert options(DRAWS)["repetition_penalty"] == 1.0
+    assert [each.penalty for each in Sampling().processors(3, grammars, DRAWS)] == [1.05]
+    wishes = Sampling(repetition_penalty=1.2)
+    assert [each.penalty for each in wishes.processors(3, grammars, DRAWS)] == [1.2]
+    assert Sampling(repetition_penalty=1.0).processors(3, grammars, DRAWS) == []

@@ -99,13 +99,15 @@ def test_what_means_nothing_is_let_in(client: OpenAI) -> None:
 
 
 def test_logprobs_are_those_of_the_models_logits(local: Local) -> None:
-    """Of each token, whatever is sampled; and the likeliest beside it."""
-    fields = {"prompt": "The river", "temperature": 1.5, "seed": 5, "max_tokens": 5, "logprobs": 4}
+    """Of each token, whatever is sampled; and the likeliest beside it. Penalties would show: the
+    prompt holds what may well be said again."""
+    prompt = "The river of the river, of the"
+    fields = {"prompt": prompt, "temperature": 1.5, "seed": 5, "max_tokens": 5, "logprobs": 4}
     body = fields | {"presence_penalty": 1.0, "repetition_penalty": 1.5, "top_p": 0.9}
     choice = local.post("/v1/completions", body).json["choices"][0]
     found = choice["logprobs"]
     moe = local.moe
-    ids = moe.tokenizer("The river").input_ids
+    ids = moe.tokenizer(prompt).input_ids
     said = moe.tokenizer(choice["text"]).input_ids
     assert [moe.tokenizer.decode([token]) for token in said] == found["tokens"]
     logits = moe(torch.tensor([ids + said])).logits[0, len(ids) - 1 : -1]

@@ -29,7 +29,7 @@ def stream(client: OpenAI, content: str = "hello", **fields: Any) -> list[ChatCo
     chunks = list(client.chat.completions.create(messages=messages, stream=True, **fields))
     for chunk in chunks:
         ChatCompletionChunk.model_validate(chunk.model_dump(), strict=True)
-    assert len({chunk.id for chunk in chunks}) == 1
+    assert len({(chunk.id, chunk.created) for chunk in chunks}) == 1
     return chunks
 
 

@@ -28,8 +28,11 @@ def align_up(value: int) -> int:
     return -(-value // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def allocate(num_bytes: int) -> mmap.mmap:
-    """Page-aligned anonymous memory; pages cost nothing before they are touched."""
+def allocate(num_bytes: int, is_huge: bool = True) -> mmap.mmap:
+    """Page-aligned anonymous memory, all 0; pages cost nothing before they are touched.
+
+    is_huge: pages may be of 2 MiB, which is faster where most of it will be used.
+    """
     size = max(align_up(num_bytes), ALIGNMENT_BYTES)
     if not hasattr(mmap, "MAP_ANONYMOUS"):
         return mmap.mmap(-1, size)
@@ -37,7 +40,7 @@ def allocate(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages serves small ones
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(mmap.MADV_HUGEPAGE if is_huge else mmap.MADV_NOHUGEPAGE)
     return memory
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import EncoderDecoderCache
+
 from moe_infinity.model.kv_cache import PreallocatedLayer
 
 # A cache's memory is used by the page: of a head's keys one of 4 KiB holds 32 tokens or fewer.
@@ -69,6 +71,8 @@ class KeptCaches:
         lent, self._lent = self._lent, None
         if lent is None or lent.cache is None or (is_cut and not _is_plain(lent.cache)):
             return
+        if isinstance(lent.cache, EncoderDecoderCache):
+            return  # it holds what was answered, and all of one prompt: no other begins with that
         lent.ids = list(ids[: _sound_length(lent.cache)])
         if lent.ids:
             self._kept.append(lent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import PlanExceededError
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.skeleton import find_experts
@@ -129,8 +131,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
 
     def _allocate(self, like: torch.Tensor) -> torch.Tensor:
         *front, _, dim = like.shape
+        shape = (*front, self._max_context, dim)
         # Zeros: masked places are multiplied by 0 all the same, and what memory held may be NaN.
-        return torch.zeros((*front, self._max_context, dim), dtype=like.dtype, device=like.device)
+        if like.device.type != "cpu":
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        # torch.zeros would write, and so use, all of it at once.
+        memory = allocate(math.prod(shape) * like.dtype.itemsize, is_huge=False)
+        return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
 def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLayer | None:

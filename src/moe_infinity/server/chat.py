@@ -121,6 +121,7 @@ class _Talk:
         self._service = service
         self._body = body
         self._exchange = exchange
+        self._created = int(time.time())  # the same in all chunks
         self._has_begun: set[int] = set()
 
     async def whole(self) -> dict[str, Any]:
@@ -177,7 +178,7 @@ class _Talk:
 
     def _head(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         job, service = self._exchange.job, self._service
-        head = {"id": job.id, "object": kind, "created": int(time.time()), "model": service.name}
+        head = {"id": job.id, "object": kind, "created": self._created, "model": service.name}
         return head | {"choices": choices}
 
     def _choice(self, index: int, answer: _Answer) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class _Completion:
         self._service = service
         self._body = body
         self._exchange = exchange
+        self._created = int(time.time())  # the same in all chunks
         self._logprobs = [_Logprobs(service) for _ in exchange.parsers]
 
     async def whole(self) -> dict[str, Any]:
@@ -126,9 +127,8 @@ class _Completion:
         return data_frame(head | more)
 
     def _head(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        head = {"id": self._exchange.job.id, "object": "text_completion"}
-        created, model = int(time.time()), self._service.name
-        return head | {"created": created, "model": model, "choices": choices}
+        head = {"id": self._exchange.job.id, "object": "text_completion", "created": self._created}
+        return head | {"model": self._service.name, "choices": choices}
 
     def _choice(
         self, index: int, text: str, found: list[TokenLogprob], finish: str | None

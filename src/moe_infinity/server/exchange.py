@@ -103,10 +103,7 @@ class Exchange:
 
     def prompt_done(self) -> int:
         """Tokens of the prompts that were read so far."""
-        job = self.job
-        if self._worker.running is job and job.is_reading:
-            return max(0, job.num_prompt - self._worker.moe.live.prompt_left())
-        return job.num_prompt if job.num_new else 0
+        return self._worker.prompt_done(self.job)
 
     def _read(self, events: list[Event]) -> list[Update]:
         found: dict[int, Update] = {}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import threading
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,23 +30,39 @@ class Grammars:
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_ids = eos_ids
+        self._making = threading.Lock()
+        self._made: LLTokenizer | ApiError | None = None
 
-    @functools.cached_property
+    @property
     def tokens(self) -> LLTokenizer:
-        """Made when first asked for: it takes about a second for a large vocabulary.
+        """Made once, when first asked for: it takes about a second, and memory, for a large
+        vocabulary.
 
         Raises ApiError where the model's tokenizer is of a kind that cannot be read.
         """
+        self.prepare()
+        if isinstance(self._made, ApiError):
+            raise replace(self._made)  # one that was raised before would keep growing
+        assert self._made is not None
+        return self._made
+
+    def prepare(self) -> None:
+        """Make ``tokens``, or find that it cannot be."""
+        with self._making:
+            if self._made is None:
+                self._made = self._make()
+
+    def _make(self) -> LLTokenizer | ApiError:
         try:
             return from_tokenizer(self._tokenizer, self._vocab_size, eos_token=self._eos_ids)
         except Exception as error:  # a Rust library's own
-            raise ApiError(
+            return ApiError(
                 400,
                 f"this model's tokenizer cannot be constrained ({error}); ask without "
                 f"response_format, and without a tool_choice that forces a call",
                 "response_format",
                 "unsupported_value",
-            ) from error
+            )
 
     def of_schema(self, schema: dict[str, Any], param: str) -> str:
         """The grammar of a JSON schema. Raises ApiError for one that cannot be kept to."""

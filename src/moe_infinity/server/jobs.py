@@ -103,7 +103,8 @@ class Job:
         self.is_cancelled = False
         self.finish: FinishReason | None = None  # of the last answer that is complete
         self.is_reading = False  # a prompt, no token of its answer is there yet
-        self.num_reused = 0  # tokens of the prompts that were in a KV cache
+        self.num_reused = 0  # tokens of the prompts that were in a KV cache, each counted once
+        self.num_begun = 0  # tokens of the prompts up to the one that is read or answered
         self.num_prompt = sum(map(len, prompts))
         self.num_new = 0
         self._events: deque[Event] = deque()

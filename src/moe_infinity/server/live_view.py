@@ -65,13 +65,10 @@ class LiveView:
         }
 
     def _running(self, job: Job) -> dict[str, Any]:
-        done = job.num_prompt
-        if job.is_reading:
-            done = max(0, done - self._worker.moe.live.prompt_left())
         return {
             "id": job.id,
             "prompt_tokens": job.num_prompt,
-            "prompt_done": done,
+            "prompt_done": self._worker.prompt_done(job),
             "reused_tokens": job.num_reused,
             "new_tokens": job.num_new,
             "seconds": time.monotonic() - (job.times.started_s or job.times.asked_s),

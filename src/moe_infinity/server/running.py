@@ -21,6 +21,7 @@ from moe_infinity.server.service import Service
 
 _log = logging.getLogger(__name__)
 _HEADERS_S = 10.0  # that headers may take to arrive, and the rest of a body nobody reads
+_STALLED_S = 60.0  # that a client may take nothing of what is sent to it
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 512
 _LAST_WORDS_S = 1.0  # that clients get to hear of the end
@@ -135,13 +136,15 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class _PatientProtocol(H11Protocol):
-    """Closes a connection whose headers take too long, or that still sends a body when it was
-    answered; uvicorn itself would read on for ever."""
+    """Closes a connection whose headers take too long, that still sends a body when it was
+    answered, or that takes nothing of its answer; uvicorn itself would wait for ever."""
 
     _timer: asyncio.TimerHandle | None = None
+    _stall: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # writing pauses as soon as anything has to wait
         self._watch(True)
 
     def data_received(self, data: bytes) -> None:
@@ -152,7 +155,31 @@ class _PatientProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._watch(False)
+        self._forget_stall()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._expect_less(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._forget_stall()
+        super().resume_writing()
+
+    def _expect_less(self, num_bytes: int) -> None:
+        self._stall = self.loop.call_later(_STALLED_S, self._look, num_bytes)
+
+    def _look(self, before: int) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting < before:
+            self._expect_less(waiting)
+        else:
+            self.transport.abort()
+
+    def _forget_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
 
     def _watch(self, is_incomplete: bool) -> None:
         if is_incomplete and self._timer is None:

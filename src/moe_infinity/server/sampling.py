@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from moe_infinity.server.grammars import GrammarProcessor, Grammars
 
@@ -46,8 +46,7 @@ class Sampling:
     def options(self, defaults: Any) -> dict[str, Any]:
         """Arguments of ``generate``. defaults: the model's generation config."""
         chosen: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1}
-        if self.repetition_penalty is not None:
-            chosen["repetition_penalty"] = self.repetition_penalty
+        chosen["repetition_penalty"] = 1.0  # one of ours
         if self.goes_on:
             chosen["eos_token_id"] = None
         own = defaults.do_sample and defaults.temperature
@@ -61,9 +60,15 @@ class Sampling:
                 chosen[name] = getattr(self, name)
         return chosen
 
-    def processors(self, prompt_length: int, grammars: Grammars) -> list[LogitsProcessor]:
-        """What changes the model's scores before the library's temperature and cuts."""
+    def processors(
+        self, prompt_length: int, grammars: Grammars, defaults: Any
+    ) -> list[LogitsProcessor]:
+        """What changes the model's scores before the library's temperature and cuts. defaults: the
+        model's generation config."""
         found: list[LogitsProcessor] = []
+        repetition = self.repetition_penalty or defaults.repetition_penalty or 1.0
+        if repetition != 1.0:  # the library's own would come before any of ours
+            found.append(RepetitionPenaltyLogitsProcessor(float(repetition)))
         if self.logit_bias:
             found.append(BiasProcessor(self.logit_bias))
         if self.presence_penalty or self.frequency_penalty:

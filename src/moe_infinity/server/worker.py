@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import torch
-from transformers import StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteriaList
 
 from moe_infinity.engine import MoE
 from moe_infinity.errors import CancelledError, DeviceError
@@ -19,6 +19,7 @@ from moe_infinity.server.fair_queue import FairQueue
 from moe_infinity.server.grammars import Grammars
 from moe_infinity.server.jobs import Done, Failed, Job
 from moe_infinity.server.problems import ApiError
+from moe_infinity.server.sampling import Sampling
 from moe_infinity.server.sink import LogprobsProcessor, Sink
 
 _log = logging.getLogger(__name__)
@@ -49,6 +50,11 @@ class Worker:
     def num_waiting(self) -> int:
         with self._changed:
             return len(self._queue)
+
+    def prompt_done(self, job: Job) -> int:
+        """Tokens of its prompts that were read so far."""
+        is_read = self.running is job and job.is_reading
+        return max(0, job.num_begun - (self.moe.live.prompt_left() if is_read else 0))
 
     def submit(self, job: Job) -> None:
         """Put a job into the queue. Raises ApiError where it is full, or the server ends."""
@@ -155,15 +161,13 @@ class Worker:
         sampling, moe = job.sampling, self.moe
         left = moe.plan.max_context - len(prompt)
         max_tokens = min(left, sampling.max_tokens or left)
-        logprobs = None
-        processors = sampling.processors(len(prompt), self.grammars)
-        if sampling.num_logprobs is not None:
-            logprobs = LogprobsProcessor(sampling.num_logprobs)
-            processors.insert(0, logprobs)
+        processors, logprobs = self._processors(sampling, len(prompt))
         text = AnswerText(moe.tokenizer, sampling.stop, job.keeps_special)
         eos_ids = frozenset() if sampling.goes_on else self.eos_ids
         cache, num_reused = self.caches.take(prompt)
-        job.num_reused += num_reused
+        if index % job.num_choices == 0:
+            job.num_reused += num_reused
+            job.num_begun += len(prompt)
 
         job.is_reading = True
 
@@ -189,6 +193,20 @@ class Worker:
             is_cut = False
         finally:
             self.caches.give_back(prompt + sink.ids, is_cut)
+
+    def _processors(
+        self, sampling: Sampling, prompt_length: int
+    ) -> tuple[list[LogitsProcessor], LogprobsProcessor | None]:
+        """What changes scores, and before it what notes them."""
+        model = self.moe.model
+        # A decoder of its own begins with one token that says so.
+        start = 1 if model.config.is_encoder_decoder else prompt_length
+        processors = sampling.processors(start, self.grammars, model.generation_config)
+        if sampling.num_logprobs is None:
+            return processors, None
+        self.grammars.prepare()  # or the event loop would, for the text of the first token
+        logprobs = LogprobsProcessor(sampling.num_logprobs)
+        return [logprobs, *processors], logprobs
 
 
 def _closing() -> ApiError:
