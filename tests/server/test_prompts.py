@@ -127,6 +127,30 @@ class TestText:
         with pytest.raises(ApiError, match="lone surrogate"):
             made.of_text("\ud800", "prompt")
 
+    def test_of_what_is_far_too_long_the_beginning_is_counted(self, tokenizer: Any) -> None:
+        given: list[int] = []
+
+        class Counting:
+            chat_template = CHATML
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(tokenizer, name)
+
+            def __call__(self, text: str, **options: Any) -> Any:
+                given.append(len(text))
+                return tokenizer(text, **options)
+
+        made = prompts(tokenizer, CHATML)
+        made.tokenizer = Counting()
+        for ask in (
+            lambda text: made.of_text(text, "prompt"),
+            lambda text: made.of_messages([{"role": "user", "content": text}], Rendering()),
+        ):
+            with pytest.raises(ApiError, match=r"got more than \d+ tokens") as caught:
+                ask("a b " * 100_000)
+            assert caught.value.code == "context_length_exceeded"
+        assert max(given) <= 8 * made.max_context
+
 
 def test_a_tokenizer_that_cannot_be_constrained() -> None:
     from moe_infinity.server.grammars import Grammars

@@ -9,6 +9,7 @@ from typing import Any
 from moe_infinity.server.formats import AnswerFormat, format_of
 from moe_infinity.server.problems import ApiError, too_long, unsupported
 
+_CHARS_PER_TOKEN = 8  # more than any language's text has
 _TOOL_TEXT = """You may call these functions, each described by a JSON schema:
 {tools}
 To call one, answer with nothing but
@@ -48,7 +49,7 @@ class Prompts:
 
     def of_text(self, text: str, param: str) -> list[int]:
         """Token ids of plain text. Raises ApiError for none, or too many."""
-        return self.checked(list(self.tokenizer(_encodable(text, param)).input_ids), param)
+        return self.checked(self._encoded(text, param), param)
 
     def checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
@@ -71,8 +72,19 @@ class Prompts:
         if how.says_json:
             added = self._before_json(begun, how.says_json)
             text, begun = text + added, begun + added
-        encoded = self.tokenizer(_encodable(text, param), add_special_tokens=False)
-        return Prompt(self.checked(list(encoded.input_ids), param), begun)
+        ids = self._encoded(text, param, add_special_tokens=False)
+        return Prompt(self.checked(ids, param), begun)
+
+    def _encoded(self, text: str, param: str, **options: Any) -> list[int]:
+        """Token ids. Of a text that is far too long only the beginning is counted: a tokenizer
+        takes hundreds of bytes for each token."""
+        _require_encodable(text, param)
+        most = _CHARS_PER_TOKEN * self.max_context
+        if len(text) > most:
+            count = len(self.tokenizer(text[:most], add_special_tokens=False).input_ids)
+            if count > self.max_context:
+                raise too_long(count, self.max_context, param, is_all=False)
+        return list(self.tokenizer(text, **options).input_ids)
 
     def _begun(self, messages: list[dict[str, Any]], how: Rendering, param: str, text: str) -> str:
         """What the template adds for the model to go on from."""
@@ -127,11 +139,10 @@ def _calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": said}
 
 
-def _encodable(text: str, param: str) -> str:
+def _require_encodable(text: str, param: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ApiError(
             400, f"{param}: got a lone surrogate ({error.reason}), expected text", param
         ) from error
-    return text
