@@ -294,6 +294,7 @@ class MoE:
     def _finish(self) -> None:
         counters = self._hierarchy.counters
         self._wiring.finish(counters)
-        for total, part in zip(self._total, (counters.prefill, counters.decode), strict=True):
-            total.add(part)
-        self._wiring.request.counters = counters.take()
+        with self.live.settling:
+            for total, part in zip(self._total, (counters.prefill, counters.decode), strict=True):
+                total.add(part)
+            self._wiring.request.counters = counters.take()

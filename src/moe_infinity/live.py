@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -29,13 +30,17 @@ class Live:
         self._wiring = wiring
         self._hierarchy = hierarchy
         self._finished = finished
+        self.settling = (
+            threading.Lock()
+        )  # held while a request's counters move to the finished ones
         self._lossy = lossy
 
     def totals(self) -> tuple[PhaseCounters, PhaseCounters]:
         """Prefill and decode since the model was opened, the running request included."""
-        running = self._hierarchy.counters
-        parts = (running.prefill, running.decode)
-        prefill, decode = (replace(before) for before in self._finished)
+        with self.settling:
+            running = self._hierarchy.counters
+            parts = (running.prefill, running.decode)
+            prefill, decode = (replace(before) for before in self._finished)
         for total, part in zip((prefill, decode), parts, strict=True):
             total.add(part)
         return prefill, decode

@@ -1,5 +1,6 @@
 """Who is let in, how large and how slow a request may be; bytes no client library would send."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -7,9 +8,13 @@ from typing import Any
 
 import pytest
 from openai import AuthenticationError, OpenAI
+from starlette.types import Message, Receive, Scope, Send
 
 from moe_infinity import MoE
 from moe_infinity.server import running as running_module
+from moe_infinity.server.guard import Guard
+from moe_infinity.server.problems import ApiError
+from moe_infinity.server.settings import ServeConfig
 from support.serving import Local, Server, request_bytes, running, wait_for
 
 BODY = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 1}
@@ -278,3 +283,43 @@ class TestBadInput:
             with server.connect() as sock:
                 sock.sendall(raw[:length])
         assert server.post(CHAT, BODY).status == 200
+
+
+def test_bodies_of_those_who_wait_have_a_limit_together() -> None:
+    """Eight of the largest size; what an answered one held is free again."""
+
+    async def ask(guard: Guard, leave: asyncio.Event | None = None) -> int:
+        sent: list[Message] = []
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"x" * 100, "more_body": False}
+
+        async def send(message: Message) -> None:
+            sent.append(message)
+
+        headers = [(b"host", b"localhost")]
+        scope = {"type": "http", "method": "POST", "path": "/v1/x", "headers": headers}
+        await guard(scope | {"leave": leave}, receive, send)
+        return int(sent[0]["status"])
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await receive()
+            if scope["leave"]:
+                await scope["leave"].wait()
+            status = 200
+        except ApiError as error:
+            status = error.status
+        await send({"type": "http.response.start", "status": status, "headers": []})
+
+    async def all_of_it() -> None:
+        guard, leave = Guard(app, ServeConfig(), max_body_bytes=100), asyncio.Event()
+        waiting = [asyncio.ensure_future(ask(guard, leave)) for _ in range(8)]
+        while guard._held_bytes < 800:
+            await asyncio.sleep(0)
+        assert await ask(guard) == 503
+        leave.set()
+        assert await asyncio.gather(*waiting) == [200] * 8
+        assert await ask(guard) == 200 and guard._held_bytes == 0
+
+    asyncio.run(all_of_it())

@@ -54,7 +54,8 @@ def build_app(service: Service) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    app.add_middleware(Guard, config=service.config)
+    max_body_bytes = service.config.body_bytes(service.moe.plan.max_context)
+    app.add_middleware(Guard, config=service.config, max_body_bytes=max_body_bytes)
     return app
 
 

@@ -84,7 +84,7 @@ class Exchange:
                 found = self._read(events)
                 if found or not events:
                     yield found
-                if time.monotonic() > deadline_s:
+                if time.monotonic() > deadline_s and self.job.times.ended_s is None:
                     raise ApiError(
                         504,
                         f"the request took longer than the {timeout_s:g} s that --request-timeout "

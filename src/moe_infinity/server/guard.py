@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+from collections.abc import Callable
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
@@ -17,6 +18,7 @@ from moe_infinity.server.problems import ApiError
 from moe_infinity.server.replies import error_response
 from moe_infinity.server.settings import ServeConfig
 
+_BODIES_AT_ONCE = 8
 _OPEN_PATHS = frozenset({"/", "/health"})  # the page holds no secrets, and asks for the key itself
 _LOCAL_NAMES = frozenset({"localhost", "localhost.localdomain"})
 
@@ -27,11 +29,14 @@ def error_body(path: str, error: ApiError) -> dict[str, object]:
 
 
 class Guard:
-    """Refuses, or passes on with a body that is bounded in size and time."""
+    """Refuses, or passes on with a body that is bounded in size and time. Of all bodies together it
+    holds ``_BODIES_AT_ONCE`` of the largest size at most."""
 
-    def __init__(self, app: ASGIApp, config: ServeConfig) -> None:
+    def __init__(self, app: ASGIApp, config: ServeConfig, max_body_bytes: int) -> None:
         self._app = app
         self._config = config
+        self._max_body_bytes = max_body_bytes
+        self._held_bytes = 0  # of bodies whose requests are not answered yet
         self._keys = [key.encode() for key in config.api_keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,7 +50,22 @@ class Guard:
             body = error_body(scope["path"], error)
             await error_response(error, body)(scope, receive, send)
             return
-        await self._app(scope, _Bounded(receive, self._config), send)
+        bounded = _Bounded(receive, self._config.body_timeout_s, self._admit)
+        try:
+            await self._app(scope, bounded, send)
+        finally:
+            self._held_bytes -= bounded.num_bytes
+
+    def _admit(self, num_bytes: int, of_body: int) -> None:
+        """More of a body that has so many bytes by now."""
+        if of_body > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+        if self._held_bytes + num_bytes > _BODIES_AT_ONCE * self._max_body_bytes:
+            raise ApiError(
+                503, "the requests that wait fill the memory that is meant for them", None,
+                "too_much_waiting", 5,
+            )  # fmt: skip
+        self._held_bytes += num_bytes
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         self._check_host(headers.get("host", ""))
@@ -56,8 +76,8 @@ class Guard:
         declared = headers.get("content-length", "0")
         if not declared.isascii() or not declared.isdigit() or len(declared) > 18:
             raise ApiError(400, "content-length: expected a number of bytes")
-        if int(declared) > self._config.max_body_bytes:
-            raise _too_large(self._config.max_body_bytes)
+        if int(declared) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
 
     def _check_host(self, host: str) -> None:
         """A page elsewhere may have its own name resolve to this machine: its requests arrive here
@@ -100,11 +120,15 @@ class Guard:
 class _Bounded:
     """A request's ``receive``, until its body is there."""
 
-    def __init__(self, receive: Receive, config: ServeConfig) -> None:
+    def __init__(
+        self, receive: Receive, timeout_s: float, admit: Callable[[int, int], None]
+    ) -> None:
+        """admit: told of bytes that came, and how many the body has with them; may refuse."""
         self._receive = receive
-        self._config = config
-        self._deadline_s = asyncio.get_running_loop().time() + config.body_timeout_s
-        self._num_bytes = 0
+        self._timeout_s = timeout_s
+        self._admit = admit
+        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self.num_bytes = 0  # that were admitted
         self._is_whole = False
 
     async def __call__(self) -> Message:
@@ -115,12 +139,12 @@ class _Bounded:
             message = await asyncio.wait_for(self._receive(), max(0.0, left_s))
         except asyncio.TimeoutError as error:
             raise ApiError(
-                408, f"the request's body did not arrive within {self._config.body_timeout_s:g} s"
+                408, f"the request's body did not arrive within {self._timeout_s:g} s"
             ) from error
-        self._num_bytes += len(message.get("body", b""))
+        came = len(message.get("body", b""))
         self._is_whole = not message.get("more_body", False)
-        if self._num_bytes > self._config.max_body_bytes:
-            raise _too_large(self._config.max_body_bytes)
+        self._admit(came, self.num_bytes + came)
+        self.num_bytes += came
         return message
 
 

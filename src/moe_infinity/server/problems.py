@@ -67,11 +67,11 @@ def unsupported(param: str, why: str) -> ApiError:
 
 def too_long(num_tokens: int, max_context: int, param: str, is_all: bool = True) -> ApiError:
     """is_all: they are all that were given, not as many as were counted."""
+    got = f"{'' if is_all else 'more than '}{num_tokens}"
     return ApiError(
         400,
-        f"{param}: got {'' if is_all else 'more than '}{num_tokens} tokens, expected fewer than "
-        f"the {max_context} that this server has planned memory for; shorten it, or start the "
-        f"server with a larger --max-context",
+        f"{param}: got {got} tokens, expected fewer than the {max_context} that this server "
+        f"has planned memory for; shorten it, or start the server with a larger --max-context",
         param,
         "context_length_exceeded",
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from moe_infinity.errors import ConfigError
 
-_MIB = 1024**2
+# A body is as large as its text, and what is not text beside it: schemas, escapes, roles.
+_BODY_BYTES, _BODY_BYTES_PER_TOKEN = 1024**2, 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class ServeConfig:
     request_timeout_s: float = 3600.0  # of one request, waiting included
     body_timeout_s: float = 30.0  # until a request has arrived whole
     shutdown_s: float = 20.0  # that running requests get to finish when the server is stopped
-    max_body_bytes: int = 16 * _MIB
+    max_body_bytes: int | None = None  # None: what a text of the whole context may take
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65_535:
@@ -52,6 +53,10 @@ class ServeConfig:
                 f"host: got {self.host!r}, which other machines may reach, without a key; give "
                 f"--api-key (or MOE_INFINITY_API_KEY), or --insecure to let anybody in"
             )
+
+    def body_bytes(self, max_context: int) -> int:
+        """The largest body that is read: reading it may take a hundred times as much memory."""
+        return self.max_body_bytes or _BODY_BYTES + _BODY_BYTES_PER_TOKEN * max_context
 
     @property
     def is_local(self) -> bool:
