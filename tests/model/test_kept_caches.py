@@ -63,6 +63,20 @@ def test_two_conversations_with_one_beginning_are_both_kept(moe: MoE, caches: Ke
         assert got == answer(moe, KeptCaches(moe.new_cache, CONTEXT), [*end, 7, 8])
 
 
+def test_many_others_do_not_part_two_that_go_on(moe: MoE, caches: KeptCaches) -> None:
+    """All begin with the same two tokens, as chat templates make them: the oldest goes, not the one
+    that shares no more than that."""
+    for number in range(20):
+        answer(moe, caches, [1, 2, *prompt_of(20 + number, 10)], num_new=4)
+    one, two = [1, 2, *prompt_of(50, 60)], [1, 2, *prompt_of(51, 60)]
+    for _ in range(3):
+        one = answer(moe, caches, [*one, 5], num_new=4)
+        first = moe.stats().prefill.num_tokens
+        two = answer(moe, caches, [*two, 5], num_new=4)
+        second = moe.stats().prefill.num_tokens
+    assert first == second == 2
+
+
 def test_what_does_not_fit_beside_another_takes_its_place(moe: MoE, caches: KeptCaches) -> None:
     one = answer(moe, caches, prompt_of(6, 200))
     answer(moe, caches, prompt_of(7, 200))

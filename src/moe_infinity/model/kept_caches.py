@@ -81,16 +81,28 @@ class KeptCaches:
         self._kept.clear()
 
     def _continued(self, found: _Kept, shared: int, length: int) -> _Kept | None:
-        """The first ``shared`` tokens of a kept cache: a copy, if there is room for both."""
-        if shared < len(found.ids) and _is_plain(found.cache):
-            copy = _Kept(self._new_cache(), [], length)
-            if self._used(copy) <= self._capacity:
-                _copy(found.cache, copy.cache, shared)
-                return copy
+        """The first ``shared`` tokens of a kept cache, for a prompt of ``length``: a copy, if both
+        have room once others have gone, unless most of the kept one goes on anyway."""
+        if shared < len(found.ids) and self._should_copy(found, shared, length):
+            self._kept.remove(found)
+            self._kept.append(found)
+            self._lent = copy = _Kept(self._new_cache(), [], length)
+            self.grow(length)  # those unused longest go before anything is written
+            _copy(found.cache, copy.cache, shared)
+            return copy
         self._kept.remove(found)
         if shared < len(found.ids) and not _crop(found.cache, shared - len(found.ids)):
             return None
         return found
+
+    def _should_copy(self, found: _Kept, shared: int, length: int) -> bool:
+        if not _is_plain(found.cache):
+            return False
+        copy = _Kept(None, [], length)
+        if self._used(copy) <= self._capacity:
+            return True
+        both = found.touched + _PAGE_TOKENS + length
+        return both <= self._capacity and 2 * shared < len(found.ids)
 
     def _used(self, lent: _Kept | None = None) -> int:
         caches = [*self._kept, *filter(None, [lent or self._lent])]

@@ -152,7 +152,7 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, (HTTPException, StarletteHTTPException))
-    known = {404: f"path: got {request.url.path!r:.200}, expected one of /openapi.json",
+    known = {404: f"path: got {request.url.path!r:.200}; /openapi.json has those there are",
              405: f"method: {request.method} is not for {request.url.path!r:.200}"}  # fmt: skip
     message = known.get(error.status_code, str(error.detail))
     found = ApiError(error.status_code, message)

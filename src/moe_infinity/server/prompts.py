@@ -72,7 +72,7 @@ class Prompts:
         if how.says_json:
             added = self._before_json(begun, how.says_json)
             text, begun = text + added, begun + added
-        ids = self._encoded(text, param, add_special_tokens=False)
+        ids = self._encoded(text, param, add_special_tokens=False, verbose=False)
         return Prompt(self.checked(ids, param), begun)
 
     def _encoded(self, text: str, param: str, **options: Any) -> list[int]:
@@ -81,10 +81,12 @@ class Prompts:
         _require_encodable(text, param)
         most = _CHARS_PER_TOKEN * self.max_context
         if len(text) > most:
-            count = len(self.tokenizer(text[:most], add_special_tokens=False).input_ids)
+            count = len(
+                self.tokenizer(text[:most], add_special_tokens=False, verbose=False).input_ids
+            )
             if count > self.max_context:
                 raise too_long(count, self.max_context, param, is_all=False)
-        return list(self.tokenizer(text, **options).input_ids)
+        return list(self.tokenizer(text, verbose=False, **options).input_ids)
 
     def _begun(self, messages: list[dict[str, Any]], how: Rendering, param: str, text: str) -> str:
         """What the template adds for the model to go on from."""
