@@ -72,7 +72,7 @@ class Prompts:
         if how.says_json:
             added = self._before_json(begun, how.says_json)
             text, begun = text + added, begun + added
-        ids = self._encoded(text, param, add_special_tokens=False, verbose=False)
+        ids = self._encoded(text, param, add_special_tokens=False)
         return Prompt(self.checked(ids, param), begun)
 
     def _encoded(self, text: str, param: str, **options: Any) -> list[int]:
