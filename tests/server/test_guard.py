@@ -1,6 +1,7 @@
 """Who is let in, how large and how slow a request may be; bytes no client library would send."""
 
 import asyncio
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -122,8 +123,16 @@ class TestHosts:
         }
         assert strict.ask("OPTIONS", CHAT, None, asked).status == 200
         assert (
-            strict.ask("OPTIONS", CHAT, None, asked | {"origin": "https://b.example"}).status == 403
+            strict.ask("OPTIONS", CHAT, None, asked | {"origin": "https://b.example"}).status == 400
         )
+
+    def test_a_page_that_may_reads_why_it_is_refused(self, strict: Local) -> None:
+        headers = {"origin": "https://a.example", "x-api-key": "wrong"}
+        large = {"content-length": str(10**9)}
+        for more, status in ((headers, 401), (headers | {"x-api-key": "key-1"} | large, 413)):
+            reply = strict.ask("POST", CHAT, None, more)
+            assert reply.status == status
+            assert reply.headers["access-control-allow-origin"] == "https://a.example"
 
 
 class TestBodies:
@@ -283,6 +292,16 @@ class TestBadInput:
             with server.connect() as sock:
                 sock.sendall(raw[:length])
         assert server.post(CHAT, BODY).status == 200
+
+
+def test_connections_have_a_limit(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(running_module, "_MAX_CONNECTIONS", 8)
+    with running(lambda: Local(moe)) as local:
+        with contextlib.ExitStack() as held:
+            for _ in range(8):
+                held.enter_context(local.connect())
+            wait_for(lambda: local.get("/health").status == 503)
+        wait_for(lambda: local.get("/health").status == 200)
 
 
 def test_bodies_of_those_who_wait_have_a_limit_together() -> None:

@@ -48,6 +48,7 @@ def test_stats(server: Server, client: OpenAI) -> None:
 
 def test_metrics(server: Server, client: OpenAI) -> None:
     client.completions.create(model="bundled", prompt="One two", max_tokens=3)
+    assert server.ask("GET", "/health", None, {"host": "evil.example"}).status == 403
     reply = server.get("/metrics")
     assert reply.headers["content-type"].startswith("text/plain")
     found = {family.name: family for family in text_string_to_metric_families(reply.body.decode())}
@@ -57,6 +58,8 @@ def test_metrics(server: Server, client: OpenAI) -> None:
         if sample.name.endswith("_total")
     }
     assert requests[("completions", "ok")] >= 1
+    answers = {s.labels["status"] for s in found["moe_infinity_http_answers"].samples}
+    assert answers >= {"200", "403"}
     for name in ("ttft_seconds", "tpot_seconds", "queue_seconds", "tokens", "expert_lookups",
                  "link_bytes", "seconds", "expert_slots", "requests_waiting"):  # fmt: skip
         assert f"moe_infinity_{name}" in found

@@ -161,6 +161,13 @@ def test_tokens_are_counted(claude: Anthropic) -> None:
     assert with_tools.input_tokens > 50
 
 
+@pytest.mark.parametrize("num_words", [600, 3000])
+def test_tokens_beyond_the_context_are_counted(claude: Anthropic, num_words: int) -> None:
+    messages = [{"role": "user", "content": "word " * num_words}]
+    count = claude.messages.count_tokens(model="bundled", messages=messages)
+    assert num_words < count.input_tokens < 1.01 * num_words + 10
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

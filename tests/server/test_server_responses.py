@@ -63,7 +63,7 @@ def test_the_document(client: OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.input_tokens + 8
     assert answer.metadata == {"a": "b"} and answer.instructions == "Be brief."
     (item,) = answer.output
-    assert item.type == "message" and item.role == "assistant"
+    assert item.type == "message" and item.role == "assistant" and item.status == "incomplete"
 
 
 def test_events_tell_the_same(client: OpenAI) -> None:
@@ -87,12 +87,14 @@ def test_events_tell_the_same(client: OpenAI) -> None:
     assert found[0].response.status == "in_progress" and found[0].response.output == []
     assert {event.item_id for event in found[3:-2]} == {found[2].item.id}
     assert found[-1].response.id == found[0].response.id
+    assert found[-2].item.status == found[-1].response.output[0].status == "incomplete"
 
 
 def test_a_complete_one(client: OpenAI) -> None:
     form = {"type": "json_schema", "name": "x", "schema": {"enum": ["yes"]}}
     answer = respond(client, text={"format": form}, max_output_tokens=30)
     assert answer.status == "completed" and json.loads(answer.output_text) == "yes"
+    assert answer.output[0].status == "completed"  # type: ignore[union-attr]
     assert answer.text is not None and answer.text.format is not None
     assert events(client, text={"format": form}, max_output_tokens=30)[-1].type == (
         "response.completed"

@@ -22,6 +22,7 @@ from moe_infinity.server import chat, completions, messages, responses
 from moe_infinity.server.chat_bodies import ChatBody, CompletionBody
 from moe_infinity.server.guard import Guard, error_body
 from moe_infinity.server.message_bodies import CountBody, MessagesBody
+from moe_infinity.server.metrics import Counted
 from moe_infinity.server.problems import ApiError
 from moe_infinity.server.replies import ClientGone, error_response
 from moe_infinity.server.response_bodies import ResponseBody
@@ -47,15 +48,16 @@ def build_app(service: Service) -> FastAPI:
     app.exception_handler(Exception)(_on_bug)
     _add_generating(app, service)
     _add_reading(app, service)
-    if service.config.origins:
+    max_body_bytes = service.config.body_bytes(service.moe.plan.max_context)
+    app.add_middleware(Guard, config=service.config, max_body_bytes=max_body_bytes)
+    if service.config.origins:  # around the guard: pages may read its refusals too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.config.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    max_body_bytes = service.config.body_bytes(service.moe.plan.max_context)
-    app.add_middleware(Guard, config=service.config, max_body_bytes=max_body_bytes)
+    app.add_middleware(Counted, metrics=service.metrics)
     return app
 
 

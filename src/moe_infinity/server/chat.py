@@ -12,13 +12,13 @@ from starlette.responses import Response
 
 from moe_infinity.server.bodies import read
 from moe_infinity.server.chat_bodies import ChatBody, Tools
+from moe_infinity.server.conversation import Prepared
 from moe_infinity.server.exchange import Exchange, Update
 from moe_infinity.server.jobs import Job
-from moe_infinity.server.parts import AnswerParser, Arguments, Call, Content, ForcedCall, Part
+from moe_infinity.server.parts import Arguments, Call, Content, Part
 from moe_infinity.server.problems import ApiError
-from moe_infinity.server.prompts import Prompt, Rendering
 from moe_infinity.server.replies import EventStream, JsonReply, comment, data_frame, while_there
-from moe_infinity.server.service import Service, in_thread
+from moe_infinity.server.service import Service
 
 
 async def chat_completions(service: Service, request: Request) -> Response:
@@ -35,34 +35,12 @@ async def chat_completions(service: Service, request: Request) -> Response:
 async def _exchange(service: Service, request: Request, body: ChatBody) -> Exchange:
     body.refuse_unsupported()
     tools = Tools.of_chat(body)
-    prompt, grammar = await in_thread(_prepared, service, body, tools)
+    ready = await Prepared.of(service, body, tools)
     num_ids, limit = service.num_ids, service.config.max_new_tokens
-    sampling = body.sampling(num_ids, limit, body.num_logprobs, grammar)
-    parsers = [parser_of(service, tools, prompt, grammar) for _ in range(body.n or 1)]
+    sampling = body.sampling(num_ids, limit, body.num_logprobs, ready.grammar)
+    parsers = [ready.parser(service, tools) for _ in range(body.n or 1)]
     lone_call = body.parallel_tool_calls is False
-    return service.exchange("chat", request, [prompt.ids], sampling, parsers, lone_call)
-
-
-def _prepared(service: Service, body: ChatBody, tools: Tools) -> tuple[Prompt, str | None]:
-    forced = tools.grammar(service.grammars) if tools.is_forced else None
-    grammar = forced or body.grammar(service.grammars)
-    how = Rendering(
-        tools=tools.offered or None,
-        says_json="call" if forced else "answer" if grammar else "",
-        values=body.template_values(),
-    )
-    return service.prompts.of_messages(body.plain_messages(), how), grammar
-
-
-def parser_of(
-    service: Service, tools: Tools, prompt: Prompt, grammar: str | None
-) -> AnswerParser | ForcedCall:
-    """For one answer to this prompt."""
-    if tools.is_forced:
-        return ForcedCall()
-    offered = tools.offered
-    response = None if grammar else service.prompts.format.reading(with_calls=bool(offered))
-    return AnswerParser(response, prompt.begun, offered)
+    return service.exchange("chat", request, [ready.prompt.ids], sampling, parsers, lone_call)
 
 
 def usage_of(job: Job) -> dict[str, Any]:

@@ -110,6 +110,11 @@ class ChatBody(OpenAIBody):
         if self.audio is not None or any(m != "text" for m in self.modalities or ()):
             raise unsupported("modalities", "this server answers with text only")
 
+    @property
+    def goes_on(self) -> bool:
+        """Every message is complete."""
+        return False
+
     def template_values(self) -> dict[str, Any]:
         """Variables of the chat template."""
         effort = self.reasoning_effort

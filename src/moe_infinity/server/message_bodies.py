@@ -8,6 +8,7 @@ from pydantic import Field
 
 from moe_infinity.server.bodies import Body, Items, StopText
 from moe_infinity.server.chat_bodies import Tools
+from moe_infinity.server.grammars import Grammars
 from moe_infinity.server.problems import unsupported
 from moe_infinity.server.sampling import Sampling
 
@@ -81,6 +82,10 @@ class CountBody(Body):
         return (
             {} if self.thinking is None else {"enable_thinking": self.thinking.type != "disabled"}
         )
+
+    def grammar(self, grammars: Grammars) -> str | None:
+        """This API asks for no form of the answer."""
+        return None
 
     @property
     def goes_on(self) -> bool:

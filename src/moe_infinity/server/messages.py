@@ -11,14 +11,12 @@ from starlette.responses import Response
 
 from moe_infinity.server.blocks import Blocks, Event, kind_of
 from moe_infinity.server.bodies import read
-from moe_infinity.server.chat import parser_of
-from moe_infinity.server.chat_bodies import Tools
+from moe_infinity.server.conversation import Prepared, rendering_of
 from moe_infinity.server.exchange import Exchange
 from moe_infinity.server.jobs import Ended
 from moe_infinity.server.message_bodies import CountBody, MessagesBody
 from moe_infinity.server.parts import Call, Part
 from moe_infinity.server.problems import ApiError
-from moe_infinity.server.prompts import Prompt, Rendering
 from moe_infinity.server.replies import EventStream, JsonReply, data_frame, while_there
 from moe_infinity.server.service import Service, in_thread
 
@@ -35,12 +33,13 @@ async def create_message(service: Service, request: Request) -> Response:
     body = read(MessagesBody, await request.body())
     service.require_model(body.model)
     tools = body.tool_choices()
-    prompt, grammar = await in_thread(_prepared, service, body, tools)
-    parsers = [parser_of(service, tools, prompt, grammar)]
+    ready = await Prepared.of(service, body, tools)
+    parsers = [ready.parser(service, tools)]
     choice = body.tool_choice
     lone_call = choice is not None and bool(choice.disable_parallel_tool_use)
-    sampling = body.sampling(grammar)
-    exchange = service.exchange("messages", request, [prompt.ids], sampling, parsers, lone_call)
+    sampling = body.sampling(ready.grammar)
+    prompts = [ready.prompt.ids]
+    exchange = service.exchange("messages", request, prompts, sampling, parsers, lone_call)
     talk = _Message(service, exchange)
     if body.stream:
         return EventStream(talk.frames(), ApiError.anthropic, "error")
@@ -48,22 +47,15 @@ async def create_message(service: Service, request: Request) -> Response:
 
 
 async def count_tokens(service: Service, request: Request) -> Response:
-    """How many tokens the messages would be."""
+    """How many tokens the messages would be, whether they fit or not."""
     body = read(CountBody, await request.body())
     service.require_model(body.model)
-    prompt, _ = await in_thread(_prepared, service, body, body.tool_choices())
-    return JsonReply({"input_tokens": len(prompt.ids)})
+    return JsonReply({"input_tokens": await in_thread(_count, service, body)})
 
 
-def _prepared(service: Service, body: CountBody, tools: Tools) -> tuple[Prompt, str | None]:
-    grammar = tools.grammar(service.grammars) if tools.is_forced else None
-    how = Rendering(
-        tools=tools.offered or None,
-        says_json="call" if grammar else "",
-        goes_on=body.goes_on and grammar is None,
-        values=body.template_values(),
-    )
-    return service.prompts.of_messages(body.plain_messages(), how), grammar
+def _count(service: Service, body: CountBody) -> int:
+    how, _ = rendering_of(service, body, body.tool_choices())
+    return service.prompts.count(body.plain_messages(), how)
 
 
 class _ContentBlocks(Blocks):

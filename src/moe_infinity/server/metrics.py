@@ -9,6 +9,7 @@ import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_infinity.server.jobs import Job
 from moe_infinity.stats import PhaseCounters
@@ -30,6 +31,9 @@ class Metrics:
         reg = self.registry
         self._requests = Counter(
             _PREFIX + "requests", "That ended, by how.", ("endpoint", "outcome"), registry=reg
+        )
+        self._answers = Counter(
+            _PREFIX + "http_answers", "Of any path, by status.", ("status",), registry=reg
         )
         self._tokens = Counter(
             _PREFIX + "tokens", "Of prompts and answers.", ("kind",), registry=reg
@@ -75,9 +79,29 @@ class Metrics:
         if job.tokens_per_s:
             self._tpot.observe(1 / job.tokens_per_s)
 
+    def answered(self, status: int) -> None:
+        """Something was answered to somebody, even if it was only that it is not let in."""
+        self._answers.labels(str(status)).inc()
+
     def text(self) -> bytes:
         """In Prometheus' text form."""
         return generate_latest(self.registry)
+
+
+class Counted:
+    """An ASGI layer around everything: counts answers by their status, refusals too."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.answered(message["status"])
+            await send(message)
+
+        await self._app(scope, receive, counting)
 
 
 class _CacheCollector(Collector):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,27 +64,44 @@ class Prompts:
     ) -> Prompt:
         """What the chat template makes of messages. Raises ApiError where it refuses them, or where
         they are too long."""
+        text, begun = self._written(messages, how, param)
+        ids = self._encoded(text, param, add_special_tokens=False)
+        return Prompt(self.checked(ids, param), begun)
+
+    def count(self, messages: list[dict[str, Any]], how: Rendering, param: str = "messages") -> int:
+        """Tokens of the prompt that messages are. Of a text that is far too long they are counted
+        piece by piece, which may add one for each. Raises ApiError where the template refuses."""
+        text, _ = self._written(messages, how, param)
+        _require_encodable(text, param)
+        return sum(map(self._count, _pieces(text, self._most_chars)))
+
+    @property
+    def _most_chars(self) -> int:
+        """More would not fit, whatever the text: a tokenizer takes hundreds of bytes for each
+        token."""
+        return _CHARS_PER_TOKEN * self.max_context
+
+    def _count(self, text: str) -> int:
+        return len(self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    def _written(
+        self, messages: list[dict[str, Any]], how: Rendering, param: str
+    ) -> tuple[str, str]:
+        """The prompt's text, and what it ends with of the answer itself."""
         if not getattr(self.tokenizer, "chat_template", None):
             raise unsupported(param, "this model has no chat template; use /v1/completions")
         if how.tools and not self.format.shows_tools:
             messages = _with_tools_told(messages, how.tools)
         text = self._render(messages, how, param, adds_prompt=not how.goes_on)
         begun = "" if how.goes_on else self._begun(messages, how, param, text)
-        if how.says_json:
-            added = self._before_json(begun, how.says_json)
-            text, begun = text + added, begun + added
-        ids = self._encoded(text, param, add_special_tokens=False)
-        return Prompt(self.checked(ids, param), begun)
+        added = self._before_json(begun, how.says_json) if how.says_json else ""
+        return text + added, begun + added
 
     def _encoded(self, text: str, param: str, **options: Any) -> list[int]:
-        """Token ids. Of a text that is far too long only the beginning is counted: a tokenizer
-        takes hundreds of bytes for each token."""
+        """Token ids. Of a text that is far too long only the beginning is counted."""
         _require_encodable(text, param)
-        most = _CHARS_PER_TOKEN * self.max_context
-        if len(text) > most:
-            count = len(
-                self.tokenizer(text[:most], add_special_tokens=False, verbose=False).input_ids
-            )
+        if len(text) > self._most_chars:
+            count = self._count(text[: self._most_chars])
             if count > self.max_context:
                 raise too_long(count, self.max_context, param, is_all=False)
         return list(self.tokenizer(text, verbose=False, **options).input_ids)
@@ -118,6 +136,10 @@ class Prompts:
                 f"({error})", param, "invalid_messages",
             ) from error  # fmt: skip
         return text
+
+
+def _pieces(text: str, most_chars: int) -> Iterator[str]:
+    return (text[at : at + most_chars] for at in range(0, len(text), most_chars))
 
 
 def _with_tools_told(

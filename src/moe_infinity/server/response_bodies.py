@@ -116,6 +116,11 @@ class ResponseBody(SamplingBody):
             grammar=grammar,
         )
 
+    @property
+    def goes_on(self) -> bool:
+        """Every message is complete."""
+        return False
+
     def template_values(self) -> dict[str, Any]:
         effort = self.reasoning.effort if self.reasoning else None
         values: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}

@@ -12,16 +12,15 @@ from starlette.responses import Response
 
 from moe_infinity.server.blocks import Blocks, Event, kind_of
 from moe_infinity.server.bodies import read
-from moe_infinity.server.chat import parser_of, waiting_comment
-from moe_infinity.server.chat_bodies import Tools
+from moe_infinity.server.chat import waiting_comment
+from moe_infinity.server.conversation import Prepared
 from moe_infinity.server.exchange import Exchange
 from moe_infinity.server.jobs import Ended
 from moe_infinity.server.parts import Call, Part
 from moe_infinity.server.problems import ApiError
-from moe_infinity.server.prompts import Prompt, Rendering
 from moe_infinity.server.replies import EventStream, JsonReply, data_frame, while_there
 from moe_infinity.server.response_bodies import ResponseBody
-from moe_infinity.server.service import Service, in_thread
+from moe_infinity.server.service import Service
 
 
 async def create_response(service: Service, request: Request) -> Response:
@@ -30,26 +29,16 @@ async def create_response(service: Service, request: Request) -> Response:
     service.require_model(body.model)
     body.refuse_unsupported()
     tools = body.tool_choices()
-    prompt, grammar = await in_thread(_prepared, service, body, tools)
-    sampling = body.sampling(service.config.max_new_tokens, grammar)
-    parsers = [parser_of(service, tools, prompt, grammar)]
+    ready = await Prepared.of(service, body, tools, "input")
+    sampling = body.sampling(service.config.max_new_tokens, ready.grammar)
+    parsers = [ready.parser(service, tools)]
     lone_call = body.parallel_tool_calls is False
-    exchange = service.exchange("responses", request, [prompt.ids], sampling, parsers, lone_call)
+    prompts = [ready.prompt.ids]
+    exchange = service.exchange("responses", request, prompts, sampling, parsers, lone_call)
     talk = _Response(service, body, exchange)
     if body.stream:
         return EventStream(talk.frames(), _failed, "error")
     return JsonReply(await while_there(request, talk.whole()))
-
-
-def _prepared(service: Service, body: ResponseBody, tools: Tools) -> tuple[Prompt, str | None]:
-    forced = tools.grammar(service.grammars) if tools.is_forced else None
-    grammar = forced or body.grammar(service.grammars)
-    how = Rendering(
-        tools=tools.offered or None,
-        says_json="call" if forced else "answer" if grammar else "",
-        values=body.template_values(),
-    )
-    return service.prompts.of_messages(body.plain_messages(), how, "input"), grammar
 
 
 def _failed(error: ApiError) -> dict[str, Any]:
@@ -66,6 +55,12 @@ class _OutputItems(Blocks):
         self.items: list[dict[str, Any]] = []
         self.logprobs: list[dict[str, Any]] = []  # of the open message's tokens, not yet told
         self._kind = "text"
+        self._is_cut = False
+
+    def finish_by(self, end: Ended | None) -> list[Event]:
+        """The answer is over; what was open then may have been cut off."""
+        self._is_cut = end is not None and end.reason == "length"
+        return self.finish()
 
     def begin(self, part: Part) -> list[Event]:
         self._kind = kind_of(part)
@@ -99,7 +94,7 @@ class _OutputItems(Blocks):
 
     def end(self) -> list[Event]:
         item = self.items[-1]
-        item["status"] = "completed"
+        item["status"] = "incomplete" if self._is_cut else "completed"
         if self._kind == "call":
             name = "response.function_call_arguments.done"
             whole = {"arguments": item["arguments"], "name": item["name"], "item_id": item["id"]}
@@ -142,7 +137,7 @@ class _Response:
                 for part in update.parts:
                     self._items.add(part)
                 end = update.ended or end
-        self._items.finish()
+        self._items.finish_by(end)
         return self._document(end)
 
     async def frames(self) -> AsyncIterator[bytes]:
@@ -161,7 +156,7 @@ class _Response:
                     for event in self._items.add(part):
                         yield self._frame(event)
                 end = update.ended or end
-        for event in self._items.finish():
+        for event in self._items.finish_by(end):
             yield self._frame(event)
         document = self._document(end)
         yield self._frame({"type": f"response.{document['status']}", "response": document})

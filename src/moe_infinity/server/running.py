@@ -24,6 +24,7 @@ _HEADERS_S = 10.0  # that headers may take to arrive, and the rest of a body nob
 _STALLED_S = 60.0  # that a client may take nothing of what is sent to it
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 512
+_MAX_CONNECTIONS = 512  # beyond them a request is answered with 503, before files run out
 _LAST_WORDS_S = 1.0  # that clients get to hear of the end
 _ENDING_S, _ENDING_STEPS = 2.0, 40  # that tasks get when their connections are gone
 
@@ -74,6 +75,7 @@ def serve(service: Service, sock: socket.socket, on_start: Callable[[], None]) -
         server_header=False,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         backlog=_BACKLOG,
+        limit_concurrency=_MAX_CONNECTIONS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
