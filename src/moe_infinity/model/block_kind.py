@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -226,43 +225,62 @@ def _router_of(
         return None
     if weight.dtype is not spec.before.weight.dtype or not weight.is_contiguous():
         return None
-    kinds = itertools.product((True, False), repeat=2)
-    routers = [Router(weight.detach(), others[0].top_k, *kind) for kind in kinds]
-    errors = [
-        _routing_error(model, kernel, mlp, experts, spec._replace(router=router))
-        for router in routers
-    ]
+    plain = Router(weight.detach(), others[0].top_k, normalises=False, rounds=False)
+    routed = [_route(model, kernel, spec._replace(router=plain), x) for x in _routed_tokens(spec)]
+    said = _routing_of(mlp, experts, routed)
+    if said is None:
+        return None
+    kinds = itertools.product((True, False), (said.dtype is spec.before.weight.dtype,))
+    routers = [Router(plain.weight, plain.top_k, *kind) for kind in kinds]
+    errors = [_routing_error(router, said, [choice for _, choice in routed]) for router in routers]
     best = min(errors)
     return routers[errors.index(best)] if best <= _TOLERANCE else None
 
 
-@torch.no_grad()
-def _routing_error(
-    model: Any, kernel: native.Kernel, mlp: Any, experts: Any, spec: BlockSpec
-) -> float:
-    """Mean relative error of the weights over some tokens; infinite if something else is wrong."""
-    assert spec.router is not None
+def _routed_tokens(spec: BlockSpec) -> list[torch.Tensor]:
     (hidden,), dtype = spec.before.weight.shape, spec.before.weight.dtype
     generator = torch.Generator().manual_seed(1)
+    return [torch.randn(1, hidden, generator=generator).to(dtype) for _ in range(_ROUTED)]
+
+
+def _route(
+    model: Any, kernel: native.Kernel, spec: BlockSpec, x: torch.Tensor
+) -> tuple[torch.Tensor, Choice]:
+    """What the experts of a token x [1, H] that is alone are shown, and which they are."""
     layer = PreallocatedLayer(1)
-    layer.lazy_initialization(torch.empty(0, dtype=dtype), torch.empty(0, dtype=dtype))
-    errors = []
-    for _ in range(_ROUTED):
-        layer.keys, layer.values = torch.zeros(
-            2, 1, spec.num_kv_heads, 1, spec.head_dim, dtype=dtype
-        )
-        x = torch.randn(1, hidden, generator=generator).to(dtype)
-        answer = torch.randn(1, hidden, generator=generator).to(dtype)
-        _, normed, choice = _attend(model, kernel, spec, x, layer)
-        with _answering(experts, answer) as shown:
-            said = mlp(normed[None])
-        given, ids, weights = shown[0]
-        is_all = torch.equal(said.view(1, -1), answer) and torch.equal(given, normed)
-        is_rounded = weights.dtype is dtype
-        if not is_all or is_rounded != spec.router.rounds or not _is_same_choice(choice, ids):
-            return math.inf
-        errors.append(((choice.weights - weights).abs() / weights).mean())
-    return float(torch.stack(errors).mean())
+    layer.lazy_initialization(torch.empty(0, dtype=x.dtype), torch.empty(0, dtype=x.dtype))
+    layer.keys, layer.values = torch.zeros(2, 1, spec.num_kv_heads, 1, spec.head_dim, dtype=x.dtype)
+    _, normed, choice = _attend(model, kernel, spec, x, layer)
+    return normed, choice
+
+
+@torch.no_grad()
+def _routing_of(
+    mlp: Any, experts: Any, routed: list[tuple[torch.Tensor, Choice]]
+) -> torch.Tensor | None:
+    """The weights [T, K] that the model's own code gives to the same experts of tokens; None if it
+    chooses others, or does more than to choose."""
+    tokens = torch.cat([normed for normed, _ in routed])
+    generator = torch.Generator().manual_seed(2)
+    answer = torch.randn(tokens.shape, generator=generator).to(tokens.dtype)
+    with _answering(experts, answer) as shown:
+        said = mlp(tokens[None])
+    given, ids, weights = shown[0]
+    is_all = torch.equal(said.view(answer.shape), answer) and torch.equal(given, tokens)
+    if not is_all or ids.shape[0] != len(routed):
+        return None
+    choices = zip(routed, ids, strict=True)
+    is_same = all(_is_same_choice(choice, own[None]) for (_, choice), own in choices)
+    return weights if is_same else None
+
+
+def _routing_error(router: Router, said: torch.Tensor, choices: list[Choice]) -> float:
+    """Mean relative error of a router's weights."""
+    chances = torch.cat([choice.weights for choice in choices])
+    weights = chances / chances.sum(-1, keepdim=True) if router.normalises else chances
+    if router.rounds:
+        weights = weights.to(said.dtype)
+    return float(((weights - said).abs() / said).mean())
 
 
 def _is_same_choice(choice: Choice, ids: torch.Tensor) -> bool:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -215,6 +216,14 @@ class KvShape:
 
 def layers_after_one_token(meta: Any) -> list[Any] | None:
     """The cache's layers of a model on the meta device; None if it does not run there."""
+    experts: list[nn.Module] = [found.module for found in find_experts(meta)]
+    norms = [module for module in meta.modules() if _is_norm(module)]
+    # Norms change no shape and take half of the time; a few families want more of theirs.
+    layers = _layers_without(meta, experts + norms)
+    return _layers_without(meta, experts) if layers is None else layers
+
+
+def _layers_without(meta: Any, modules: list[nn.Module]) -> list[Any] | None:
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
     if meta.config.is_encoder_decoder:
         caches = [DynamicCache(), DynamicCache()]
@@ -223,7 +232,7 @@ def layers_after_one_token(meta: Any) -> list[Any] | None:
         caches = [DynamicCache(config=meta.config)]
         inputs = {"past_key_values": caches[0], "use_cache": True}
     try:
-        with torch.no_grad(), _experts_skipped(meta):
+        with torch.no_grad(), _passed_over(modules):
             meta(input_ids=token, **inputs)
     except Exception:  # some families read values; their cache is taken from the config instead
         _log.debug("no forward pass on the meta device", exc_info=True)
@@ -232,16 +241,22 @@ def layers_after_one_token(meta: Any) -> list[Any] | None:
 
 
 @contextlib.contextmanager
-def _experts_skipped(meta: Any) -> Iterator[None]:
-    """Let experts pass their input on: they may not look at values there are not."""
-    modules: list[Any] = [experts.module for experts in find_experts(meta)]
+def _passed_over(modules: list[nn.Module]) -> Iterator[None]:
+    """Let modules pass their input on: experts may not look at values there are not."""
+    own = [module.__dict__.get("forward") for module in modules]
     for module in modules:
         module.forward = lambda hidden_states, *args, **kwargs: hidden_states
     try:
         yield
     finally:
-        for module in modules:
+        for module, forward in zip(modules, own, strict=True):
             del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "Norm" in type(module).__name__ and not any(True for _ in module.children())
 
 
 def _kv_elements(layer: Any) -> int:
