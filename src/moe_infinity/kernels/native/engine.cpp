@@ -16,7 +16,10 @@ constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupte
 
 // Whether some tokens are multiplied as int8 by what this format codes.
 bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
-    return is_grouped(format) || (is_super(format) && kernels.super && !is_many);
+    if (is_many)
+        return is_grouped(format) && kernels.grouped_many &&
+               (format != Format::q8_0 || kernels.has_q8_many);
+    return is_grouped(format) || (is_super(format) && kernels.super);
 }
 
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
@@ -42,7 +45,7 @@ void *Scratch::reserve(size_t num_bytes) {
 void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                      uint32_t cols) {
     const bool is_many = kernels_.floating_many &&
-                         num_tokens >= (is_grouped(weights) ? kManyGrouped : kManyFloating);
+                         num_tokens >= (takes_int8(kernels_, weights, true) ? kManyGrouped : kManyFloating);
     const size_t stride = padded(cols) + (is_many ? kSkew : 0), rest = stride - cols;
     const size_t token_bytes = cols * size_of(type);
     const auto *from = static_cast<const uint8_t *>(x);
@@ -96,9 +99,9 @@ void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const vo
 
 void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                       size_t out_stride) const {
-    const bool grouped = is_grouped(m.format), int8 = takes_int8(kernels_, m.format, x.is_many);
-    const Product few = grouped ? kernels_.grouped : int8 ? kernels_.super : kernels_.floating;
-    const Product many = grouped ? kernels_.grouped_many : kernels_.floating_many;
+    const bool int8 = takes_int8(kernels_, m.format, x.is_many);
+    const Product few = !int8 ? kernels_.floating : is_grouped(m.format) ? kernels_.grouped : kernels_.super;
+    const Product many = int8 ? kernels_.grouped_many : kernels_.floating_many;
     const Product product = x.is_many ? many : few;
     product(m, x, first, last, out, out_stride);
 }

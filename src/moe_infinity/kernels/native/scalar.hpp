@@ -153,6 +153,24 @@ inline int zero_at(const Matrix &m, uint32_t row, uint32_t group) {
     return m.format == Format::gptq ? (zero + 1) & 15 : zero;
 }
 
+// The scale, and the zero point, of the columns that a row has come to; columns only go up.
+struct GroupAt {
+    const uint8_t *side = nullptr;
+    uint32_t row = 0, group = 0, next = 0;  // next: where the next group begins
+    float scale = 0, zero = 0;
+
+    GroupAt() = default;
+    GroupAt(const Matrix &m, uint32_t row_number)
+        : side(m.side + size_t(row_number / m.group_rows) * m.side_row_bytes), row(row_number) {}
+
+    inline void come_to(const Matrix &m, uint32_t c) {
+        for (; c >= next; ++group, next += m.group_cols) {
+            scale = scale_at(m, side + size_t(group) * m.side_col_bytes);
+            if (m.format >= Format::int4) zero = static_cast<float>(zero_at(m, row, group));
+        }
+    }
+};
+
 // The code of a weight of int4 and later formats.
 inline int code_of(const Matrix &m, uint32_t row, uint32_t col) {
     uint32_t word;
