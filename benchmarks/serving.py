@@ -1,6 +1,8 @@
 """What the server costs: seconds per token through HTTP and without it, the same model in turns.
 
-The model, the server and the direct runs share one process; the client is another one.
+The model, the server and the direct runs share one process; the client is another one. Every pair
+has a prompt of its own: the server would not read a known one again, and what is read just before
+an answer warms the processor's caches for it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from limits import provenance, save
 
 PROMPT = (
-    "Question: A farmer has 12 cows and buys 5 more. How many cows does the farmer have? Answer:"
+    "Question: A farmer has {} cows and buys 5 more. How many cows does the farmer have? Answer:"
 )
 
 
@@ -51,9 +53,11 @@ def measure(model: Path, trials: int, new_tokens: int) -> dict[str, Any]:
     from moe_infinity import MoE
 
     with MoE(model, max_context=1024) as moe, served(moe) as url, client(url) as ask:
-        direct(moe, new_tokens)
-        ask(new_tokens)
-        pairs = [(direct(moe, new_tokens), ask(new_tokens)) for _ in range(trials)]
+        pairs = []
+        for number in range(1 + trials):
+            prompt = PROMPT.format(100 + number)
+            pairs.append((direct(moe, prompt, new_tokens), ask(prompt, new_tokens)))
+        del pairs[0]  # to warm up
         return {
             "model": moe.path.name,
             "direct_ms": 1e3 * statistics.median(a for a, _ in pairs),
@@ -63,14 +67,14 @@ def measure(model: Path, trials: int, new_tokens: int) -> dict[str, Any]:
         }
 
 
-def direct(moe: Any, new_tokens: int) -> float:
+def direct(moe: Any, prompt: str, new_tokens: int) -> float:
     """Seconds per token of what ``moe-infinity run`` does, its text going nowhere."""
     from transformers import TextStreamer
 
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         streamer = TextStreamer(moe.tokenizer, skip_prompt=True, skip_special_tokens=True)
         moe.generate(
-            [moe.tokenizer(PROMPT).input_ids],
+            [moe.tokenizer(prompt).input_ids],
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             eos_token_id=None,
@@ -106,8 +110,8 @@ def client(url: str) -> Iterator[Any]:
     assert process.stdin is not None and process.stdout is not None
     orders, answers = process.stdin, process.stdout
 
-    def ask(new_tokens: int) -> float:
-        orders.write(f"{new_tokens}\n")
+    def ask(prompt: str, new_tokens: int) -> float:
+        orders.write(json.dumps({"prompt": prompt, "max_tokens": new_tokens}) + "\n")
         return float(answers.readline())
 
     yield ask
@@ -119,8 +123,8 @@ def answer_orders(url: str) -> None:
     """In the other process: a streamed request for each line of standard input."""
     connection = http.client.HTTPConnection(url.removeprefix("http://"))
     for line in sys.stdin:
-        body = {"prompt": PROMPT, "max_tokens": int(line), "temperature": 0, "stream": True}
-        text = json.dumps(body | {"ignore_eos": True})
+        order = json.loads(line)
+        text = json.dumps(order | {"temperature": 0, "stream": True, "ignore_eos": True})
         connection.request("POST", "/v1/completions", text, {"content-type": "application/json"})
         response = connection.getresponse()
         stamps = []
@@ -129,7 +133,7 @@ def answer_orders(url: str) -> None:
                 stamps.append(time.perf_counter())
         # The last event only says that it was the last; texts may share an event when they are
         # faster than the reader, tokens do not get lost.
-        print((stamps[-1] - stamps[0]) / (int(line) - 1), flush=True)
+        print((stamps[-1] - stamps[0]) / (order["max_tokens"] - 1), flush=True)
 
 
 if __name__ == "__main__":

@@ -109,8 +109,12 @@ class Job:
         self.num_new = 0
         self._events: deque[Event] = deque()
         self._loop = asyncio.get_running_loop()
-        self._wake = asyncio.Event()
-        self._is_over = asyncio.Event()  # nothing more is posted
+        # Of the event loop alone. A timer and a future, no tasks: each round of the loop takes
+        # Python away from the thread that computes.
+        self._bell: asyncio.Future[None] | None = None  # of who waits for events
+        self._gathering: asyncio.TimerHandle | None = None
+        self._is_due = False  # what was posted is to be read now
+        self._has_told = False
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -125,35 +129,50 @@ class Job:
         """From the computing thread; a failure from any. One wake-up serves all that was posted
         until it is heard."""
         self._events.append(event)
-        is_last = isinstance(event, (Done, Failed))
-        if len(self._events) == 1 or is_last:
+        is_urgent = not isinstance(event, Piece)  # an answer's end is not held back
+        if len(self._events) == 1 or is_urgent:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it who listened
-                self._loop.call_soon_threadsafe(self._hear, is_last)
+                self._loop.call_soon_threadsafe(self._hear, is_urgent)
 
-    def _hear(self, is_last: bool) -> None:
-        self._wake.set()
-        if is_last:
-            self._is_over.set()
+    def _hear(self, is_urgent: bool) -> None:
+        if is_urgent or not self._has_told:
+            self._ring()
+        elif self._gathering is None:
+            self._gathering = self._loop.call_later(_GATHER_S, self._ring)
+
+    def _ring(self, is_due: bool = True) -> None:
+        self._is_due |= is_due
+        if self._bell is not None and not self._bell.done():
+            self._bell.set_result(None)
 
     async def events(self, heartbeat_s: float) -> AsyncIterator[list[Event]]:
         """What was posted, in order, some at a time; an empty list where nothing came for so long.
         Ends behind Done or Failed."""
-        is_first = True
         while True:
-            while not self._events:
-                self._wake.clear()
-                if not self._events:  # a wake-up may come late, for what was read already
-                    try:
-                        await asyncio.wait_for(self._wake.wait(), heartbeat_s)
-                    except asyncio.TimeoutError:
-                        yield []
-            if not is_first and not self._is_over.is_set():
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(self._is_over.wait(), _GATHER_S)
-            is_first = False
+            await self._wait(heartbeat_s)
+            if not self._is_due:
+                yield []
+                continue
+            self._is_due, self._has_told = False, True
+            if self._gathering is not None:
+                self._gathering.cancel()
+                self._gathering = None
             found = []
             while self._events:
                 found.append(self._events.popleft())
-            yield found
-            if isinstance(found[-1], (Done, Failed)):
-                return
+            if found:  # a wake-up may come late, for what was read already
+                yield found
+                if isinstance(found[-1], (Done, Failed)):
+                    return
+
+    async def _wait(self, at_most_s: float) -> None:
+        """Until something is due, or so long."""
+        if self._is_due:
+            return
+        self._bell = self._loop.create_future()
+        timer = self._loop.call_later(at_most_s, self._ring, False)
+        try:
+            await self._bell
+        finally:
+            timer.cancel()
+            self._bell = None

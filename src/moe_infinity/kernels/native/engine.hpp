@@ -108,7 +108,7 @@ private:
     void look_back(const Latent &latent, uint32_t part, uint32_t parts, LatentWork &work) const;
 
     void run_group(const Call *calls, size_t count);
-    void prepare_call(const Call &call, Work &work);
+    void prepare_call(const Call &call, const Work *same, Work &work);
     void prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                  uint32_t cols);
     void prepare_grouped(Prepared &room, Format weights, Type type, const void *x, uint32_t cols);

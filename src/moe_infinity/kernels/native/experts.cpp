@@ -26,6 +26,12 @@ std::vector<Call> in_parts(const Call *calls, size_t count) {
     return all;
 }
 
+// Whether what one call's first product is made ready with serves the other's.
+bool share_tokens(const Call &a, const Call &b) {
+    return a.x == b.x && a.num_tokens == b.num_tokens && a.type == b.type &&
+           a.up.cols == b.up.cols && same_kind(a.up.format, b.up.format);
+}
+
 }  // namespace
 
 // What one call holds between its two products.
@@ -57,7 +63,8 @@ void Engine::run_group(const Call *calls, size_t count) {
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     rows_.resize(count);
     for (size_t i = 0; i < count; ++i) {
-        prepare_call(calls[i], *works_[i]);
+        const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
+        prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
         is_many = is_many || works_[i]->x.tokens.is_many;
         rows_[i] = calls[i].up.rows;
     }
@@ -73,9 +80,12 @@ void Engine::run_group(const Call *calls, size_t count) {
     });
 }
 
-// What the first product needs, and room for what comes after it.
-void Engine::prepare_call(const Call &call, Work &work) {
-    prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
+// What the first product needs, and room for what comes after it. same: who has these tokens ready.
+void Engine::prepare_call(const Call &call, const Work *same, Work &work) {
+    if (same)
+        work.x.tokens = same->x.tokens;
+    else
+        prepare(work.x, call.up.format, call.type, call.x, call.num_tokens, call.up.cols);
     work.gate_apart = call.has_gate && !same_kind(call.gate.format, call.up.format);
     if (work.gate_apart)
         prepare(work.x_gate, call.gate.format, call.type, call.x, call.num_tokens, call.gate.cols);
