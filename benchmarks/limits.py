@@ -136,8 +136,10 @@ def decode_figures(stats: Any) -> dict[str, float]:
 
 def provenance(argv: list[str] | None = None) -> dict[str, str]:
     """Command, commit, machine and date, for every result file."""
+    from moe_infinity.kernels.native import native
     from moe_infinity.machine import cpu_name, num_cores
 
+    kernels = native.instruction_sets()[-1] if native else "no compiled kernels"
     root = Path(__file__).resolve().parent.parent
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = ""
@@ -147,7 +149,7 @@ def provenance(argv: list[str] | None = None) -> dict[str, str]:
     return {
         "command": " ".join(_anonymous(word) for word in shown),
         "commit": commit,
-        "machine": f"{cpu_name()}, {num_cores()} cores",
+        "machine": f"{cpu_name()}, {num_cores()} cores, {kernels}",
         "date": time.strftime("%Y-%m-%d"),
     }
 

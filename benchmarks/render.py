@@ -111,6 +111,15 @@ _FORMS = {"f16": "16 bit", "q8": "8 bit", "q4": "4 bit"}
 
 def resident_table() -> str:
     """Everything in memory: prompts of some lengths, and decode behind them."""
+    return _resident_table("peers_resident", (32, 512, 2000))
+
+
+def avx2_table() -> str:
+    """The same where the processor has no AVX-512."""
+    return _resident_table("peers_avx2", (32, 512))
+
+
+def _resident_table(prefix: str, lengths: tuple[int, ...]) -> str:
     rows = [
         "| file | prompt | system | first token after | over llama.cpp | tokens/s then | "
         "over llama.cpp |",
@@ -118,8 +127,8 @@ def resident_table() -> str:
     ]
     notes = []
     for form, name in _FORMS.items():
-        for length in (32, 512, 2000):
-            result = load(f"peers_resident_{form}_{length}")
+        for length in lengths:
+            result = load(f"{prefix}_{form}_{length}")
             rows += [_resident_row(name, length, row) for row in result["rows"]]
             notes.append(_provenance(result))
     return "\n".join(rows) + "\n\n" + _folded(notes)
@@ -308,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gguf_families": gguf_families_note,
     "latent_depth": latent_depth_table,
     "resident": resident_table,
+    "avx2": avx2_table,
     "prefill": prefill_note,
     "formats": formats_table,
     "plan": plan_table,

@@ -49,14 +49,19 @@ def main() -> None:
 
 
 def measure(model: Path, trials: int, new_tokens: int) -> dict[str, Any]:
-    """Medians over trials; ratios pair by pair."""
+    """Medians over trials; ratios pair by pair. Either goes first in turn: experts of the prompt
+    are in memory then for the other."""
     from moe_infinity import MoE
 
     with MoE(model, max_context=1024) as moe, served(moe) as url, client(url) as ask:
         pairs = []
         for number in range(1 + trials):
             prompt = PROMPT.format(100 + number)
-            pairs.append((direct(moe, prompt, new_tokens), ask(prompt, new_tokens)))
+            if number % 2:
+                served_s, direct_s = ask(prompt, new_tokens), direct(moe, prompt, new_tokens)
+            else:
+                direct_s, served_s = direct(moe, prompt, new_tokens), ask(prompt, new_tokens)
+            pairs.append((direct_s, served_s))
         del pairs[0]  # to warm up
         return {
             "model": moe.path.name,

@@ -177,6 +177,44 @@ def test_experts_together_are_those_apart(kernel: native.Kernel) -> None:
         assert all(torch.equal(job.out, each) for job, each in zip(jobs, expected, strict=True))
 
 
+def test_experts_of_one_token_are_those_apart(kernel: native.Kernel) -> None:
+    """What is made ready for one of them serves others, where their formats agree."""
+    formats = ["Q8_0", "Q4_0", "BF16", "Q4_0", "EXACT12", "Q8_0", "F16", "Q4_0"]
+    for order in (formats, formats[::-1]):
+        x = (random(3, 160) * 20).bfloat16()
+        jobs = []
+        for seed, name in enumerate(order):
+            gate_up = [stored(random(96, 160, seed), name), stored(random(96, 160, 9), name)]
+            down = [stored(random(160, 96, seed), order[-1 - seed])]
+            views = Views(gate_up_proj=gate_up, down_proj=down)
+            jobs.append(Job(views, x, torch.empty_like(x)))
+        kernel.run(GATED, jobs)
+        for job in jobs:
+            assert torch.equal(job.out, kernel.forward(GATED, job.views, x))
+
+
+# Bytes of a group with its scale, its codes behind them, and bytes of the codes.
+EXTREMES = [
+    *(("Q8_0", b"\x00\x3c", bytes([code]) * 32) for code in (0x80, 0x7F)),
+    *(("Q4_0", b"\x00\x3c", bytes([code]) * 16) for code in (0x00, 0xFF)),
+    *(("Q5_0", b"\x00\x3c", bytes([code]) * 20) for code in (0x00, 0xFF)),
+    *(("MXFP4", b"\x7f", bytes([code]) * 16) for code in (0x77, 0xFF)),
+]
+
+
+@pytest.mark.parametrize(("number_format", "scale", "codes"), EXTREMES)
+def test_the_largest_products(
+    kernel: native.Kernel, number_format: str, scale: bytes, codes: bytes
+) -> None:
+    """Nothing is bounded on the way: all weights and all tokens are as large as they can be."""
+    rows, groups = 17, 37
+    data = np.frombuffer((scale + codes) * rows * groups, dtype=np.uint8).copy()
+    block = PackedMatrix(number_format, rows, groups * 32, torch.from_numpy(data))
+    for tokens, sign in itertools.product((1, 4, 9, 40), (1.0, -1.0)):
+        x = torch.full((tokens, groups * 32), sign)
+        close(product(kernel, block, x), x @ plain(block).T, number_format)
+
+
 def test_what_is_not_finite_shows(kernel: native.Kernel) -> None:
     for number_format, value in itertools.product(FORMATS, (float("nan"), float("inf"))):
         for tokens in (1, 10):

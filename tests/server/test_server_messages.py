@@ -168,6 +168,12 @@ def test_tokens_beyond_the_context_are_counted(claude: Anthropic, num_words: int
     assert num_words < count.input_tokens < 1.01 * num_words + 10
 
 
+def test_tokens_of_text_without_spaces_are_counted(claude: Anthropic) -> None:
+    messages = [{"role": "user", "content": "abcdefgh" * 2000}]
+    count = claude.messages.count_tokens(model="bundled", messages=messages)
+    assert 2000 < count.input_tokens < 16000
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -8,6 +8,9 @@ from openai import BadRequestError, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from moe_infinity.server.jobs import Ended
+from moe_infinity.server.parts import Arguments, Call
+from moe_infinity.server.responses import _OutputItems
 from support.serving import Local
 
 EVENTS: Any = TypeAdapter(ResponseStreamEvent)
@@ -203,3 +206,14 @@ def test_reasoning_is_an_item_of_its_own(local: Local, script: Any) -> None:
     )
     assert "".join(e["delta"] for e in found if e["type"] == "response.output_text.delta") == "Yes."
     assert [e["output_index"] for e in found if e["type"].endswith("item.added")] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"), [('{"city": "Rome"}', "completed"), ('{"city": "Ro', "incomplete")]
+)
+def test_a_call_is_complete_if_its_arguments_are(arguments: str, status: str) -> None:
+    items = _OutputItems()
+    items.add(Call(0, "call_1", "get_weather"))
+    items.add(Arguments(0, arguments))
+    items.finish_by(Ended(0, "length", 9))
+    assert items.items[0]["status"] == status

@@ -70,8 +70,7 @@ class Guard:
     def _check(self, scope: Scope, headers: Headers) -> None:
         self._check_host(headers.get("host", ""))
         self._check_origin(headers)
-        is_preflight = scope["method"] == "OPTIONS"
-        if self._keys and scope["path"] not in _OPEN_PATHS and not is_preflight:
+        if self._keys and scope["path"] not in _OPEN_PATHS:
             self._check_key(headers)
         declared = headers.get("content-length", "0")
         if not declared.isascii() or not declared.isdigit() or len(declared) > 18:

@@ -153,7 +153,7 @@ class Job:
             if not self._is_due:
                 yield []
                 continue
-            self._is_due, self._pause_ends_s = False, self._loop.time() + _PAUSE_S
+            self._is_due = False
             if self._gathering is not None:
                 self._gathering.cancel()
                 self._gathering = None
@@ -161,6 +161,7 @@ class Job:
             while self._events:
                 found.append(self._events.popleft())
             if found:  # a wake-up may come late, for what was read already
+                self._pause_ends_s = self._loop.time() + _PAUSE_S
                 yield found
                 if isinstance(found[-1], (Done, Failed)):
                     return
@@ -169,6 +170,7 @@ class Job:
         """Until something is due, or so long."""
         if self._is_due:
             return
+        assert self._bell is None, "somebody waits for these events already"
         self._bell = self._loop.create_future()
         timer = self._loop.call_later(at_most_s, self._ring, False)
         try:

@@ -101,7 +101,11 @@ class Counted:
                 self._metrics.answered(message["status"])
             await send(message)
 
-        await self._app(scope, receive, counting)
+        try:
+            await self._app(scope, receive, counting)
+        except Exception:
+            self._metrics.answered(500)  # further out, by who runs the application
+            raise
 
 
 class _CacheCollector(Collector):

@@ -70,7 +70,7 @@ class Prompts:
 
     def count(self, messages: list[dict[str, Any]], how: Rendering, param: str = "messages") -> int:
         """Tokens of the prompt that messages are. Of a text that is far too long they are counted
-        piece by piece, which may add one for each. Raises ApiError where the template refuses."""
+        piece by piece, which may add a few for each. Raises ApiError where the template refuses."""
         text, _ = self._written(messages, how, param)
         _require_encodable(text, param)
         return sum(map(self._count, _pieces(text, self._most_chars)))
@@ -139,7 +139,15 @@ class Prompts:
 
 
 def _pieces(text: str, most_chars: int) -> Iterator[str]:
-    return (text[at : at + most_chars] for at in range(0, len(text), most_chars))
+    """Cut in front of a space, where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + most_chars
+        if end < len(text):
+            space = text.rfind(" ", start + 1, end)
+            end = space if space > 0 else end
+        yield text[start:end]
+        start = end
 
 
 def _with_tools_told(

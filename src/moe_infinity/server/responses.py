@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -58,8 +59,11 @@ class _OutputItems(Blocks):
         self._is_cut = False
 
     def finish_by(self, end: Ended | None) -> list[Event]:
-        """The answer is over; what was open then may have been cut off."""
+        """The answer is over; what was open then may have been cut off. A call was not, if its
+        arguments are whole."""
         self._is_cut = end is not None and end.reason == "length"
+        if self._kind == "call" and self.items:
+            self._is_cut &= not _is_json(self.items[-1]["arguments"])
         return self.finish()
 
     def begin(self, part: Part) -> list[Event]:
@@ -208,6 +212,14 @@ def _shown(value: Any) -> Any:
         if hasattr(value, "model_dump")
         else value
     )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _part(kind: str) -> dict[str, Any]:

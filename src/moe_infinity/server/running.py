@@ -24,7 +24,7 @@ _HEADERS_S = 10.0  # that headers may take to arrive, and the rest of a body nob
 _STALLED_S = 60.0  # that a client may take nothing of what is sent to it
 _MAX_HEADER_BYTES = 64 * 1024
 _BACKLOG = 512
-_MAX_CONNECTIONS = 512  # beyond them a request is answered with 503, before files run out
+_MAX_CONNECTIONS = 512  # others are closed at once, before this process has no files left
 _LAST_WORDS_S = 1.0  # that clients get to hear of the end
 _ENDING_S, _ENDING_STEPS = 2.0, 40  # that tasks get when their connections are gone
 
@@ -75,7 +75,6 @@ def serve(service: Service, sock: socket.socket, on_start: Callable[[], None]) -
         server_header=False,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         backlog=_BACKLOG,
-        limit_concurrency=_MAX_CONNECTIONS,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
@@ -146,6 +145,9 @@ class _PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.abort()
+            return
         transport.set_write_buffer_limits(0)  # writing pauses as soon as anything has to wait
         self._watch(True)
 

@@ -107,7 +107,7 @@ struct Kernels {
     // The same for many tokens, summed in another order; null: there is nothing better. Formats
     // with a K go the floating way then, in bf16 where tokens are.
     Product floating_many, grouped_many;
-    bool has_q8_many;                // or q8_0 goes that way too
+    bool has_q8_many;                // grouped_many takes q8_0 too; false: that goes the floating way
     // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for what is
     // multiplied as int8. For many tokens always as for q8_0.
     void (*quantise)(Format weights, const float *x, size_t n, int8_t *q, float *scale,
