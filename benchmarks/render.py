@@ -116,7 +116,7 @@ def resident_table() -> str:
 
 def avx2_table() -> str:
     """The same where the processor has no AVX-512."""
-    return _resident_table("peers_avx2", (32, 512))
+    return _resident_table("peers_avx2", (512,))
 
 
 def _resident_table(prefix: str, lengths: tuple[int, ...]) -> str:

@@ -198,10 +198,11 @@ def test_what_cannot_be_recorded_is_launched_and_said(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refuse = raising(RuntimeError("operation not permitted when stream is capturing"))
-    by_device = outcome(tiny, NEVER, True, policy="next_use", device="simulated")
+    by_host = outcome(tiny, NEVER, False, policy="next_use", device="simulated")
     with opened(tiny, NEVER, True) as moe:
         whole_in_ram(moe)
         monkeypatch.setattr(moe.device, "capture", refuse)
         said = moe.generate(PROMPT, max_new_tokens=NUM_NEW, eos_token_id=None)
-        assert said[0].tolist() == by_device.tokens
+        assert said[0].tolist() == by_host.tokens
+        assert moe.stats().decode.directed_passes == NUM_NEW - 1
         assert any("was not recorded as a graph" in fault for fault in moe.stats().faults)
