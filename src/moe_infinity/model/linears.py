@@ -118,5 +118,5 @@ class _Linear:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return False
-        few = 0 < x.numel() <= native.MOST_TOKENS * self._cols
+        few = 0 < x.numel() <= self._kernel.most_linear_tokens * self._cols
         return bool(few and weight.data_ptr() == self._address)
