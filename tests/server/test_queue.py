@@ -109,3 +109,17 @@ class TestTooMuch:
         progress = [json.loads(f[6:])["prompt_progress"] for f in frames if "prompt_progress" in f]
         assert progress[0].keys() == {"total", "cached", "processed", "time_ms"}
         assert progress[0]["total"] == 8 and first.result().status == 200
+
+
+def test_who_comes_to_an_idle_server_does_not_wait(moe: MoE, monkeypatch: Any) -> None:
+    """Nor is counted as waiting, before the computing thread has seen it: one runs, one waits."""
+    with running(lambda: Local(moe, max_waiting=1)) as local:
+        said = Script(moe, *["one two"] * 2)
+        monkeypatch.setattr(moe, "generate", said.generate)
+        with local.worker._changed:  # nobody is taken meanwhile
+            futures = []
+            pool = ThreadPoolExecutor(2)
+            for _ in range(2):
+                futures.append(pool.submit(ask, local))
+        assert [future.result().status for future in futures] == [200, 200]
+        pool.shutdown()

@@ -111,7 +111,9 @@ class Guard:
         if not any([hmac.compare_digest(raw, key) for key in self._keys]):
             message = "a wrong API key" if given else "no API key"
             raise ApiError(
-                401, f"got {message}, expected the server's, as 'Authorization: Bearer KEY'",
+                401,
+                f"got {message}, expected the server's, as 'Authorization: Bearer KEY' or "
+                f"'x-api-key: KEY'",
                 None, "invalid_api_key",
             )  # fmt: skip
 

@@ -61,7 +61,8 @@ class Worker:
         with self._changed:
             if self._is_closing:
                 raise _closing()
-            if len(self._queue) >= self.max_waiting:
+            # One that is about to be taken does not wait.
+            if len(self._queue) >= self.max_waiting + (self.running is None):
                 wait_s = round(max(1.0, min(600.0, self._mean_s * len(self._queue))))
                 raise ApiError(
                     429,
