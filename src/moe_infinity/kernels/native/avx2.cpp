@@ -15,7 +15,6 @@ namespace moe {
 namespace avx2 {
 
 #include "elementwise.inc"
-#include "decode.inc"
 #include "avx2.inc"
 #include "avx2_panels.inc"
 
@@ -23,9 +22,9 @@ namespace avx2 {
 
 const Kernels *avx2_kernels() {
     using namespace avx2;
-    static const Kernels kernels = {"avx2", false, floating, grouped, super, floating_many, grouped_many, false,
-                                    quantise, activate, round_to, widen, narrow, normalise,
-                                    exponentiate, mix};
+    static const Kernels kernels = {"avx2", false, floating, grouped, super, floating_many,
+                                    grouped_many, false, quantise, activate, round_to, widen, narrow,
+                                    normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("f16c");
     return has ? &kernels : nullptr;
