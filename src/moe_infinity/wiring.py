@@ -27,6 +27,7 @@ from moe_infinity.model.packed_linears import run_packed
 from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, RoutingRule, lossy_rules
 from moe_infinity.model.taps import Step, StepTap
+from moe_infinity.model.whole_pass import WholePass, speed_up_passes
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.reporting import Routing
@@ -77,9 +78,10 @@ class Wiring:
         if isinstance(hierarchy, VramHierarchy) and len(hierarchy.memory.devices) > 1:
             self._runtime.elsewhere = self._elsewhere(hierarchy.memory.devices, maths, config)
         layers = self._attach(modules, maths)
-        self._chain = None
+        self._whole: WholePass | None = None
         if type(routing) is KeepRouting:
-            self._chain = speed_up_blocks(model, self.kernel, layers, modules)
+            blocks = speed_up_blocks(model, self.kernel, layers, modules)
+            self._whole = speed_up_passes(model, self.kernel, blocks, hierarchy)
         residency, predictor = hierarchy.residency, hierarchy.runner.planner.predictor
         self._wishes = wishes_of(residency.policy, predictor)
         self._wish = predictor.foresight
@@ -142,8 +144,8 @@ class Wiring:
         if self._device is not None:
             self._device.finish()
         self._threads.end()
-        if self._chain is not None:
-            self._chain.forget()
+        if self._whole is not None:
+            self._whole.forget()
         self.request.finish(counters, time.perf_counter())
 
     def close(self) -> None:

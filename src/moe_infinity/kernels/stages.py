@@ -22,12 +22,19 @@ _SECONDS, _NUM_WORDS = 22, 23
 
 
 class Stages:
-    """Memory of some stages. Whoever gives addresses keeps what lies there alive."""
+    """Memory of some stages. Whoever gives addresses keeps what lies there alive.
 
-    def __init__(self, num_stages: int, num_experts: int) -> None:
+    rows: [num_stages + 1, H] what goes into the first and comes out of each.
+    """
+
+    def __init__(self, rows: torch.Tensor, num_experts: int) -> None:
+        num_stages = len(rows) - 1
         self._words = np.zeros((num_stages, _NUM_WORDS), dtype=np.uint64)
         self._calls = np.zeros((num_stages, num_experts, _CALL_BYTES), dtype=np.uint8)
         self._blocks: dict[int, NDArray[np.uint8]] = {}
+        row_bytes = rows.stride(0) * rows.element_size()
+        at = rows.data_ptr() + row_bytes * np.arange(len(rows), dtype=np.uint64)
+        self._words[:, _X], self._words[:, _OUT] = at[:-1], at[1:]
 
     def describe(
         self,
@@ -54,32 +61,30 @@ class Stages:
         """How to compute an expert on one token."""
         self._calls[stage, expert] = np.frombuffer(call, dtype=np.uint8)
 
-    def remember(self, stage: int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+    def remember(self, stage: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Where the block's keys and values lie, [num_kv_heads, room, head_dim]."""
-        at = (keys.data_ptr(), values.data_ptr(), keys.shape[-2], position)
-        self._words[stage, _KEYS : _POSITION + 1] = at
+        at = (keys.data_ptr(), values.data_ptr(), keys.shape[-2])
+        self._words[stage, _KEYS:_POSITION] = at
 
-    def run(
-        self,
-        kernel: Kernel,
-        first: int,
-        x: torch.Tensor,
-        positions: tuple[torch.Tensor, torch.Tensor],
-        outs: torch.Tensor,
-    ) -> int:
-        """One token x [H] through len(outs) stages, each into its row of outs [n, H]; positions:
-        cosines and sines. Returns how many were run whole; the next one, if it is not the last,
-        up to the choice of its experts."""
-        words = self._words[first : first + len(outs)]
-        at, row_bytes = outs.data_ptr(), outs.stride(0) * outs.element_size()
-        rows = at + row_bytes * np.arange(len(outs), dtype=np.uint64)
-        words[0, _X], words[1:, _X], words[:, _OUT] = x.data_ptr(), rows[:-1], rows
-        words[:, _COS], words[:, _SIN] = (each.data_ptr() for each in positions)
+    def begin(self, positions: tuple[torch.Tensor, torch.Tensor], position: int) -> None:
+        """Of a token, cosines and sines, and how many there are before it."""
+        self._words[:, _COS : _SIN + 1] = [each.data_ptr() for each in positions]
+        self._words[:, _POSITION] = position
+
+    def run(self, kernel: Kernel, first: int) -> int:
+        """The token, in its row, through the stages from ``first`` on. Returns how many were run
+        whole; the next one, if there is one, was run up to the choice of its experts."""
+        words = self._words[first:]
         start = time.perf_counter()
-        done = kernel.run_ahead(words.ctypes.data, len(outs))
+        done = kernel.run_ahead(words.ctypes.data, len(words))
         kernel.dense_s += time.perf_counter() - start - self.experts_s(first, done)
         return done
 
-    def experts_s(self, first: int, count: int = 1) -> float:
+    def experts_s(self, first: int, count: int) -> float:
         """Seconds that the experts of these stages took when they were run last."""
         return float(self._words[first : first + count, _SECONDS].view(np.float64).sum())
+
+    def each_experts_s(self, first: int, count: int) -> list[float]:
+        """By stage."""
+        found: list[float] = self._words[first : first + count, _SECONDS].view(np.float64).tolist()
+        return found

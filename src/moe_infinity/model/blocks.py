@@ -9,28 +9,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
+from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.block_kind import recognise
-from moe_infinity.model.chain import Chain, Member, Reached
 from moe_infinity.model.experts import ExpertsLayer
 from moe_infinity.model.found_block import Found
 from moe_infinity.model.kv_cache import one_row_layer
 from moe_infinity.model.routers import block_around
+from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey
 
 
 def speed_up_blocks(
     model: Any, kernel: ExpertKernel, layers: Sequence[ExpertsLayer], modules: Sequence[nn.Module]
-) -> Chain | None:
-    """Let a compiled kernel do the blocks around these experts that it can do. Returns the chain
-    of those that can be run ahead."""
+) -> list[CompiledBlock]:
+    """Let a compiled kernel do the blocks around these experts that it can do; returns those."""
     if not isinstance(kernel, native.Kernel):
-        return None
+        return []
     names = {id(module): name for name, module in model.named_modules()}
     compiled = []
     for layer, module in zip(layers, modules, strict=True):
@@ -42,153 +44,140 @@ def speed_up_blocks(
         if router is None or len(router.weight) == layer.num_experts:
             compiled.append(CompiledBlock(kernel, found, layer))
             block.forward = compiled[-1].forward
-    return _chain_of(kernel, [block for block in compiled if block.has_router])
-
-
-def _chain_of(kernel: native.Kernel, blocks: Sequence[CompiledBlock]) -> Chain | None:
-    if len(blocks) < 2:
-        return None
-    hierarchy = blocks[0].experts.hierarchy
-    if hierarchy.known is None:
-        return None
-    chain = Chain(kernel, [block.as_member() for block in blocks], hierarchy, hierarchy.known)
-    for place, block in enumerate(blocks):
-        block.join(chain, place)
-    return chain
+    return compiled
 
 
 class CompiledBlock:
-    """One block, for as long as its parts are those it had."""
+    """One block, for as long as its parts are those it had.
+
+    Of the token that was computed last: h and normed [1, H], what its router chose, and what the
+    chosen experts said, outs [K, H].
+    """
 
     def __init__(self, kernel: native.Kernel, found: Found, experts: ExpertsLayer) -> None:
+        self.found = found
         self.experts = experts
         self._kernel = kernel
-        self._found = found
         self._stock: Callable[..., torch.Tensor] = found.block.forward
-        self._packed = found.spec.pack()
+        self.packed = found.spec.pack()
         norm = found.spec.before.weight
         self._dtype, self._hidden_size = norm.dtype, norm.numel()
-        self._h = torch.empty(1, self._hidden_size, dtype=self._dtype)
-        self._normed = torch.empty_like(self._h)
+        self.h = torch.empty(1, self._hidden_size, dtype=self._dtype)
+        self.normed = torch.empty_like(self.h)
         router = found.spec.router
         top_k = router.top_k if router else 0
-        self._choice = Choice(experts.num_experts, top_k)
-        self._outs = torch.empty(top_k, self._hidden_size, dtype=self._dtype)
-        self._chain: Chain | None = None
-        self._place = 0  # in the chain
+        self.choice = Choice(experts.num_experts, top_k)
+        self.outs = torch.empty(top_k, self._hidden_size, dtype=self._dtype)
         self.has_router = router is not None
+        self.rounds = router is not None and router.rounds
+        # Who wants to know how experts are computed: [E] of whom that is known, and where to.
+        self._notes: tuple[NDArray[np.uint8], Stages, int] | None = None
         self.num_calls = 0  # that the compiled code took
 
-    def as_member(self) -> Member:
-        router = self._found.spec.router
-        return Member(
-            self.experts.layer,
-            self._found.layer_index,
-            self.experts.num_experts,
-            self._packed,
-            self._choice,
-            (self._h, self._normed, self._outs),
-            router is not None and router.rounds,
-        )
+    @property
+    def layer_index(self) -> int:
+        """Of its keys and values in the cache."""
+        return self.found.layer_index
 
-    def join(self, chain: Chain, place: int) -> None:
-        self._chain, self._place = chain, place
+    def note_to(self, stages: Stages, stage: int, known: NDArray[np.uint8]) -> None:
+        """Tell from now on how experts are computed that are not among ``known`` [E]."""
+        self._notes = (known, stages, stage)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, 1, H] -> [1, 1, H] where the call is of the usual kind too, else as it was."""
-        index, caches = self._found.layer_index, kwargs.get("past_key_values")
+        index, caches = self.found.layer_index, kwargs.get("past_key_values")
         cache = one_row_layer(caches, index, self._dtype)
         if args or cache is None or not self._fits(hidden_states, kwargs):
-            if self._chain is not None and hidden_states.numel() == self._hidden_size:
-                self._chain.left(self._place)
             return self._stock(hidden_states, *args, **kwargs)
-        reached = Reached.NOTHING
-        if self._chain is not None:
-            reached = self._chain.reach(self._place, hidden_states, kwargs)
         place = cache.extend(1, cache.keys, cache.values)
         self.num_calls += 1
-        if self._found.spec.router is None:
-            return self._around(hidden_states, kwargs, place)
-        if reached is Reached.NOTHING:
-            self._attend(hidden_states, kwargs, place, self._normed)
-        out = self._finish(hidden_states, reached is Reached.WHOLE)
-        if self._chain is not None:
-            self._chain.returned(self._place, out, kwargs)
+        turns = kwargs["position_embeddings"]
+        if not self.has_router:
+            return self._around(hidden_states, turns, place)
+        self.attend(hidden_states, turns, place, self.normed)
+        out = torch.empty_like(hidden_states, memory_format=torch.contiguous_format)
+        self.finish(out)
         return out
 
     def _around(
-        self, x: torch.Tensor, kwargs: dict[str, Any], place: tuple[torch.Tensor, torch.Tensor, int]
-    ) -> torch.Tensor:
-        """A block whose experts the model's own module asks. It may keep what it is shown."""
-        normed = torch.empty_like(self._normed)
-        self._attend(x, kwargs, place, normed)
-        mlp: torch.Tensor = self._found.mlp(normed[None])
-        return self._h + mlp
-
-    def _attend(
         self,
         x: torch.Tensor,
-        kwargs: dict[str, Any],
+        turns: tuple[torch.Tensor, torch.Tensor],
+        place: tuple[torch.Tensor, torch.Tensor, int],
+    ) -> torch.Tensor:
+        """A block whose experts the model's own module asks. It may keep what it is shown."""
+        normed = torch.empty_like(self.normed)
+        self.attend(x, turns, place, normed)
+        mlp: torch.Tensor = self.found.mlp(normed[None])
+        return self.h + mlp
+
+    def attend(
+        self,
+        x: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
         place: tuple[torch.Tensor, torch.Tensor, int],
         normed: torch.Tensor,
     ) -> None:
-        """Up to the choice of experts: self._h, normed and self._choice."""
+        """Up to the choice of experts for x [1, 1, H]: h, normed and the choice. turns: cosines
+        and sines; place: the memory of all keys and all values, and where the token's own go."""
         keys, values, position = place
         x = x.contiguous()
-        positions = kwargs["position_embeddings"]
-        token = pack_token(x, positions, (keys, values), position, self._h, normed, self._choice)
-        self._kernel.attend(self._packed, token)
+        token = pack_token(x, turns, (keys, values), position, self.h, normed, self.choice)
+        self._kernel.attend(self.packed, token)
 
-    def _finish(self, x: torch.Tensor, is_done: bool) -> torch.Tensor:
-        """Tell the cache which experts were chosen; ask them, unless that is done, and add up."""
-        router, chain = self._found.spec.router, self._chain
-        assert router is not None, "who has no router is asked otherwise"
-        if is_done and chain is not None:
-            event = self.experts.told_later(*(each.copy() for each in self._choice.seen))
-            if event is None:
-                self._ask_experts(self._normed, chain.experts_s(self._place))
-            else:
-                chain.tell_later(self._place, event)
-            return chain.output(self._place)
-        self._ask_experts(self._normed)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        weights = self._choice.weights
-        self._kernel.sum(pack_sum(self._outs, weights, router.rounds, self._h, out))
-        return out
+    def finish(self, out: torch.Tensor) -> None:
+        """Ask the chosen experts, and put the block's result into out [1, 1, H]."""
+        self._ask_experts(self.normed)
+        self._kernel.sum(pack_sum(self.outs, self.choice.weights, self.rounds, self.h, out))
 
-    def _ask_experts(self, x: torch.Tensor, spent_s: float | None = None) -> None:
-        """What each chosen expert says to x [1, H], to self._outs. spent_s: it is there already,
-        and took so long."""
-        experts, kernel, outs = self.experts, self._kernel, self._outs
-        ids, weights = (each.copy() for each in self._choice.seen)  # events outlive the call
+    def told(self) -> Event:
+        """The event of a token whose experts were asked already."""
+        return self.experts.told(*self._chosen())
+
+    def _chosen(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Events outlive the call."""
+        ids, weights = self.choice.seen
+        return ids.copy(), weights.copy()
+
+    def _ask_experts(self, x: torch.Tensor) -> None:
+        """What each chosen expert says to x [1, H], to self.outs."""
+        experts, kernel, outs = self.experts, self._kernel, self.outs
+        ids, weights = self._chosen()
         places = {expert: place for place, expert in enumerate(ids[0].tolist())}
-        spent = None if spent_s is None else iter((spent_s,))  # told once, however often asked
-        if spent is None:
-            outs.zero_()  # a miss rule may leave some out
+        outs.zero_()  # a miss rule may leave some out
 
-        def compute(keys: list[ExpertKey], views: list[Views]) -> float | None:
-            if spent is not None:
-                return next(spent, 0.0)
+        def compute(keys: list[ExpertKey], views: list[Views]) -> None:
             kernel.run_token(experts.math, views, x, outs, [places[k.expert] for k in keys])
-            self._note(keys, views, x)
-            return None
+            if self._notes is not None:
+                self._note(keys, views, x, *self._notes)
 
-        experts.run_token(x, ids, weights, self._choice.logits, compute, outs)
+        experts.run_token(x, ids, weights, self.choice.logits, compute, outs)
 
-    def _note(self, keys: list[ExpertKey], views: list[Views], x: torch.Tensor) -> None:
+    def _note(
+        self,
+        keys: list[ExpertKey],
+        views: list[Views],
+        x: torch.Tensor,
+        known: NDArray[np.uint8],
+        stages: Stages,
+        stage: int,
+    ) -> None:
         for key, each in zip(keys, views, strict=True):
-            if self._chain is None or self._chain.is_noted(self._place, key.expert):
+            if known[key.expert]:
                 continue
             call = self._kernel.call_on_token(self.experts.math, each, x)
             if call is not None:
-                self._chain.note(self._place, key.expert, call)
+                stages.note(stage, key.expert, call)
+                known[key.expert] = 1
 
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if x.numel() != self._hidden_size or x.dtype is not self._dtype or not x.is_cpu:
             return False
         if kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
             return False
-        cos, sin = kwargs["position_embeddings"]
-        if cos.dtype is not self._dtype or not (cos.is_contiguous() and sin.is_contiguous()):
-            return False
-        return self._found.is_unchanged()
+        return self.can_turn(kwargs["position_embeddings"]) and self.found.is_unchanged()
+
+    def can_turn(self, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether cosines and sines are as the compiled code reads them."""
+        cos, sin = turns
+        return cos.dtype is self._dtype and cos.is_contiguous() and sin.is_contiguous()

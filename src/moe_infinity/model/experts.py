@@ -111,11 +111,17 @@ class ExpertsLayer:
         self._runtime.recorder.record(event)
         self._run(event, compute, seen, (x, out), lambda: _places_by_expert(ids, ids >= 0))
 
-    def told_later(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event | None:
-        """The event of one token whose experts were asked already; None where somebody wants to
-        see more of it."""
+    @property
+    def is_observed(self) -> bool:
+        """Whether somebody wants to see more of an event than ``told`` is given."""
+        observer = self._runtime.observer
+        return observer is not None and observer.sees_routers
+
+    def told(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event:
+        """The event of one token whose experts were asked already; its router chose ids and weights
+        [1, K]."""
         if self._runtime.observer is not None:
-            return None
+            self._runtime.observer.note_token(self.layer, ids, weights)
         event = self._event(ids, weights, _FIRST_ROW, LONE, Seen())
         self._runtime.recorder.record(event)
         return event

@@ -127,9 +127,18 @@ class Observer:
         if self._taps is not None:
             self._taps.show(layer, x, logits)
             return self.see(layer, 0, ids, weights, LONE)
+        self.note_token(layer, ids, weights)
+        return _NOTHING
+
+    @property
+    def sees_routers(self) -> bool:
+        """Whether somebody wants more of an event than its experts and their weights."""
+        return self._taps is not None
+
+    def note_token(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        """Record what was chosen [1, K] for one token, where that is all anybody wants."""
         if self.trace is not None:
             self.trace.record_token(layer, ids, weights)
-        return _NOTHING
 
     def see(
         self,

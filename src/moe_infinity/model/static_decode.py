@@ -18,14 +18,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moe_infinity.devices.base import Device
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
+from moe_infinity.model.lone_token import by_name, is_lone_token
 from moe_infinity.model.standing import stand_before
 
 _log = logging.getLogger(__name__)
 _SHORTEST = 256  # keys attended to at least
 _ATTENTION = "sdpa"
 _MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
-_HARMLESS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
 class StaticDecode:
@@ -58,23 +57,15 @@ class StaticDecode:
 
     def can(self, kwargs: dict[str, Any]) -> bool:
         """Whether a call is a pass of one token that can go this way."""
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if ids is None or ids.shape != (1, 1) or cache is None:
+        if not is_lone_token(kwargs):
             return False
-        if any(kwargs[name] is not None for name in kwargs.keys() - _KNOWN - _HARMLESS):
-            return False
+        cache = kwargs["past_key_values"]
         layers = getattr(cache, "layers", ())
-        length, turn = cache.get_seq_length(), kwargs.get("position_ids")
-        if turn is not None and turn.shape != (1, 1):
-            return False
-        mask = kwargs.get("attention_mask")
-        is_plain = mask is None or (mask.dim() == 2 and mask.shape[1] == length + 1)
         begun = all(type(each) is PreallocatedLayer and each.has_begun for each in layers)
-        return bool(layers) and begun and is_plain and 0 < length < self._max_context
+        return bool(layers) and begun and 0 < cache.get_seq_length() < self._max_context
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and "input_ids" not in kwargs:
-            kwargs["input_ids"], args = args[0], args[1:]
+        args = by_name(args, kwargs)
         if args or not self.can(kwargs) or self._is_masked(kwargs):
             return self._stock(*args, **kwargs)
         cache = kwargs["past_key_values"]

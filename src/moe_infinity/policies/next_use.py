@@ -33,10 +33,11 @@ class Policy(CachePolicy):
 
     def __init__(self, shape: ExpertShape, num_slots: int, seed: int = 0) -> None:
         super().__init__(shape, num_slots, seed)
-        self._uses = np.zeros((2, *self.grid))  # [fast/slow, L, E]
-        self._passes = np.zeros((2, shape.num_layers, 1))  # [fast/slow, L, 1]
+        # Passes decay as uses do: they are counted behind them, as one more expert's.
+        self._counts = np.zeros((2, shape.num_layers, shape.num_experts + 1))  # [fast/slow, L, E+1]
+        self._uses, self._passes = self._counts[..., :-1], self._counts[..., -1:]
         self._cycles = np.full(self.grid, 1.0 / MIN_P)
-        self._decay = np.array([FAST, SLOW])
+        self._decay = np.array([FAST, SLOW])[:, None]
         self._floor = base_floor(shape)
         # By layer: events that no score was asked for yet; to learn from several costs less.
         self._unseen: list[list[NDArray[np.int64]]] = [[] for _ in range(shape.num_layers)]
@@ -48,11 +49,14 @@ class Policy(CachePolicy):
             self._learn(event.layer)
 
     def _learn(self, row: int) -> None:
-        for experts in self._unseen[row]:
-            self._uses[:, row] *= self._decay[:, None]
-            self._passes[:, row] *= self._decay[:, None]
-            self._uses[:, row, experts] += 1
-            self._passes[:, row] += 1
+        counts, unseen = self._counts[:, row], self._unseen[row]
+        used = np.zeros((len(unseen), counts.shape[1]))
+        for number, experts in enumerate(unseen):
+            used[number, experts] = 1
+        used[:, -1] = 1
+        for each in used:
+            counts *= self._decay
+            counts += each
         self._unseen[row].clear()
         base = np.minimum(np.maximum(self._uses[1, row] / self._passes[1, row], self._floor), 1.0)
         p = (self._uses[0, row] + BASE_WEIGHT * base) / (self._passes[0, row] + BASE_WEIGHT)

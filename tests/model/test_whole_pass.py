@@ -1,4 +1,4 @@
-"""Blocks run ahead of the model's calls: nothing that anybody sees may depend on it."""
+"""Passes without the library's own way through the model: nobody may see a difference."""
 
 import copy
 import gc
@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from moe_infinity import MoE
+from moe_infinity.cache.base import Hierarchy
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import CancelledError, PlanExceededError
 from moe_infinity.kernels import native
 from moe_infinity.kernels.stages import Stages
-from moe_infinity.model.chain import Chain, Reached
-from moe_infinity.model.experts import ExpertsLayer
-from support.checkpoints import tiny_checkpoint
-from support.families import tiny_input_ids
+from moe_infinity.model.whole_pass import WholePass
+from support.checkpoints import edit_config, tiny_checkpoint
+from support.families import family, save_tiny, tiny_input_ids
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
 NUM_NEW = 12
@@ -27,7 +28,7 @@ NUM_NEW = 12
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("chain")
+    folder = tmp_path_factory.mktemp("whole")
     return tiny_checkpoint(folder, torch.bfloat16, max_position_embeddings=512)
 
 
@@ -47,8 +48,8 @@ def ran_whole(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def never(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Call it, and nothing is run ahead any more."""
-    return lambda: monkeypatch.setattr(Chain, "reach", lambda *args: Reached.NOTHING)
+    """Call it, and every pass goes the library's way."""
+    return lambda: monkeypatch.setattr(WholePass, "_can", lambda *args: False)
 
 
 def opened(path: Path, **options: Any) -> MoE:
@@ -122,10 +123,8 @@ def test_told_together_or_one_by_one_is_the_same(
     together = run()
     assert sum(told) > 0
     assert slots is not None or max(told) == 3, "all layers of a pass at once"
-    told.clear()
-    monkeypatch.setattr(ExpertsLayer, "told_later", lambda *args: None)
+    monkeypatch.setattr(RamHierarchy, "run_hits", Hierarchy.run_hits)
     assert run() == together
-    assert not told
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -305,3 +304,181 @@ def test_predictors_are_asked_in_time(small: Path, ran_whole: list[int]) -> None
     with opened(small, ram_slots=6, prefetch="gate_lookahead") as moe:
         logits(moe)
     assert not ran_whole
+
+
+def num_whole(moe: MoE) -> int:
+    whole = moe._wiring._whole
+    return 0 if whole is None else whole.num_passes
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mixtral"])
+def test_families(name: str, tmp_path: Path, never: Callable[[], None]) -> None:
+    save_tiny(family(name), tmp_path, torch.bfloat16)
+    with opened(tmp_path) as moe:
+        found = logits(moe)
+        assert num_whole(moe) == NUM_NEW - 1, "all but the one that is watched"
+        assert torch.equal(logits(moe), found)
+        assert num_whole(moe) == 2 * NUM_NEW - 1
+    never()
+    with opened(tmp_path) as moe:
+        assert torch.equal(logits(moe), found)
+        assert num_whole(moe) == 0
+
+
+def test_blocks_without_experts_are_called_in_between(
+    tmp_path: Path, never: Callable[[], None]
+) -> None:
+    tiny_checkpoint(tmp_path, torch.bfloat16, num_hidden_layers=5, mlp_only_layers=[0, 2])
+    with opened(tmp_path) as moe:
+        found = logits(moe)
+        assert num_whole(moe) == NUM_NEW - 1
+    never()
+    with opened(tmp_path) as moe:
+        assert torch.equal(logits(moe), found)
+
+
+@pytest.mark.parametrize("change", [{"logits_scaling": 3.0}, {"embedding_multiplier": 3.0}, {}])
+def test_whoever_does_more_goes_the_librarys_way(change: dict[str, float], tmp_path: Path) -> None:
+    save_tiny(family("granitemoeshared"), tmp_path, torch.bfloat16)
+    edit_config(tmp_path, **{"logits_scaling": 1.0, "embedding_multiplier": 1.0} | change)
+    with opened(tmp_path) as moe:
+        logits(moe)
+        assert num_whole(moe) == (0 if change else NUM_NEW - 1)
+
+
+@pytest.mark.parametrize(
+    "part", ["model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"]
+)
+def test_parts_around_the_blocks_stay_the_models_own(
+    small: Path, part: str, never: Callable[[], None]
+) -> None:
+    """Hooks of theirs are heard, in mid-conversation too."""
+
+    def louder(module: Any, args: Any, out: Any) -> Any:
+        return tuple(2 * each for each in out) if isinstance(out, tuple) else 2 * out
+
+    def run() -> torch.Tensor:
+        with opened(small) as moe:
+
+            def before(step: int, cache: Any) -> Any:
+                if step == 5:
+                    moe.model.get_submodule(part).register_forward_hook(louder)
+                return cache
+
+            return logits(moe, before=before)
+
+    found = run()
+    with opened(small) as moe:
+        assert not torch.equal(logits(moe), found)
+    never()
+    assert torch.equal(run(), found)
+
+
+def _watch_decoder(model: Any) -> None:
+    model.model.register_forward_hook(_louder_states)
+
+
+def _louder_states(module: Any, args: Any, out: Any) -> Any:
+    out.last_hidden_state = 2 * out.last_hidden_state
+    return out
+
+
+def _replace_decoders_forward(model: Any) -> None:
+    stock = model.model.forward
+    model.model.forward = lambda *args, **kwargs: _louder_states(None, args, stock(*args, **kwargs))
+
+
+def _skip_a_block(model: Any) -> None:
+    model.model.layers[1].forward = lambda x, *args, **kwargs: x
+
+
+def _exchange_a_block(model: Any) -> None:
+    model.model.layers[1] = nn.Identity()
+    model.model.layers[1].forward = lambda x, *args, **kwargs: x
+
+
+def _leave_out_the_last(model: Any) -> None:
+    model.config.num_hidden_layers -= 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _watch_decoder,
+        _replace_decoders_forward,
+        _skip_a_block,
+        _exchange_a_block,
+        _leave_out_the_last,
+    ],
+)
+def test_what_is_passed_over_is_looked_at(
+    small: Path, change: Callable[[Any], None], never: Callable[[], None]
+) -> None:
+    def run() -> torch.Tensor:
+        with opened(small) as moe:
+
+            def before(step: int, cache: Any) -> Any:
+                if step == 5:
+                    change(moe.model)
+                return cache
+
+            found = logits(moe, before=before)
+            assert num_whole(moe) in (0, 4)
+            return found
+
+    found = run()
+    with opened(small) as moe:
+        assert not torch.equal(logits(moe), found)
+    never()
+    assert torch.equal(run(), found)
+
+
+def test_whoever_asks_for_more_is_given_it(small: Path) -> None:
+    with opened(small) as moe, torch.inference_mode():
+        cache = moe.new_cache()
+        moe(tiny_input_ids(rows=1, length=5), past_key_values=cache)
+        token = torch.tensor([[7]])
+        for _ in range(3):
+            moe(token, past_key_values=cache)
+        assert num_whole(moe) == 2
+        said = moe(token, past_key_values=cache, output_hidden_states=True)
+        assert len(said.hidden_states) == 1 + len(moe.model.model.layers)
+        said = moe(token, past_key_values=cache, output_router_logits=True)
+        assert len(said.router_logits) == len(moe.residency())
+        assert isinstance(moe(token, past_key_values=cache, return_dict=False), tuple)
+        assert num_whole(moe) == 2
+
+
+def test_padding_is_masked(small: Path, never: Callable[[], None]) -> None:
+    ids = tiny_input_ids(rows=1, length=9)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+
+    def run() -> list[int]:
+        with opened(small) as moe:
+            moe.generate(ids, max_new_tokens=4)  # the way is known before
+            return moe.generate(ids, attention_mask=mask, max_new_tokens=8)[0].tolist()
+
+    found = run()
+    never()
+    assert run() == found
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_positions_may_be_given(small: Path, named: bool, never: Callable[[], None]) -> None:
+    """Another position than the cache's length, and without a word where the library counts."""
+
+    def run() -> torch.Tensor:
+        said = []
+        with opened(small) as moe, torch.inference_mode():
+            cache = moe.new_cache()
+            moe(tiny_input_ids(rows=1, length=5), past_key_values=cache)
+            for step in range(8):
+                turn = {"position_ids": torch.tensor([[5 + 3 * step]])} if named else {}
+                said.append(moe(torch.tensor([[7]]), past_key_values=cache, **turn).logits[0])
+            assert num_whole(moe) in (0, 7)
+        return torch.cat(said)
+
+    found = run()
+    never()
+    assert torch.equal(run(), found)

@@ -1,0 +1,133 @@
+"""Compiled blocks that follow one another, run in one call.
+
+Between two blocks Python takes 0.1 ms, for the weights that stream by push what it needs out of
+the processor's caches. So the compiled code goes on from block to block as far as the experts that
+their routers choose are in memory. Where one is missing, that block's experts are asked as ever,
+and it goes on behind them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_infinity.cache.base import Hierarchy
+from moe_infinity.kernels.native import Kernel
+from moe_infinity.kernels.stages import Stages
+from moe_infinity.model.blocks import CompiledBlock
+from moe_infinity.model.kv_cache import one_row_layer
+
+_Memory = tuple[torch.Tensor, torch.Tensor]  # of all keys and all values of a layer
+
+
+class Place(NamedTuple):
+    """Of one token in the keys and values that each block of a stretch has."""
+
+    memory: list[_Memory]
+    position: int
+
+
+class Stretch:
+    """Blocks of the usual kind, in the order in which the model calls them.
+
+    One after the other, or all at once: the same numbers, and the same events in the same order.
+    """
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        blocks: Sequence[CompiledBlock],
+        hierarchy: Hierarchy,
+        known: NDArray[np.uint8],
+    ) -> None:
+        """blocks: that have routers; known: the hierarchy's, [L, E]."""
+        self.blocks = blocks
+        self._kernel = kernel
+        self._hierarchy = hierarchy
+        self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
+        self._stages = Stages(self._rows.flatten(1), known.shape[1])
+        self._memory: list[_Memory] | None = None  # that the stages were told of last
+        for stage, block in enumerate(blocks):
+            of_layer = known[block.experts.layer, : block.experts.num_experts]
+            results = (block.h, block.normed, block.outs)
+            self._stages.describe(
+                stage, block.packed, block.choice, results, block.rounds, of_layer
+            )
+            block.note_to(self._stages, stage, of_layer)
+
+    def forget(self) -> None:
+        """Hold on to no cache: they are large."""
+        self._memory = None
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether somebody wants to see more than what can be told of together."""
+        return any(block.experts.is_observed for block in self.blocks)
+
+    def fits(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether compiled code reads such a token [1, 1, H], and such cosines and sines."""
+        first = self.blocks[0]
+        is_it = x.dtype is first.h.dtype and x.numel() == first.h.numel() and x.is_cpu
+        return is_it and first.can_turn(turns)
+
+    def place_in(self, cache: Any) -> Place | None:
+        """Where the next token's keys and values go; None where compiled code cannot write there,
+        or a layer holds another number of tokens. Changes nothing."""
+        memory, positions = [], set()
+        for block in self.blocks:
+            layer = one_row_layer(cache, block.layer_index, block.h.dtype)
+            place = None if layer is None else layer.next_place()
+            if place is None:
+                return None
+            memory.append(place[:2])
+            positions.add(place[2])
+        return Place(memory, positions.pop()) if len(positions) == 1 else None
+
+    def run(
+        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], cache: Any, place: Place
+    ) -> torch.Tensor:
+        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines."""
+        self._rows[0] = x
+        self._remember(place.memory)
+        self._stages.begin(turns, place.position)
+        at = 0
+        while at < len(self.blocks):
+            done = self._run_ahead(at)
+            at += done or 0
+            if at < len(self.blocks):
+                self._run_one(at, turns, place, is_chosen=done is not None)
+                at += 1
+        for block in self.blocks:
+            cache.layers[block.layer_index].keep(place.position + 1)
+            block.num_calls += 1
+        return self._rows[-1].clone()
+
+    def _remember(self, memory: list[_Memory]) -> None:
+        last = self._memory
+        for stage, (keys, values) in enumerate(memory):
+            if last is None or last[stage][0] is not keys or last[stage][1] is not values:
+                self._stages.remember(stage, keys, values)
+        self._memory = memory
+
+    def _run_ahead(self, first: int) -> int | None:
+        """How many blocks were run whole; None if nothing was, not even a choice of experts: who
+        looks ahead wants to load while experts are computed."""
+        if not self._hierarchy.is_quiet():
+            return None
+        done = self._stages.run(self._kernel, first)
+        if done:
+            events = [block.told() for block in self.blocks[first : first + done]]
+            self._hierarchy.run_hits(events, self._stages.each_experts_s(first, done))
+        return done
+
+    def _run_one(
+        self, at: int, turns: tuple[torch.Tensor, torch.Tensor], place: Place, is_chosen: bool
+    ) -> None:
+        block = self.blocks[at]
+        if not is_chosen:
+            block.attend(self._rows[at], turns, (*place.memory[at], place.position), block.normed)
+        block.finish(self._rows[at + 1])

@@ -1,0 +1,277 @@
+"""A token's pass from its embedding to its logits, without the library's own way through the model.
+
+What most models do around their blocks is this: embed a token, make cosines and sines of its
+position, run the blocks one after the other, norm, and multiply by the head. The library takes as
+long for it as small blocks take themselves. So one pass that goes its way is watched: where each
+block was shown what the one before returned, and all bits around them are those that embedding,
+rotary positions, norm and head give when they are asked alone, later passes ask them alone. They
+stay the model's own modules; only what calls them is passed over, and only as long as nothing about
+it is exchanged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moe_infinity.cache.base import Hierarchy
+from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.kernels.native import Kernel
+from moe_infinity.model.blocks import CompiledBlock
+from moe_infinity.model.found_block import Watch
+from moe_infinity.model.lone_token import by_name, is_lone_token
+from moe_infinity.model.standing import stand_before
+from moe_infinity.model.stretch import Place, Stretch
+
+# What a block is told that is another thing at every token.
+_CHANGING = {"position_ids", "past_key_values", "position_embeddings"}
+_PLAIN = (type(None), bool, int, float, str)  # so there is no mask
+
+
+class _Trust(Enum):
+    """What is known of the way the library goes through the model."""
+
+    UNKNOWN = 0
+    SAME = 1  # as here
+    OTHER = 2
+
+
+class _Around(NamedTuple):
+    """A model's parts beside its blocks."""
+
+    decoder: Any
+    embed: Any
+    rotary: Any
+    norm: Any
+    head: Any
+
+
+class _Call(NamedTuple):
+    """Of a block, as the library made it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+
+def speed_up_passes(
+    model: Any, kernel: ExpertKernel, compiled: Sequence[CompiledBlock], hierarchy: Hierarchy
+) -> WholePass | None:
+    """Let passes of one token go from block to block without the library, where they can."""
+    around = _around_in(model)
+    blocks = list(getattr(around.decoder, "layers", ())) if around else []
+    known = hierarchy.known
+    if around is None or known is None or not isinstance(kernel, Kernel):
+        return None
+    by_block = {id(each.found.block): each for each in compiled if each.has_router}
+    if not any(id(block) in by_block for block in blocks):
+        return None
+    steps: list[nn.Module | Stretch] = []
+    run: list[CompiledBlock] = []
+    for block in blocks:
+        if id(block) in by_block:
+            run.append(by_block[id(block)])
+            continue
+        if run:
+            steps.append(Stretch(kernel, run, hierarchy, known))
+        steps.append(block)
+        run = []
+    if run:
+        steps.append(Stretch(kernel, run, hierarchy, known))
+    return WholePass(model, around, blocks, steps)
+
+
+def _around_in(model: Any) -> _Around | None:
+    if model.config.is_encoder_decoder:
+        return None
+    decoder = model.get_decoder()
+    parts = (
+        model.get_input_embeddings(),
+        getattr(decoder, "rotary_emb", None),
+        getattr(decoder, "norm", None),
+        model.get_output_embeddings(),
+    )
+    are_modules = all(isinstance(part, nn.Module) for part in (decoder, *parts))
+    return _Around(decoder, *parts) if are_modules and decoder is not model else None
+
+
+class WholePass:
+    """Stands before a model's ``forward``; what it does not know goes the library's way."""
+
+    def __init__(
+        self,
+        model: Any,
+        around: _Around,
+        blocks: Sequence[nn.Module],
+        steps: Sequence[nn.Module | Stretch],
+    ) -> None:
+        """steps: the blocks in their order, or stretches of them."""
+        self.num_passes = 0  # that went this way
+        self._model = model
+        self._around = around
+        self._blocks = blocks
+        self._steps = steps
+        self._stretches = [step for step in steps if isinstance(step, Stretch)]
+        # By whether the library finds positions itself.
+        self._trust = {True: _Trust.UNKNOWN, False: _Trust.UNKNOWN}
+        self._watch = self._new_watch()
+        self._settings: dict[str, Any] = {}  # what blocks are told, the same for every token
+        self._kind: type = dict
+        self._stock = stand_before(model, self.forward)
+
+    def forget(self) -> None:
+        """A request is over: hold on to no cache."""
+        for stretch in self._stretches:
+            stretch.forget()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        args = by_name(args, kwargs)
+        trust = self._trust[kwargs.get("position_ids") is None]
+        if args or trust is _Trust.OTHER or not self._can(kwargs):
+            return self._stock(*args, **kwargs)
+        if not self._watch.is_unchanged():
+            return self._stock(**kwargs)
+        if trust is _Trust.UNKNOWN:
+            return self._compare(kwargs)
+        said = self._run(kwargs)
+        return self._stock(**kwargs) if said is None else said
+
+    def _can(self, kwargs: dict[str, Any]) -> bool:
+        if not is_lone_token(kwargs) or kwargs.get("return_dict") is False:
+            return False
+        if kwargs.get("use_cache") is False or torch.is_grad_enabled():
+            return False
+        if any(stretch.is_observed for stretch in self._stretches):
+            return False
+        mask = kwargs.get("attention_mask")
+        return mask is None or bool(mask.all())  # padding is the library's to mask
+
+    def _run(self, kwargs: dict[str, Any]) -> Any:
+        """The model's output; None, and nothing was done, where a token cannot go this way."""
+        cache = kwargs["past_key_values"]
+        places = [stretch.place_in(cache) for stretch in self._stretches]
+        if None in places:
+            return None
+        x, turn, turns = self._begin(kwargs, cache.get_seq_length())
+        if not self._stretches[0].fits(x, turns):
+            return None
+        x = self._through(x, turn, turns, cache, iter(places))
+        self.num_passes += 1
+        logits = self._around.head(self._around.norm(x))
+        return self._kind(logits=logits, past_key_values=cache)
+
+    def _begin(
+        self, kwargs: dict[str, Any], length: int
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """The embedding [1, 1, H] of a token behind ``length`` others, its position [1, 1], and
+        cosines and sines of that."""
+        turn = kwargs.get("position_ids")
+        if turn is None:
+            turn = torch.tensor([[length]])
+        x = self._around.embed(kwargs["input_ids"])
+        return x, turn, self._around.rotary(x, turn)
+
+    def _through(
+        self,
+        x: torch.Tensor,
+        turn: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        cache: Any,
+        places: Iterator[Place | None],
+    ) -> torch.Tensor:
+        told = {"position_ids": turn, "past_key_values": cache, "position_embeddings": turns}
+        for step in self._steps:
+            if isinstance(step, Stretch):
+                place = next(places)
+                assert place is not None, "asked for before"
+                x = step.run(x, turns, cache, place)
+            else:
+                x = step(x, **self._settings, **told)
+        return x
+
+    def _compare(self, kwargs: dict[str, Any]) -> Any:
+        """A pass that goes the library's way, and whether it does what this one would."""
+        with _watched(self._blocks) as calls:
+            said = self._stock(**kwargs)
+        is_same = self._would_say(said, calls, kwargs)
+        self._trust[kwargs.get("position_ids") is None] = _Trust.SAME if is_same else _Trust.OTHER
+        if is_same:
+            first = calls[0].kwargs
+            self._settings = {name: first[name] for name in first.keys() - _CHANGING}
+            self._kind = type(said)
+        return said
+
+    def _would_say(self, said: Any, calls: list[_Call], kwargs: dict[str, Any]) -> bool:
+        if len(calls) != len(self._blocks) or not _are_alike(calls):
+            return False
+        values = dict(said) if isinstance(said, dict) else {}
+        if values.keys() != {"logits", "past_key_values"}:
+            return False
+        cache, first = kwargs["past_key_values"], calls[0]
+        length = cache.get_seq_length() - 1  # as it was
+        x, turn, turns = self._begin(kwargs, length)
+        asked = self._around.head(self._around.norm(calls[-1].out))
+        return (
+            values["past_key_values"] is first.kwargs["past_key_values"] is cache
+            and torch.equal(x, first.args[0])
+            and torch.equal(turn, first.kwargs["position_ids"])
+            and all(map(torch.equal, turns, first.kwargs["position_embeddings"]))
+            and torch.equal(asked, values["logits"])
+        )
+
+    def _new_watch(self) -> Watch:
+        """Over everything that is passed over, and the values that say how the library goes."""
+        compiled = [block for stretch in self._stretches for block in stretch.blocks]
+        bypassed = [self._around.decoder, self._around.decoder.layers]
+        for block in compiled:
+            bypassed += [block.found.block, *block.found.bypassed]
+        configs = (self._model.config, self._model.config.get_text_config())
+        settings = {id(each): each.__dict__ for each in configs}
+        values = [
+            (each, name)
+            for each in settings.values()
+            for name, value in each.items()
+            if isinstance(value, _PLAIN)
+        ]
+        values += [value for block in compiled for value in block.found.values]
+        return Watch(bypassed, [self._model], values)
+
+
+def _are_alike(calls: list[_Call]) -> bool:
+    """Whether each block is shown what the one before returned, and all are told the same."""
+    first = calls[0].kwargs
+    if not first.keys() >= _CHANGING or first["position_ids"] is None:
+        return False
+    if first.get("attention_mask") is not None or not isinstance(
+        first["position_embeddings"], tuple
+    ):
+        return False
+    if not all(isinstance(first[name], _PLAIN) for name in first.keys() - _CHANGING):
+        return False
+    is_one_thing = all(len(call.args) == 1 for call in calls) and all(
+        call.kwargs.keys() == first.keys() and all(call.kwargs[n] is first[n] for n in first)
+        for call in calls
+    )
+    return is_one_thing and all(one.out is other.args[0] for one, other in pairwise(calls))
+
+
+@contextlib.contextmanager
+def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
+    """Calls of blocks, in their order."""
+    calls: list[_Call] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        calls.append(_Call(args, kwargs, out))
+
+    handles = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
