@@ -11,6 +11,7 @@ import torch.nn.modules.module as module_hooks
 from torch import nn
 
 from moe_infinity.kernels.blocks import BlockSpec
+from moe_infinity.kernels.native import native
 from moe_infinity.model.routers import has_foreign
 
 _ATTENTION = "_attn_implementation_internal"  # in a config: which function attends
@@ -55,9 +56,9 @@ class Watch:
         self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
 
     def is_unchanged(self) -> bool:
-        now = map(dict.get, self._registries, self._names)  # in C: this is asked at every call
-        return (
-            all(map(is_, now, self._parts))
+        assert native is not None, "who has no compiled code passes over nothing"
+        return bool(
+            native.are_kept(self._registries, self._names, self._parts)
             and all(map(is_, map(_FORWARD, self._kinds), self._functions))
             and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
             and not (any(self._hooks) and any(map(has_foreign, self._hooks)))

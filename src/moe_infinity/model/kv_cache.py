@@ -40,12 +40,50 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     """
 
     _layer_type = None
+    _keys: Any
+    _values: Any
+    _kept: int | None = None  # tokens, where views of them are not made yet
 
     def __init__(self, max_context: int) -> None:
         super().__init__()
         self._max_context = max_context
         self._room: tuple[torch.Tensor, torch.Tensor] | None = None
         self.fixed: FixedPlace | None = None  # where the pass that runs puts its one token
+
+    @property
+    def keys(self) -> Any:
+        """[rows, heads, length, head_dim]; None before anything was written."""
+        self._make_views()
+        return self._keys
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor | None) -> None:
+        self._make_views()
+        self._keys = keys
+
+    @property
+    def values(self) -> Any:
+        """As keys."""
+        self._make_views()
+        return self._values
+
+    @values.setter
+    def values(self, values: torch.Tensor | None) -> None:
+        self._make_views()
+        self._values = values
+
+    def _make_views(self) -> None:
+        """Passes that write to the memory themselves need none: they only say how much is there."""
+        if self._kept is None:
+            return
+        assert self._room is not None, "nothing was ever written"
+        (keys, values), length = self._room, self._kept
+        self._keys, self._values = keys.narrow(-2, 0, length), values.narrow(-2, 0, length)
+        self._kept = None
+
+    def get_seq_length(self) -> int:
+        length: int = super().get_seq_length() if self._kept is None else self._kept
+        return length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -84,19 +122,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
     def has_begun(self) -> bool:
         """Whether its memory is there, and holds one row."""
         room = self._room
-        return (
-            room is not None
-            and room[0].shape[0] == 1
-            and self.keys.data_ptr() == room[0].data_ptr()  # else they were put in another order
-        )
+        return room is not None and room[0].shape[0] == 1 and self._is_in(room)
 
     def keep(self, length: int) -> None:
         """The memory holds ``length`` tokens, whatever was said before: passes with a fixed place
         have filled it so far, or later ones are forgotten."""
-        if self._room is None:
-            return  # nothing was ever written
-        keys, values = self._room
-        self.keys, self.values = keys.narrow(-2, 0, length), values.narrow(-2, 0, length)
+        if self._room is not None:  # else nothing was ever written
+            self._kept = length
 
     def _update_in_place(
         self, fixed: FixedPlace, key_states: torch.Tensor, value_states: torch.Tensor
@@ -113,9 +145,20 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         room, start = self._room, self.get_seq_length()
         if room is None or start == 0 or start >= self._max_context:
             return None
-        if self.keys.data_ptr() != room[0].data_ptr() or self.keys.shape[0] != room[0].shape[0]:
-            return None
-        return *room, start
+        return (*room, start) if self._is_in(room) else None
+
+    def is_one_row_of(self, dtype: torch.dtype) -> bool:
+        """Whether it holds keys [1, heads, length, head_dim] of this dtype."""
+        keys = self._keys if self._kept is None or self._room is None else self._room[0]
+        return bool(keys.dim() == 4 and keys.shape[0] == 1 and keys.dtype is dtype)
+
+    def _is_in(self, room: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether keys and values are views of it; some put them in another order, copied."""
+        if self._kept is not None:
+            return True
+        keys, memory = self._keys, room[0]
+        is_it = keys.data_ptr() == memory.data_ptr() and keys.shape[0] == memory.shape[0]
+        return bool(is_it)
 
     def _own(
         self, key_states: torch.Tensor, value_states: torch.Tensor
@@ -125,7 +168,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         if self._room is None or self._room[0].shape[0] != rows:
             self._room = (self._allocate(key_states), self._allocate(value_states))
         length = self.get_seq_length()
-        if length and self.keys.data_ptr() != self._room[0].data_ptr():
+        if length and not self._is_in(self._room):
             self._room[0][..., :length, :] = self.keys
             self._room[1][..., :length, :] = self.values
         return self._room
@@ -147,8 +190,7 @@ def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLay
     layer = layers[index] if index < len(layers) else None
     if type(layer) is not PreallocatedLayer or not layer.is_initialized:
         return None
-    is_one_row = layer.keys.dim() == 4 and layer.keys.shape[0] == 1
-    return layer if is_one_row and layer.keys.dtype is dtype else None
+    return layer if layer.is_one_row_of(dtype) else None
 
 
 # MiniMax takes only a cache class of its own. Jamba's pass over several tokens starts from an empty

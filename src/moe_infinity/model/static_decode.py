@@ -18,13 +18,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moe_infinity.devices.base import Device
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
-from moe_infinity.model.lone_token import by_name, is_lone_token
+from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
 from moe_infinity.model.standing import stand_before
 
 _log = logging.getLogger(__name__)
 _SHORTEST = 256  # keys attended to at least
 _ATTENTION = "sdpa"
-_MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
 
 
 class StaticDecode:
@@ -148,10 +147,6 @@ class StaticDecode:
 def is_static(config: Any) -> bool:
     """Whether a model's decode of one token can go this way: attention to everything before, by
     torch's own function, with positions that mean the same in every context."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = rope.values() if any(isinstance(v, dict) for v in rope.values()) else [rope]
-    moving = any(isinstance(v, dict) and v.get("rope_type") in _MOVING_ROPE for v in kinds)
-    return (
-        not config.is_encoder_decoder and config._attn_implementation == _ATTENTION and not moving
-    )
+    is_sdpa = config._attn_implementation == _ATTENTION
+    is_moving = has_moving_rope(config.get_text_config())
+    return not config.is_encoder_decoder and is_sdpa and not is_moving

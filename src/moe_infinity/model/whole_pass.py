@@ -25,12 +25,13 @@ from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.found_block import Watch
-from moe_infinity.model.lone_token import by_name, is_lone_token
+from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
 
 # What a block is told that is another thing at every token.
 _CHANGING = {"position_ids", "past_key_values", "position_embeddings"}
+_TURNS_AT_ONCE = 256
 _PLAIN = (type(None), bool, int, float, str)  # so there is no mask
 
 
@@ -50,6 +51,28 @@ class _Around(NamedTuple):
     rotary: Any
     norm: Any
     head: Any
+
+
+class _Turns:
+    """Cosines and sines of positions, made by the model's own module for many at a time."""
+
+    def __init__(self, rotary: Any, is_moving: bool) -> None:
+        """is_moving: they depend on the context too."""
+        self._rotary = rotary
+        self._most = 1 if is_moving else _TURNS_AT_ONCE
+        self.bypassed: list[nn.Module] = [] if is_moving else list(rotary.modules())
+        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._start = 0
+
+    def of(self, x: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of a position [1, 1], each [1, 1, rotary_dim], in the dtype of x."""
+        at = int(position) - self._start
+        if self._made is None or not 0 <= at < self._most or self._made[0].dtype is not x.dtype:
+            self._start, at = int(position), 0
+            places = torch.arange(self._start, self._start + self._most)
+            self._made = self._rotary(x, places[None])
+        cos, sin = self._made
+        return cos[:, at : at + 1], sin[:, at : at + 1]
 
 
 class _Call(NamedTuple):
@@ -115,6 +138,7 @@ class WholePass:
         self.num_passes = 0  # that went this way
         self._model = model
         self._around = around
+        self._turns = _Turns(around.rotary, has_moving_rope(model.config.get_text_config()))
         self._blocks = blocks
         self._steps = steps
         self._stretches = [step for step in steps if isinstance(step, Stretch)]
@@ -175,7 +199,7 @@ class WholePass:
         if turn is None:
             turn = torch.tensor([[length]])
         x = self._around.embed(kwargs["input_ids"])
-        return x, turn, self._around.rotary(x, turn)
+        return x, turn, self._turns.of(x, turn)
 
     def _through(
         self,
@@ -228,7 +252,8 @@ class WholePass:
     def _new_watch(self) -> Watch:
         """Over everything that is passed over, and the values that say how the library goes."""
         compiled = [block for stretch in self._stretches for block in stretch.blocks]
-        bypassed = [self._around.decoder, self._around.decoder.layers]
+        rotary = self._turns.bypassed
+        bypassed = [self._around.decoder, self._around.decoder.layers, *rotary]
         for block in compiled:
             bypassed += [block.found.block, *block.found.bypassed]
         configs = (self._model.config, self._model.config.get_text_config())
@@ -239,6 +264,7 @@ class WholePass:
             for name, value in each.items()
             if isinstance(value, _PLAIN)
         ]
+        values += [(each._buffers, name) for each in rotary for name in each._buffers]
         values += [value for block in compiled for value in block.found.values]
         return Watch(bypassed, [self._model], values)
 

@@ -189,6 +189,27 @@ PyObject *run_ahead(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return PyLong_FromSize_t(done);
 }
 
+// Asked at every token of hundreds of values: what Python takes for each adds up.
+PyObject *are_kept(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arguments(count, 3, "are_kept(dictionaries, names, values)")) return nullptr;
+    for (Py_ssize_t i = 0; i < 3; ++i) {
+        if (PyTuple_Check(args[i]) && PyTuple_GET_SIZE(args[i]) == PyTuple_GET_SIZE(args[0])) continue;
+        PyErr_SetString(PyExc_TypeError, "are_kept: expected three tuples of one length");
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
+        PyObject *dictionary = PyTuple_GET_ITEM(args[0], i);
+        if (!PyDict_Check(dictionary)) {
+            PyErr_SetString(PyExc_TypeError, "are_kept: expected dictionaries");
+            return nullptr;
+        }
+        PyObject *now = PyDict_GetItemWithError(dictionary, PyTuple_GET_ITEM(args[1], i));
+        if (!now && PyErr_Occurred()) return nullptr;
+        if ((now ? now : Py_None) != PyTuple_GET_ITEM(args[2], i)) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
+}
+
 template <class Function>
 PyCFunction as_function(Function f) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(f));
@@ -208,6 +229,9 @@ PyMethodDef methods[] = {
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,
      "run_ahead(engine, stages, count): an address, see block.hpp; how many were run whole."},
+    {"are_kept", as_function(are_kept), METH_FASTCALL,
+     "are_kept(dictionaries, names, values): whether each holds that very object under its name;"
+     " None: or nothing."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,
