@@ -69,10 +69,10 @@ def test_ways_out_of_a_miss(link: Any, setting: Any) -> None:
     way_out_s, fixed_s = link.link_costs.way_out_s, 1e-4
     assert way_out_s(setting, [3, 0, 1], "copy", fixed_s) == pytest.approx(4e-3)
     assert way_out_s(setting, [3, 0, 1], "cpu", fixed_s) == pytest.approx(2 * 1e-4 + 4 * 5e-4)
-    # Of three, two beside one that is copied: 1.1 ms; it tries without for 8 passes, then with.
+    # Of three, two beside one that is copied: 1.1 ms; it tries without for 16 passes, then with.
     window = 8 * setting.num_layers
-    both = way_out_s(setting, [3] * 2 * window, "auto", fixed_s)
-    assert both == pytest.approx(window * 3e-3 + window * 1.1e-3)
+    both = way_out_s(setting, [3] * 3 * window, "auto", fixed_s)
+    assert both == pytest.approx(2 * window * 3e-3 + window * 1.1e-3)
 
 
 def test_carrier_counts_what_the_replay_counts(link: Any, source: Any) -> None:

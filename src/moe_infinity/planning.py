@@ -22,7 +22,7 @@ from moe_infinity.device_plan import (
 from moe_infinity.errors import BudgetError
 from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
-from moe_infinity.model.kv_cache import KvShape
+from moe_infinity.model.kv_shape import KvShape
 from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.workspace import visit_bytes, workspace_bytes
 from moe_infinity.plan import Plan

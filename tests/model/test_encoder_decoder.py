@@ -9,7 +9,7 @@ import transformers
 
 from moe_infinity import MoE, engine
 from moe_infinity.errors import PlanExceededError
-from moe_infinity.model.kv_cache import KvShape
+from moe_infinity.model.kv_shape import KvShape
 from moe_infinity.model.skeleton import build_meta
 from moe_infinity.model.taps import Step, StepTap
 from support.encoder_decoder import (

@@ -1,10 +1,10 @@
 """What of a request's body is wrong is said by name; what is right arrives unchanged."""
 
 import json
-import time
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from moe_infinity.server.bodies import Model, read
 from moe_infinity.server.chat_bodies import ChatBody, CompletionBody, Tools
@@ -124,9 +124,10 @@ def test_numbers_that_json_has_not(literal: bytes) -> None:
     ],
 )  # fmt: skip
 def test_a_million_wrong_values_cost_no_more_than_one(model: type[Model], raw: bytes) -> None:
-    before_s = time.process_time()
-    assert len(refusal(model, raw).message) < 500
-    assert time.process_time() - before_s < 2
+    found = refusal(model, raw)
+    assert len(found.message) < 500
+    assert isinstance(found.__cause__, ValidationError)
+    assert found.__cause__.error_count() < 50, "of one value, by the types it may be of"
 
 
 def test_nested_blocks_cost_no_more_than_others() -> None:
@@ -134,9 +135,7 @@ def test_nested_blocks_cost_no_more_than_others() -> None:
     inner: Any = [{"type": "text", "text": 5}]
     for _ in range(60):
         inner = [{"type": "tool_result", "content": inner}]
-    before_s = time.process_time()
     refusal(MessagesBody, {"max_tokens": 1, "messages": [{"role": "user", "content": inner}]})
-    assert time.process_time() - before_s < 2
 
 
 def test_unknown_fields_are_let_in() -> None:

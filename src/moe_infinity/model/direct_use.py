@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_infinity.model.kv_cache import layers_after_one_token
+from moe_infinity.model.kv_shape import layers_after_one_token
 
 
 def weights_read_directly(meta: Any) -> set[str] | None:

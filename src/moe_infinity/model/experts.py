@@ -113,9 +113,9 @@ class ExpertsLayer:
 
     @property
     def is_observed(self) -> bool:
-        """Whether somebody wants to see more of an event than ``told`` is given."""
+        """Whether somebody wants to see more of this pass's events than ``told`` is given."""
         observer = self._runtime.observer
-        return observer is not None and observer.sees_routers
+        return observer is not None and observer.wants_routers
 
     def told(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event:
         """The event of one token whose experts were asked already; its router chose ids and weights

@@ -61,7 +61,7 @@ class Watch:
             native.are_kept(self._registries, self._names, self._parts)
             and all(map(is_, map(_FORWARD, self._kinds), self._functions))
             and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
-            and not (any(self._hooks) and any(map(has_foreign, self._hooks)))
+            and not any(map(has_foreign, filter(None, self._hooks)))
         )
 
 

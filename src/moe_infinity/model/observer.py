@@ -124,16 +124,18 @@ class Observer:
     ) -> Seen:
         """A router ran without its module: on x [1, H] it said logits [1, E] and chose ids and
         weights [1, K]."""
-        if self._taps is not None:
+        if self._taps is not None and self.wants_routers:
             self._taps.show(layer, x, logits)
             return self.see(layer, 0, ids, weights, LONE)
         self.note_token(layer, ids, weights)
         return _NOTHING
 
     @property
-    def sees_routers(self) -> bool:
-        """Whether somebody wants more of an event than its experts and their weights."""
-        return self._taps is not None
+    def wants_routers(self) -> bool:
+        """Whether somebody wants more of this pass's events than experts and their weights."""
+        if self._taps is None:
+            return False
+        return self.wishes.router_logits or self.wishes.router_input or bool(self._awaited())
 
     def note_token(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
         """Record what was chosen [1, K] for one token, where that is all anybody wants."""

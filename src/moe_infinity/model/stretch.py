@@ -63,11 +63,6 @@ class Stretch:
         """Hold on to no cache: they are large."""
         self._memory = None
 
-    @property
-    def is_observed(self) -> bool:
-        """Whether somebody wants to see more than what can be told of together."""
-        return any(block.experts.is_observed for block in self.blocks)
-
     def fits(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Whether compiled code reads such a token [1, 1, H], and such cosines and sines."""
         first = self.blocks[0]
@@ -115,8 +110,8 @@ class Stretch:
 
     def _run_ahead(self, first: int) -> int | None:
         """How many blocks were run whole; None if nothing was, not even a choice of experts: who
-        looks ahead wants to load while experts are computed."""
-        if not self._hierarchy.is_quiet():
+        looks ahead wants to load while experts are computed, and some want to see routers."""
+        if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
             return None
         done = self._stages.run(self._kernel, first)
         if done:

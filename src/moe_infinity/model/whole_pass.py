@@ -28,10 +28,10 @@ from moe_infinity.model.found_block import Watch
 from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
+from moe_infinity.model.turns import Turns
 
 # What a block is told that is another thing at every token.
 _CHANGING = {"position_ids", "past_key_values", "position_embeddings"}
-_TURNS_AT_ONCE = 256
 _PLAIN = (type(None), bool, int, float, str)  # so there is no mask
 
 
@@ -51,28 +51,6 @@ class _Around(NamedTuple):
     rotary: Any
     norm: Any
     head: Any
-
-
-class _Turns:
-    """Cosines and sines of positions, made by the model's own module for many at a time."""
-
-    def __init__(self, rotary: Any, is_moving: bool) -> None:
-        """is_moving: they depend on the context too."""
-        self._rotary = rotary
-        self._most = 1 if is_moving else _TURNS_AT_ONCE
-        self.bypassed: list[nn.Module] = [] if is_moving else list(rotary.modules())
-        self._made: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._start = 0
-
-    def of(self, x: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a position [1, 1], each [1, 1, rotary_dim], in the dtype of x."""
-        at = int(position) - self._start
-        if self._made is None or not 0 <= at < self._most or self._made[0].dtype is not x.dtype:
-            self._start, at = int(position), 0
-            places = torch.arange(self._start, self._start + self._most)
-            self._made = self._rotary(x, places[None])
-        cos, sin = self._made
-        return cos[:, at : at + 1], sin[:, at : at + 1]
 
 
 class _Call(NamedTuple):
@@ -138,7 +116,7 @@ class WholePass:
         self.num_passes = 0  # that went this way
         self._model = model
         self._around = around
-        self._turns = _Turns(around.rotary, has_moving_rope(model.config.get_text_config()))
+        self._turns = Turns(around.rotary, has_moving_rope(model.config.get_text_config()))
         self._blocks = blocks
         self._steps = steps
         self._stretches = [step for step in steps if isinstance(step, Stretch)]
@@ -170,8 +148,6 @@ class WholePass:
         if not is_lone_token(kwargs) or kwargs.get("return_dict") is False:
             return False
         if kwargs.get("use_cache") is False or torch.is_grad_enabled():
-            return False
-        if any(stretch.is_observed for stretch in self._stretches):
             return False
         mask = kwargs.get("attention_mask")
         return mask is None or bool(mask.all())  # padding is the library's to mask

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from dataclasses import dataclass, field
 
 _MEMORY = 0.02  # weight of the newest guess in the running share of right ones: about 50 guesses
+_TURNS = 2
+_LEAST_PATIENCE = 4
 _PRIOR = 0.5
 
 
@@ -39,8 +42,11 @@ class PaysMeter:
     """Finds out whether looking ahead makes decode faster here: first without it, then with it.
 
     Its own time, and the processor that reads take from products, differ from machine to machine
-    and from model to model; what counts is the time between events with it and without. The way
-    that was slower is tried again for one ``window`` of events in ``retry``.
+    and from model to model; what counts is the time between events with it and without. What is
+    asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn, and
+    judged by as many. The first window tells nothing: the cache is empty then. The way that was
+    slower is tried again for one ``window`` of events, after a few, and each time that it is slower
+    again after twice as many, up to ``retry``.
     """
 
     window: int
@@ -49,7 +55,12 @@ class PaysMeter:
     _num_events: int = 0
     _spent_s: float = 0.0
     _num_windows: int = 0
-    _costs: dict[bool, float] = field(default_factory=dict)  # seconds per event
+    _best: bool = False
+    _patience: int = _LEAST_PATIENCE  # windows until the other way is tried again
+    _waited: int = 0
+    _costs: dict[bool, deque[float]] = field(  # seconds per event of the last windows
+        default_factory=lambda: {way: deque(maxlen=_TURNS) for way in (False, True)}
+    )
 
     def spend(self, wall_s: float, num_events: int = 1) -> None:
         """Some events, from the end of the one before: seconds passed."""
@@ -57,13 +68,27 @@ class PaysMeter:
         self._spent_s += wall_s
         if self._num_events < self.window:
             return
-        self._costs[self.is_on] = self._spent_s / self._num_events
+        cost_s = self._spent_s / self._num_events
         self._num_events, self._spent_s = 0, 0.0
         self._num_windows += 1
-        if len(self._costs) < 2 or self._num_windows % self.retry == 0:
+        if self._num_windows == 1:
+            return
+        self._costs[self.is_on].append(cost_s)
+        if len(self._costs[not self.is_on]) < _TURNS:
             self.is_on = not self.is_on
-        else:
-            self.is_on = self._costs[True] <= self._costs[False]
+            return
+        without_s, with_s = (statistics.mean(self._costs[way]) for way in (False, True))
+        self._choose(with_s <= without_s)
+
+    def _choose(self, best: bool) -> None:
+        was_trial = self.is_on != self._best
+        if best != self._best:
+            self._patience = _LEAST_PATIENCE
+        elif was_trial:
+            self._patience = min(self.retry, 2 * self._patience)
+        self._best = best
+        self._waited = 0 if was_trial else self._waited + 1
+        self.is_on = best if self._waited < self._patience else not best
 
 
 @dataclass

@@ -68,6 +68,8 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
         for (uint32_t t = 0; t < num_tokens; ++t) {
             kernels_.widen(type, from + t * token_bytes, to + t * stride, cols);
             std::memset(to + t * stride + cols, 0, rest * 4);
+            if (is_bf16(weights) && !is_many && kernels_.arrange)
+                kernels_.arrange(to + t * stride, stride);
         }
         room.tokens.f32 = to;
     }

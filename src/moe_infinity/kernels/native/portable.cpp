@@ -26,7 +26,7 @@ static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
 const Kernels *portable_kernels() {
     using namespace portable;
     static const Kernels kernels = {"portable", false, floating, grouped, nullptr, nullptr, nullptr, false,
-                                    quantise, activate, round_to, widen, narrow, normalise,
+                                    quantise, nullptr, activate, round_to, widen, narrow, normalise,
                                     exponentiate, mix};
     return &kernels;
 }
