@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# Before triton is imported: its kernels run on the CPU, unless whoever has a GPU says "0".
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 from hypothesis import HealthCheck, settings
 
-# Triton kernels run on CPU tensors then. Before triton is imported, and transformers imports it.
+# Triton kernels run on CPU tensors then, unless whoever has a GPU says "0". Before triton is
+# imported, and transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from moe_infinity import MoE, machine, speeds

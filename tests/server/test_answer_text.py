@@ -45,6 +45,18 @@ def test_any_tokens_at_all(tokenizer: Any, ids: list[int]) -> None:
     assert "".join(told(tokenizer, ids)[0]) == decoded(tokenizer, ids)
 
 
+@given(ids=st.lists(st.tuples(st.integers(0, 4095), st.booleans()), max_size=30))
+def test_some_tokens_at_a_time(tokenizer: Any, ids: list[tuple[int, bool]]) -> None:
+    """Text that nobody needs yet comes with a later token's, or at the end."""
+    text, said = AnswerText(tokenizer, (), keeps_special=False), ""
+    for token, is_asked in ids:
+        if is_asked:
+            said += text.put(token)
+        else:
+            text.add(token)
+    assert said + text.end() == decoded(tokenizer, [token for token, _ in ids])
+
+
 @given(text=st.text("ab\u2603\U0001d11e", max_size=20), data=st.data())
 def test_nothing_of_a_stop_text_or_behind_it(
     tokenizer: Any, text: str, data: st.DataObject

@@ -26,8 +26,17 @@ class AnswerText:
     def stopped(self) -> bool:
         return self.stop is not None
 
+    @property
+    def may_stop(self) -> bool:
+        """Whether there are stop texts: then every token's text has to be looked at."""
+        return bool(self._stop)
+
+    def add(self, token: int) -> None:
+        """A token whose text is not needed yet: the next one's is both's."""
+        self._ids.append(token)
+
     def put(self, token: int) -> str:
-        """What the token lets be said."""
+        """What the token, and those added before it, let be said."""
         self._ids.append(token)
         before = self._decode(self._ids[self._start : self._read])
         text = self._decode(self._ids[self._start :])

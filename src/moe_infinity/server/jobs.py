@@ -14,7 +14,7 @@ from moe_infinity.server.sampling import Sampling
 
 # Between two times of telling at least: text that comes faster is told together. Telling takes up
 # to a millisecond of a processor that is needed elsewhere; nobody reads a dozen pieces a second.
-_PAUSE_S = 0.08
+PAUSE_S = 0.08
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
@@ -161,7 +161,7 @@ class Job:
             while self._events:
                 found.append(self._events.popleft())
             if found:  # a wake-up may come late, for what was read already
-                self._pause_ends_s = self._loop.time() + _PAUSE_S
+                self._pause_ends_s = self._loop.time() + PAUSE_S
                 yield found
                 if isinstance(found[-1], (Done, Failed)):
                     return

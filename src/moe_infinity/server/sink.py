@@ -10,7 +10,9 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 
 from moe_infinity.server.answer_text import AnswerText
-from moe_infinity.server.jobs import Ended, FinishReason, Job, Piece, TokenLogprob
+from moe_infinity.server.jobs import PAUSE_S, Ended, FinishReason, Job, Piece, TokenLogprob
+
+_MARGIN_S = 0.01  # so that who reads has read, and need not set a timer
 
 
 class LogprobsProcessor(LogitsProcessor):  # type: ignore[misc]
@@ -56,6 +58,8 @@ class Sink(StoppingCriteria):  # type: ignore[misc]
         self._max_tokens = max_tokens
         self._logprobs = logprobs
         self._on_token = on_token
+        self._says_all = logprobs is not None or text.may_stop
+        self._says_again_s = 0.0  # time.monotonic()
         self.ids: list[int] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -73,13 +77,23 @@ class Sink(StoppingCriteria):  # type: ignore[misc]
             return self._end("cancelled")
         if token in self._eos_ids:
             return self._end("stop")
-        said = self._text.put(token)
+        said = self._say(token)
         logprob = self._logprobs.of(token) if self._logprobs else None
         if said or logprob:
             job.post(Piece(self._index, said, len(self.ids), logprob))
         if self._text.stopped:
             return self._end("stop")
         return len(self.ids) >= self._max_tokens and self._end("length")
+
+    def _say(self, token: int) -> str:
+        """What may be shown by now: text that is told a dozen times a second is decoded no more
+        often, unless each token's counts."""
+        now_s = time.monotonic()
+        if now_s < self._says_again_s and not self._says_all:
+            self._text.add(token)
+            return ""
+        self._says_again_s = now_s + PAUSE_S + _MARGIN_S
+        return self._text.put(token)
 
     def _end(self, reason: FinishReason) -> bool:
         if not self._text.stopped:
