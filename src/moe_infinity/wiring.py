@@ -144,8 +144,6 @@ class Wiring:
         if self._device is not None:
             self._device.finish()
         self._threads.end()
-        if self._whole is not None:
-            self._whole.forget()
         self.request.finish(counters, time.perf_counter())
 
     def close(self) -> None:

@@ -63,3 +63,18 @@ def test_nothing_behind_a_matrix_is_read(number_format: str, instruction_set: st
                 out = kernel.linear(describe(block), 40, torch.ones(count, cols, dtype=dtype))
                 assert out.isfinite().all()
     _kept.clear()
+
+
+@pytest.mark.skipif(not SETS, reason="installed without a compiler")
+@pytest.mark.parametrize("instruction_set", SETS)
+@pytest.mark.parametrize("number_format", ["Q8_0", "Q4_0", "Q5_0", "MXFP4", "MXFP4_PLANES"])
+def test_nothing_behind_every_other_row_is_read(number_format: str, instruction_set: str) -> None:
+    """The last of them is the last of all."""
+    kernel = native.Kernel(1, instruction_set)
+    for cols in (32, 96, 160, 416):
+        block = matrix_at_the_edge(number_format, 40, cols)
+        for count in (1, 5, 40):
+            x = torch.ones(count, cols, dtype=torch.bfloat16)
+            every = kernel.linear(describe(block), 40, x)
+            assert torch.equal(kernel.linear(describe(block, 1, 2, 20), 20, x), every[:, 1::2])
+    _kept.clear()

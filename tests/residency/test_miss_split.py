@@ -67,7 +67,7 @@ def test_what_is_slower_is_left_within_50_tokens() -> None:
         used.append(split.choose(8, EXPERT_BYTES) > 0)
     assert any(used[:50]), "it was never tried"
     assert not any(used[40:50])
-    assert sum(used) / len(used) < 0.1
+    assert sum(used) / len(used) <= 0.1
 
 
 def test_what_is_quicker_stays() -> None:

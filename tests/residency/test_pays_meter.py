@@ -40,6 +40,16 @@ def test_an_empty_cache_speaks_for_neither_way() -> None:
     assert share_on(meter, 1.5, 1.0, 3200) < 0.1
 
 
+def test_passes_that_grow_dearer_do_not_make_the_other_way_look_cheap() -> None:
+    """A long conversation: what a trial cost long ago says nothing of now."""
+    meter, on, cost_s = PaysMeter(window=10), 0, 1.0
+    for _ in range(4000):
+        cost_s *= 1.001
+        on += meter.is_on
+        meter.spend(1.2 * cost_s if meter.is_on else cost_s)
+    assert on < 0.1 * 4000
+
+
 def test_one_window_that_was_dear_for_other_reasons_is_soon_made_good() -> None:
     meter = PaysMeter(window=10)
     share_on(meter, 9.0, 9.0, 10)

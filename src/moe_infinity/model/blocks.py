@@ -132,6 +132,7 @@ class CompiledBlock:
 
     def told(self) -> Event:
         """The event of a token whose experts were asked already."""
+        self.experts.learn_input(self.normed)
         return self.experts.told(*self._chosen())
 
     def _chosen(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

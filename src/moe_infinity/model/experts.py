@@ -117,6 +117,12 @@ class ExpertsLayer:
         observer = self._runtime.observer
         return observer is not None and observer.wants_routers
 
+    def learn_input(self, x: torch.Tensor) -> None:
+        """What the layer's router was shown [1, H], for whoever learns from that in this pass."""
+        observer = self._runtime.observer
+        if observer is not None and observer.is_learning:
+            observer.learn_input(self.layer, x)
+
     def told(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event:
         """The event of one token whose experts were asked already; its router chose ids and weights
         [1, K]."""

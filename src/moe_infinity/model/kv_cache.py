@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +13,6 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import PlanExceededError
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,6 +156,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The memory behind the views. Beam search leaves copies in other order: they go back."""
+        self._make_views()  # of the memory that there is, not of what may replace it
         rows = key_states.shape[0]
         if self._room is None or self._room[0].shape[0] != rows:
             self._room = (self._allocate(key_states), self._allocate(value_states))

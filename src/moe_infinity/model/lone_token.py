@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
 _MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
 _HARMLESS = {"use_cache", "logits_to_keep", "return_dict"}
@@ -17,10 +19,13 @@ def is_lone_token(kwargs: dict[str, Any]) -> bool:
         return False
     if any(kwargs[name] is not None for name in kwargs.keys() - _KNOWN - _HARMLESS):
         return False
-    turn, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
-    if turn is not None and turn.shape != (1, 1):
+    position, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if position is not None and position.shape != (1, 1):
         return False
-    return mask is None or (mask.dim() == 2 and mask.shape[1] == cache.get_seq_length() + 1)
+    if mask is None:
+        return True
+    is_plain = isinstance(mask, torch.Tensor) and mask.dim() == 2
+    return is_plain and mask.shape[1] == cache.get_seq_length() + 1
 
 
 def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

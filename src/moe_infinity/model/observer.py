@@ -33,6 +33,7 @@ class Seen(NamedTuple):
 
 
 _NOTHING = Seen()
+_LEARNS_EACH = 4  # pass in which nobody looks ahead
 LONE = np.ones(1, dtype=np.bool_)  # token of a pass, and real
 
 
@@ -127,6 +128,8 @@ class Observer:
         if self._taps is not None and self.wants_routers:
             self._taps.show(layer, x, logits)
             return self.see(layer, 0, ids, weights, LONE)
+        if self.is_learning:
+            self.learn_input(layer, x)
         self.note_token(layer, ids, weights)
         return _NOTHING
 
@@ -136,6 +139,18 @@ class Observer:
         if self._taps is None:
             return False
         return self.wishes.router_logits or self.wishes.router_input or bool(self._awaited())
+
+    @property
+    def is_learning(self) -> bool:
+        """Whether ``learn_input`` is to be told of this pass though nobody asks routers in it: what
+        foresight learns must not grow stale. Now and then, for it costs."""
+        is_residual = self._taps is not None and "residual" in self._modes
+        return is_residual and self._step.number % _LEARNS_EACH == 0
+
+    def learn_input(self, layer: int, x: torch.Tensor) -> None:
+        """What a router is shown, [1, H], in a pass of decode."""
+        assert self._taps is not None, "nobody asked for routers"
+        self._taps.see_input(layer, x)
 
     def note_token(self, layer: int, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
         """Record what was chosen [1, K] for one token, where that is all anybody wants."""

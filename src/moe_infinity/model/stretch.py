@@ -50,7 +50,7 @@ class Stretch:
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
-        self._memory: list[_Memory] | None = None  # that the stages were told of last
+        self._told: list[tuple[int, int]] = [(0, 0)] * len(blocks)  # where keys and values lie
         for stage, block in enumerate(blocks):
             of_layer = known[block.experts.layer, : block.experts.num_experts]
             results = (block.h, block.normed, block.outs)
@@ -58,10 +58,6 @@ class Stretch:
                 stage, block.packed, block.choice, results, block.rounds, of_layer
             )
             block.note_to(self._stages, stage, of_layer)
-
-    def forget(self) -> None:
-        """Hold on to no cache: they are large."""
-        self._memory = None
 
     def fits(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Whether compiled code reads such a token [1, 1, H], and such cosines and sines."""
@@ -102,11 +98,11 @@ class Stretch:
         return self._rows[-1].clone()
 
     def _remember(self, memory: list[_Memory]) -> None:
-        last = self._memory
         for stage, (keys, values) in enumerate(memory):
-            if last is None or last[stage][0] is not keys or last[stage][1] is not values:
+            at = (keys.data_ptr(), values.data_ptr())
+            if at != self._told[stage]:
                 self._stages.remember(stage, keys, values)
-        self._memory = memory
+                self._told[stage] = at
 
     def _run_ahead(self, first: int) -> int | None:
         """How many blocks were run whole; None if nothing was, not even a choice of experts: who

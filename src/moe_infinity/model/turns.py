@@ -16,17 +16,24 @@ class Turns:
     def __init__(self, rotary: Any, is_moving: bool) -> None:
         """is_moving: they depend on the context too."""
         self._rotary = rotary
-        self._most = 1 if is_moving else _AT_ONCE
+        self._is_moving = is_moving
         self.bypassed: list[nn.Module] = [] if is_moving else list(rotary.modules())
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
         self._start = 0
+        self._versions: list[int] = []  # of the module's numbers, when they were made
 
     def of(self, x: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a position [1, 1], each [1, 1, rotary_dim], in the dtype of x."""
+        if self._is_moving:
+            made: tuple[torch.Tensor, torch.Tensor] = self._rotary(x, position)
+            return made
         at = int(position) - self._start
-        if self._made is None or not 0 <= at < self._most or self._made[0].dtype is not x.dtype:
-            self._start, at = int(position), 0
-            places = torch.arange(self._start, self._start + self._most)
-            self._made = self._rotary(x, places[None])
+        versions = [0 if b.is_inference() else b._version for b in self._rotary.buffers()]
+        is_there = self._made is not None and 0 <= at < _AT_ONCE and versions == self._versions
+        if self._made is None or not is_there or self._made[0].dtype is not x.dtype:
+            self._start = int(position) // _AT_ONCE * _AT_ONCE
+            at = int(position) - self._start
+            places = torch.arange(self._start, self._start + _AT_ONCE)
+            self._made, self._versions = self._rotary(x, places[None]), versions
         cos, sin = self._made
         return cos[:, at : at + 1], sin[:, at : at + 1]

@@ -12,6 +12,7 @@ it is exchanged.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from enum import Enum
 from itertools import pairwise
@@ -25,14 +26,16 @@ from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.found_block import Watch
+from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
 from moe_infinity.model.turns import Turns
 
+_log = logging.getLogger(__name__)
 # What a block is told that is another thing at every token.
 _CHANGING = {"position_ids", "past_key_values", "position_embeddings"}
-_PLAIN = (type(None), bool, int, float, str)  # so there is no mask
+_PLAIN = (type(None), bool, int, float, str)  # a mask is not among them
 
 
 class _Trust(Enum):
@@ -98,8 +101,10 @@ def _around_in(model: Any) -> _Around | None:
         getattr(decoder, "norm", None),
         model.get_output_embeddings(),
     )
-    are_modules = all(isinstance(part, nn.Module) for part in (decoder, *parts))
-    return _Around(decoder, *parts) if are_modules and decoder is not model else None
+    are_modules = all(isinstance(part, nn.Module) for part in parts)
+    # Whatever stands between the two has a part in it: multimodal models count positions there.
+    is_child = any(child is decoder for child in model.children())
+    return _Around(decoder, *parts) if are_modules and is_child else None
 
 
 class WholePass:
@@ -127,21 +132,17 @@ class WholePass:
         self._kind: type = dict
         self._stock = stand_before(model, self.forward)
 
-    def forget(self) -> None:
-        """A request is over: hold on to no cache."""
-        for stretch in self._stretches:
-            stretch.forget()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         args = by_name(args, kwargs)
         trust = self._trust[kwargs.get("position_ids") is None]
         if args or trust is _Trust.OTHER or not self._can(kwargs):
             return self._stock(*args, **kwargs)
-        if not self._watch.is_unchanged():
+        places = [stretch.place_in(kwargs["past_key_values"]) for stretch in self._stretches]
+        if None in places or not self._watch.is_unchanged():
             return self._stock(**kwargs)
         if trust is _Trust.UNKNOWN:
             return self._compare(kwargs)
-        said = self._run(kwargs)
+        said = self._run(kwargs, places)
         return self._stock(**kwargs) if said is None else said
 
     def _can(self, kwargs: dict[str, Any]) -> bool:
@@ -149,19 +150,19 @@ class WholePass:
             return False
         if kwargs.get("use_cache") is False or torch.is_grad_enabled():
             return False
+        layers = getattr(kwargs["past_key_values"], "layers", ())
+        if not all(type(layer) is PreallocatedLayer for layer in layers):
+            return False  # a window's mask changes as it fills
         mask = kwargs.get("attention_mask")
         return mask is None or bool(mask.all())  # padding is the library's to mask
 
-    def _run(self, kwargs: dict[str, Any]) -> Any:
+    def _run(self, kwargs: dict[str, Any], places: list[Place | None]) -> Any:
         """The model's output; None, and nothing was done, where a token cannot go this way."""
         cache = kwargs["past_key_values"]
-        places = [stretch.place_in(cache) for stretch in self._stretches]
-        if None in places:
-            return None
-        x, turn, turns = self._begin(kwargs, cache.get_seq_length())
+        x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
-        x = self._through(x, turn, turns, cache, iter(places))
+        x = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
         logits = self._around.head(self._around.norm(x))
         return self._kind(logits=logits, past_key_values=cache)
@@ -171,21 +172,21 @@ class WholePass:
     ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """The embedding [1, 1, H] of a token behind ``length`` others, its position [1, 1], and
         cosines and sines of that."""
-        turn = kwargs.get("position_ids")
-        if turn is None:
-            turn = torch.tensor([[length]])
+        position = kwargs.get("position_ids")
+        if position is None:
+            position = torch.tensor([[length]])
         x = self._around.embed(kwargs["input_ids"])
-        return x, turn, self._turns.of(x, turn)
+        return x, position, self._turns.of(x, position)
 
     def _through(
         self,
         x: torch.Tensor,
-        turn: torch.Tensor,
+        position: torch.Tensor,
         turns: tuple[torch.Tensor, torch.Tensor],
         cache: Any,
         places: Iterator[Place | None],
     ) -> torch.Tensor:
-        told = {"position_ids": turn, "past_key_values": cache, "position_embeddings": turns}
+        told = {"position_ids": position, "past_key_values": cache, "position_embeddings": turns}
         for step in self._steps:
             if isinstance(step, Stretch):
                 place = next(places)
@@ -199,7 +200,11 @@ class WholePass:
         """A pass that goes the library's way, and whether it does what this one would."""
         with _watched(self._blocks) as calls:
             said = self._stock(**kwargs)
-        is_same = self._would_say(said, calls, kwargs)
+        try:
+            is_same = self._would_say(said, calls, kwargs)
+        except Exception:  # parts of other kinds may want anything
+            _log.debug("%s: not of the usual kind", type(self._model).__name__, exc_info=True)
+            is_same = False
         self._trust[kwargs.get("position_ids") is None] = _Trust.SAME if is_same else _Trust.OTHER
         if is_same:
             first = calls[0].kwargs
@@ -215,14 +220,14 @@ class WholePass:
             return False
         cache, first = kwargs["past_key_values"], calls[0]
         length = cache.get_seq_length() - 1  # as it was
-        x, turn, turns = self._begin(kwargs, length)
+        x, position, turns = self._begin(kwargs, length)
         asked = self._around.head(self._around.norm(calls[-1].out))
         return (
             values["past_key_values"] is first.kwargs["past_key_values"] is cache
-            and torch.equal(x, first.args[0])
-            and torch.equal(turn, first.kwargs["position_ids"])
-            and all(map(torch.equal, turns, first.kwargs["position_embeddings"]))
-            and torch.equal(asked, values["logits"])
+            and _are_same_bits(x, first.args[0])
+            and _are_same_bits(position, first.kwargs["position_ids"])
+            and all(map(_are_same_bits, turns, first.kwargs["position_embeddings"]))
+            and _are_same_bits(asked, values["logits"])
         )
 
     def _new_watch(self) -> Watch:
@@ -243,6 +248,13 @@ class WholePass:
         values += [(each._buffers, name) for each in rotary for name in each._buffers]
         values += [value for block in compiled for value in block.found.values]
         return Watch(bypassed, [self._model], values)
+
+
+def _are_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """NaN is what it is."""
+    if one.dtype is not other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
 
 
 def _are_alike(calls: list[_Call]) -> bool:

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 _MEMORY = 0.02  # weight of the newest guess in the running share of right ones: about 50 guesses
-_TURNS = 2
+_TURNS = 2  # windows of each way
 _LEAST_PATIENCE = 4
 _PRIOR = 0.5
 
@@ -43,10 +43,10 @@ class PaysMeter:
 
     Its own time, and the processor that reads take from products, differ from machine to machine
     and from model to model; what counts is the time between events with it and without. What is
-    asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn, and
-    judged by as many. The first window tells nothing: the cache is empty then. The way that was
-    slower is tried again for one ``window`` of events, after a few, and each time that it is slower
-    again after twice as many, up to ``retry``.
+    asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn at
+    first; the very first window tells nothing, for the cache is empty then. The way that was slower
+    is tried again for one ``window`` of events, and judged by those right before it: after a few
+    windows, and each time that it is slower again after twice as many, up to ``retry``.
     """
 
     window: int
@@ -55,8 +55,8 @@ class PaysMeter:
     _num_events: int = 0
     _spent_s: float = 0.0
     _num_windows: int = 0
-    _best: bool = False
-    _patience: int = _LEAST_PATIENCE  # windows until the other way is tried again
+    _best: bool | None = None  # the way that was quicker
+    _patience: int = _LEAST_PATIENCE  # windows until the other one is tried again
     _waited: int = 0
     _costs: dict[bool, deque[float]] = field(  # seconds per event of the last windows
         default_factory=lambda: {way: deque(maxlen=_TURNS) for way in (False, True)}
@@ -74,21 +74,26 @@ class PaysMeter:
         if self._num_windows == 1:
             return
         self._costs[self.is_on].append(cost_s)
-        if len(self._costs[not self.is_on]) < _TURNS:
+        if self._best is None and len(self._costs[not self.is_on]) < _TURNS:
             self.is_on = not self.is_on
-            return
-        without_s, with_s = (statistics.mean(self._costs[way]) for way in (False, True))
-        self._choose(with_s <= without_s)
+        elif self._best is None or self.is_on != self._best:
+            self._judge()
+        else:
+            self._wait()
 
-    def _choose(self, best: bool) -> None:
-        was_trial = self.is_on != self._best
-        if best != self._best:
-            self._patience = _LEAST_PATIENCE
-        elif was_trial:
-            self._patience = min(self.retry, 2 * self._patience)
-        self._best = best
-        self._waited = 0 if was_trial else self._waited + 1
-        self.is_on = best if self._waited < self._patience else not best
+    def _judge(self) -> None:
+        without_s, with_s = (statistics.mean(self._costs[way]) for way in (False, True))
+        best = with_s <= without_s
+        is_known = best == self._best
+        self._patience = min(self.retry, 2 * self._patience) if is_known else _LEAST_PATIENCE
+        self._best = self.is_on = best
+        self._waited = 0
+
+    def _wait(self) -> None:
+        self._waited += 1
+        if self._waited >= self._patience:
+            self.is_on = not self.is_on
+            self._costs[self.is_on].clear()  # of other times
 
 
 @dataclass

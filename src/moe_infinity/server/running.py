@@ -100,8 +100,8 @@ class _Server(uvicorn.Server):
         """What runs may finish, within its time; then its client is told, then cut off."""
         worker, grace_s = self._service.worker, self._service.config.shutdown_s
         worker.refuse_all()
-        last = f": what runs has {grace_s:g} s, Ctrl-C again cuts it off" if worker.running else ""
-        _log.info("ending%s", last)
+        grace = f": what runs has {grace_s:g} s, Ctrl-C again cuts it off" if worker.running else ""
+        _log.info("ending%s", grace)
         loop = asyncio.get_running_loop()
         late = [
             loop.call_later(grace_s, worker.abandon),

@@ -70,7 +70,7 @@ struct Sum {
 
 struct Call;
 
-// One of several blocks that follow one another, run ahead of the model's own calls.
+// One of several blocks that follow one another, run in one call.
 struct Stage {
     const Block *block;
     Token token;

@@ -77,8 +77,8 @@ constexpr size_t kSkew = 32;
 inline size_t padded(size_t cols) { return (cols + kPadding - 1) / kPadding * kPadding; }
 
 // Tokens made ready for one kind of weights: num_tokens rows of `stride` elements, the columns
-// followed by zeros. Only what that kind needs is set; the order within q8 and sum is the kernels'
-// own affair.
+// followed by zeros. Only what that kind needs is set; the order within q8 and sum, and within
+// a few columns of f32, is the kernels' own affair.
 struct Tokens {
     int num_tokens = 0;
     size_t stride = 0;              // padded(cols), and kSkew more if they are many
