@@ -109,3 +109,9 @@ class TestStateFolder:
         monkeypatch.setenv("XDG_STATE_HOME", "")
         monkeypatch.setenv("HOME", "/home/someone")
         assert state_dir() == Path("/home/someone/.local/state/moe-infinity")
+
+
+def test_an_option_there_is_not_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"ram_slot: no such option.*did you mean ram_slots\?"):
+        EngineConfig.of({"ram_slot": 3})
+    assert EngineConfig.of({"ram_slots": 3}) == EngineConfig(ram_slots=3)

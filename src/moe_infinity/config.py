@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from moe_infinity.errors import ConfigError
 
@@ -108,6 +110,16 @@ class EngineConfig:
     max_batch: int = 1
     num_read_threads: int | None = None  # None: as measured on this machine, four before that
     seed: int = 0
+
+    @classmethod
+    def of(cls, options: dict[str, Any]) -> EngineConfig:
+        """The configuration with these values. Raises ConfigError, for names it has not too."""
+        known = [each.name for each in fields(cls)]
+        for name in options.keys() - set(known):
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{name}: no such option, expected one of {', '.join(known)}{meant}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         if self.ram != "auto" and parse_size(self.ram, "ram") < _LEAST_RAM_BYTES:

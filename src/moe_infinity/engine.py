@@ -72,7 +72,7 @@ class MoE:
     def __init__(
         self, model: str | Path, config: dict[str, Any] | str | Path | None = None, **options: Any
     ) -> None:
-        self.config = EngineConfig(**{**translate(config), **options})
+        self.config = EngineConfig.of({**translate(config), **options})
         find_choices(self.config)  # a wrong name must not wait for a download
         self.path = resolve(model)
         with contextlib.ExitStack() as undo:

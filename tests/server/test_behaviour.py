@@ -151,6 +151,17 @@ class TestConversations:
         assert fresh["choices"] == going_on["choices"]
         assert fresh["usage"]["prompt_tokens"] == going_on["usage"]["prompt_tokens"]
 
+    def test_who_asks_for_it_is_computed_anew(self, local: Local) -> None:
+        """As on the first day, and what is kept for others stays."""
+        local.forget()
+        first = ask(local, LONG, max_tokens=12).json
+        for _ in range(2):
+            anew = ask(local, LONG, max_tokens=12, cache_prompt=False).json
+            assert anew["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert anew["choices"] == first["choices"]
+        again = ask(local, LONG, max_tokens=12).json["usage"]["prompt_tokens_details"]
+        assert again["cached_tokens"] > 0
+
     def test_a_prompt_that_is_answered_several_times_is_counted_once(self, local: Local) -> None:
         usage = ask(local, LONG, n=3, temperature=1).json["usage"]
         assert usage["prompt_tokens_details"]["cached_tokens"] == 0

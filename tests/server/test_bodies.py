@@ -162,6 +162,9 @@ def test_every_field_that_says_how_to_choose_arrives() -> None:
     assert sampling.repetition_penalty == 1.1 and sampling.max_tokens == 9
     assert sampling.logit_bias == ((5, -100.0), (7, 2.5)) and sampling.ignore_eos
     assert (sampling.num_logprobs, sampling.grammar) == (3, "grammar")
+    assert (
+        sampling.cache_prompt and not chat(cache_prompt=False).sampling(100, 50, None).cache_prompt
+    )
     assert chat().sampling(100, 50, None).max_tokens == 50
     assert chat(max_completion_tokens=3, max_tokens=9).sampling(100, 50, None).max_tokens == 3
 

@@ -44,10 +44,11 @@ class KeptCaches:
         """That are kept, the lent cache aside."""
         return sum(len(kept.ids) for kept in self._kept)
 
-    def take(self, prompt: Sequence[int]) -> tuple[Any, int]:
+    def take(self, prompt: Sequence[int], anew: bool = False) -> tuple[Any, int]:
         """A cache for the prompt, and how many of its tokens it holds, all but the last one at
-        most. ``give_back`` it."""
-        found = max(self._kept, key=lambda kept: _shared(kept.ids, prompt), default=None)
+        most; none of them if it is to begin anew. ``give_back`` it."""
+        kept = [] if anew else self._kept
+        found = max(kept, key=lambda kept: _shared(kept.ids, prompt), default=None)
         shared = 0 if found is None else _shared(found.ids, prompt)
         lent = self._continued(found, shared, len(prompt)) if found and shared else None
         if lent is None:

@@ -50,6 +50,9 @@ class SamplingBody(Body):
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-_SEEDS, lt=_SEEDS)
     ignore_eos: bool | None = None
+    cache_prompt: bool | None = Field(
+        None, description="false: the prompt is computed anew, whatever is kept of it."
+    )
 
 
 class OpenAIBody(SamplingBody):
@@ -107,6 +110,7 @@ class OpenAIBody(SamplingBody):
             num_logprobs=num_logprobs,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             ignore_eos=bool(self.ignore_eos),
+            cache_prompt=self.cache_prompt is not False,
             grammar=grammar,
         )
 

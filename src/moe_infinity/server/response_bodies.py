@@ -113,6 +113,7 @@ class ResponseBody(SamplingBody):
             seed=None if self.seed is None else self.seed % 2**63,
             num_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
             ignore_eos=bool(self.ignore_eos),
+            cache_prompt=self.cache_prompt is not False,
             grammar=grammar,
         )
 

@@ -19,8 +19,9 @@ class Sampling:
     """What a request says about it; None: as the model's generation_config.json says.
 
     num_logprobs: how many of the likeliest tokens to report beside the chosen one, None: no
-    logprobs at all. stop: texts that end the answer, not part of it. grammar: of what
-    ``Grammars`` makes; the answer keeps to it.
+    logprobs at all. stop: texts that end the answer, not part of it. cache_prompt: what a kept KV
+    cache holds of the prompt is not computed again. grammar: of what ``Grammars`` makes; the answer
+    keeps to it.
     """
 
     max_tokens: int | None = None
@@ -36,6 +37,7 @@ class Sampling:
     num_logprobs: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    cache_prompt: bool = True
     grammar: str | None = None
 
     @property

@@ -165,7 +165,7 @@ class Worker:
         processors, logprobs = self._processors(sampling, len(prompt))
         text = AnswerText(moe.tokenizer, sampling.stop, job.keeps_special)
         eos_ids = frozenset() if sampling.goes_on else self.eos_ids
-        cache, num_reused = self.caches.take(prompt)
+        cache, num_reused = self.caches.take(prompt, anew=not sampling.cache_prompt)
         if index % job.num_choices == 0:
             job.num_reused += num_reused
             job.num_begun += len(prompt)
