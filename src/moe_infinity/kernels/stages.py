@@ -77,14 +77,10 @@ class Stages:
         words = self._words[first:]
         start = time.perf_counter()
         done = kernel.run_ahead(words.ctypes.data, len(words))
-        kernel.dense_s += time.perf_counter() - start - self.experts_s(first, done)
+        kernel.dense_s += time.perf_counter() - start - sum(self.experts_s(first, done))
         return done
 
-    def experts_s(self, first: int, count: int) -> float:
-        """Seconds that the experts of these stages took when they were run last."""
-        return float(self._words[first : first + count, _SECONDS].view(np.float64).sum())
-
-    def each_experts_s(self, first: int, count: int) -> list[float]:
-        """By stage."""
+    def experts_s(self, first: int, count: int) -> list[float]:
+        """Seconds that the experts of each of these stages took when it was run last."""
         found: list[float] = self._words[first : first + count, _SECONDS].view(np.float64).tolist()
         return found

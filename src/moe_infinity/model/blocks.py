@@ -74,11 +74,6 @@ class CompiledBlock:
         self._notes: tuple[NDArray[np.uint8], Stages, int] | None = None
         self.num_calls = 0  # that the compiled code took
 
-    @property
-    def layer_index(self) -> int:
-        """Of its keys and values in the cache."""
-        return self.found.layer_index
-
     def note_to(self, stages: Stages, stage: int, known: NDArray[np.uint8]) -> None:
         """Tell from now on how experts are computed that are not among ``known`` [E]."""
         self._notes = (known, stages, stage)
@@ -172,13 +167,14 @@ class CompiledBlock:
                 known[key.expert] = 1
 
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
-        if x.numel() != self._hidden_size or x.dtype is not self._dtype or not x.is_cpu:
-            return False
         if kwargs.get("attention_mask") is not None or torch.is_grad_enabled():
             return False
-        return self.can_turn(kwargs["position_embeddings"]) and self.found.is_unchanged()
+        turns: Any = kwargs.get("position_embeddings")  # asked for behind the number of tokens
+        return self.takes(x, turns) and self.found.is_unchanged()
 
-    def can_turn(self, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether cosines and sines are as the compiled code reads them."""
+    def takes(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether a token [1, 1, H], cosines and sines are as the compiled code reads them."""
+        if x.numel() != self._hidden_size or x.dtype is not self._dtype or not x.is_cpu:
+            return False
         cos, sin = turns
         return cos.dtype is self._dtype and cos.is_contiguous() and sin.is_contiguous()

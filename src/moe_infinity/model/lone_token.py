@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 _KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
-_MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
 _HARMLESS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
@@ -33,10 +32,3 @@ def by_name(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     if args and "input_ids" not in kwargs:
         kwargs["input_ids"], args = args[0], args[1:]
     return args
-
-
-def has_moving_rope(text: Any) -> bool:
-    """Whether cosines and sines depend on the context too. text: a text model's config."""
-    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    kinds = rope.values() if any(isinstance(v, dict) for v in rope.values()) else [rope]
-    return any(isinstance(v, dict) and v.get("rope_type") in _MOVING_ROPE for v in kinds)

@@ -18,8 +18,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moe_infinity.devices.base import Device
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
-from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
+from moe_infinity.model.lone_token import by_name, is_lone_token
 from moe_infinity.model.standing import stand_before
+from moe_infinity.model.turns import has_moving_rope
 
 _log = logging.getLogger(__name__)
 _SHORTEST = 256  # keys attended to at least

@@ -61,16 +61,14 @@ class Stretch:
 
     def fits(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
         """Whether compiled code reads such a token [1, 1, H], and such cosines and sines."""
-        first = self.blocks[0]
-        is_it = x.dtype is first.h.dtype and x.numel() == first.h.numel() and x.is_cpu
-        return is_it and first.can_turn(turns)
+        return self.blocks[0].takes(x, turns)
 
     def place_in(self, cache: Any) -> Place | None:
         """Where the next token's keys and values go; None where compiled code cannot write there,
         or a layer holds another number of tokens. Changes nothing."""
         memory, positions = [], set()
         for block in self.blocks:
-            layer = one_row_layer(cache, block.layer_index, block.h.dtype)
+            layer = one_row_layer(cache, block.found.layer_index, block.h.dtype)
             place = None if layer is None else layer.next_place()
             if place is None:
                 return None
@@ -93,7 +91,7 @@ class Stretch:
                 self._run_one(at, turns, place, is_chosen=done is not None)
                 at += 1
         for block in self.blocks:
-            cache.layers[block.layer_index].keep(place.position + 1)
+            cache.layers[block.found.layer_index].keep(place.position + 1)
             block.num_calls += 1
         return self._rows[-1].clone()
 
@@ -112,7 +110,7 @@ class Stretch:
         done = self._stages.run(self._kernel, first)
         if done:
             events = [block.told() for block in self.blocks[first : first + done]]
-            self._hierarchy.run_hits(events, self._stages.each_experts_s(first, done))
+            self._hierarchy.run_hits(events, self._stages.experts_s(first, done))
         return done
 
     def _run_one(

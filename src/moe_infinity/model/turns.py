@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 _AT_ONCE = 256
+_MOVING_ROPE = ("dynamic", "longrope")  # whose frequencies depend on how long the context is
 
 
 class Turns:
@@ -37,3 +38,10 @@ class Turns:
             self._made, self._versions = self._rotary(x, places[None]), versions
         cos, sin = self._made
         return cos[:, at : at + 1], sin[:, at : at + 1]
+
+
+def has_moving_rope(text: Any) -> bool:
+    """Whether cosines and sines depend on the context too. text: a text model's config."""
+    rope = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kinds = rope.values() if any(isinstance(v, dict) for v in rope.values()) else [rope]
+    return any(isinstance(v, dict) and v.get("rope_type") in _MOVING_ROPE for v in kinds)

@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,10 @@ from moe_infinity.kernels.native import Kernel
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.found_block import Watch
 from moe_infinity.model.kv_cache import PreallocatedLayer
-from moe_infinity.model.lone_token import by_name, has_moving_rope, is_lone_token
+from moe_infinity.model.lone_token import by_name, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
-from moe_infinity.model.turns import Turns
+from moe_infinity.model.turns import Turns, has_moving_rope
 
 _log = logging.getLogger(__name__)
 # What a block is told that is another thing at every token.
@@ -77,17 +77,11 @@ def speed_up_passes(
     if not any(id(block) in by_block for block in blocks):
         return None
     steps: list[nn.Module | Stretch] = []
-    run: list[CompiledBlock] = []
-    for block in blocks:
-        if id(block) in by_block:
-            run.append(by_block[id(block)])
-            continue
-        if run:
-            steps.append(Stretch(kernel, run, hierarchy, known))
-        steps.append(block)
-        run = []
-    if run:
-        steps.append(Stretch(kernel, run, hierarchy, known))
+    for is_compiled, found in groupby(blocks, lambda block: id(block) in by_block):
+        row = list(found)
+        if is_compiled:
+            row = [Stretch(kernel, [by_block[id(block)] for block in row], hierarchy, known)]
+        steps += row
     return WholePass(model, around, blocks, steps)
 
 

@@ -54,6 +54,18 @@ class SamplingBody(Body):
         None, description="false: the prompt is computed anew, whatever is kept of it."
     )
 
+    def common(self) -> dict[str, Any]:
+        """What these fields are in a ``Sampling``."""
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": None if self.top_k is None else max(0, self.top_k),
+            "min_p": self.min_p,
+            "seed": None if self.seed is None else self.seed % _SEEDS,
+            "ignore_eos": bool(self.ignore_eos),
+            "cache_prompt": self.cache_prompt is not False,
+        }
+
 
 class OpenAIBody(SamplingBody):
     """What chat and plain completions share."""
@@ -98,20 +110,14 @@ class OpenAIBody(SamplingBody):
         stop = self.stop or []
         return Sampling(
             max_tokens=self.limit or default_max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(0, self.top_k),
-            min_p=self.min_p,
-            seed=None if self.seed is None else self.seed % _SEEDS,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty,
             logit_bias=_bias(self.logit_bias or {}, num_ids),
             num_logprobs=num_logprobs,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
-            ignore_eos=bool(self.ignore_eos),
-            cache_prompt=self.cache_prompt is not False,
             grammar=grammar,
+            **self.common(),
         )
 
     @property

@@ -106,15 +106,9 @@ class ResponseBody(SamplingBody):
         wants_logprobs = "message.output_text.logprobs" in (self.include or [])
         return Sampling(
             max_tokens=self.max_output_tokens or limit,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=None if self.top_k is None else max(0, self.top_k),
-            min_p=self.min_p,
-            seed=None if self.seed is None else self.seed % 2**63,
             num_logprobs=(self.top_logprobs or 0) if wants_logprobs else None,
-            ignore_eos=bool(self.ignore_eos),
-            cache_prompt=self.cache_prompt is not False,
             grammar=grammar,
+            **self.common(),
         )
 
     @property
