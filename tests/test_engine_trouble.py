@@ -1,9 +1,6 @@
 """Requests that are cancelled, interrupted or starved: a named end, and the next one works."""
 
-import errno
 import os
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from moe_infinity.errors import (
     ConfigError,
     ReadError,
 )
+from support.bad_reads import fail_reads
 from support.checkpoints import truncate, weights
 from support.engine import (
     BUDGET,
@@ -194,28 +192,11 @@ class TestDiskTrouble:
 
         return shutil.copytree(tiny, tmp_path / "copy")
 
-    def _fail_after(
-        self, monkeypatch: pytest.MonkeyPatch, number: int, fail: Callable[..., int]
-    ) -> None:
-        """Every read after so many ends in ``fail``."""
-        real, lock, left = os.preadv, threading.Lock(), [number]
-
-        def preadv(fd: int, buffers: Any, offset: int, *flags: int) -> int:
-            with lock:
-                left[0] -= 1
-                failing = left[0] < 0
-            return (fail if failing else real)(fd, buffers, offset, *flags)
-
-        monkeypatch.setattr(os, "preadv", preadv)
-
     @pytest.mark.parametrize("number", [0, 1, 5, 17, 30])
     def test_a_failing_disk(self, moe: MoE, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-        def fail(*_: Any) -> int:
-            raise OSError(errno.EIO, "Input/output error")
-
         with MoE(moe.path, ram=BUDGET) as other:
             expected = generate(other)
-        self._fail_after(monkeypatch, number, fail)
+        fail_reads(monkeypatch.setattr, number)
         for _ in range(2):
             with pytest.raises(ReadError, match=r"safetensors: reading \d+ bytes at \d+ failed"):
                 generate(moe, 20)
@@ -228,7 +209,7 @@ class TestDiskTrouble:
     def test_a_short_read(self, moe: MoE, monkeypatch: pytest.MonkeyPatch, got: int) -> None:
         expected = generate(moe)
         moe.generate(IDS + 40, max_new_tokens=2)
-        self._fail_after(monkeypatch, 2, lambda *_: got)
+        fail_reads(monkeypatch.setattr, 2, lambda *_: got)
         with pytest.raises(ReadError, match=rf"got {got} bytes at .*download it again"):
             generate(moe)
         assert_at_rest(moe)
@@ -243,7 +224,7 @@ class TestDiskTrouble:
         def half(fd: int, buffers: Any, offset: int, *flags: int) -> int:
             return real(fd, [buffers[0][:4096]], offset, *flags)
 
-        self._fail_after(monkeypatch, 0, half)
+        fail_reads(monkeypatch.setattr, 0, half)
         assert torch.equal(moe(IDS).logits, expected)
 
     def test_truncated_since_it_was_opened(self, copy: Path) -> None:

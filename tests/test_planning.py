@@ -142,9 +142,7 @@ class TestSizeClasses:
             key: dataclasses.replace(
                 spec,
                 weight_bytes=spec.weight_bytes * 5,
-                ranges=tuple(
-                    dataclasses.replace(r, num_bytes=r.num_bytes * 5) for r in spec.ranges
-                ),
+                ranges=tuple(r._replace(num_bytes=r.num_bytes * 5) for r in spec.ranges),
             )
             if key.layer % 2
             else spec

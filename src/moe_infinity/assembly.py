@@ -16,6 +16,7 @@ from moe_infinity.cache.device_slots import DeviceSlots
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.cache.pinned import PinnedArena
+from moe_infinity.cache.queued import DEPTH, QueuedTransfers
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS, TransferEngine
@@ -23,6 +24,7 @@ from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.checkpoint.base import Checkpoint, ExpertStore
 from moe_infinity.checkpoint.gguf import GgufCheckpoint
 from moe_infinity.checkpoint.hub_names import is_gguf
+from moe_infinity.checkpoint.kernel_reads import KernelReads
 from moe_infinity.checkpoint.packed import PackedCheckpoint, is_packed
 from moe_infinity.checkpoint.safetensors import SafetensorsCheckpoint
 from moe_infinity.config import EngineConfig
@@ -149,7 +151,7 @@ def build_hierarchy(
         sizes = (plan.slots_per_class, plan.slot_bytes)
         arena = PinnedArena(*sizes, chosen.devices[0]) if chosen.devices else SlotArena(*sizes)
         undo.callback(arena.close)
-        engine = TransferEngine(store, *reading_of(config, chosen.speeds))
+        engine = _transfers(store, config, chosen.speeds)
         undo.callback(engine.close)
         hierarchy: DrivenHierarchy
         if not isinstance(arena, PinnedArena):
@@ -162,6 +164,17 @@ def build_hierarchy(
                 hierarchy.share_misses(_split(anatomy, config, chosen))
         undo.pop_all()
     return hierarchy
+
+
+def _transfers(
+    store: ExpertStore, config: EngineConfig, speeds: Bandwidths | None
+) -> TransferEngine:
+    """By the kernel, where there are such queues and nobody asked for a number of threads."""
+    reading = reading_of(config, speeds)
+    if config.num_read_threads is None:
+        with contextlib.suppress(OSError):
+            return QueuedTransfers(store, *reading, KernelReads(DEPTH))
+    return TransferEngine(store, *reading)
 
 
 def speeds_of(devices: Sequence[Device]) -> DeviceSpeeds | None:

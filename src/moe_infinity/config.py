@@ -108,7 +108,8 @@ class EngineConfig:
     vram_slots: int | None = None  # the same of the device
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
     max_batch: int = 1
-    num_read_threads: int | None = None  # None: as measured on this machine, four before that
+    # None: the kernel reads by itself where it can; threads as measured on this machine, or four.
+    num_read_threads: int | None = None
     seed: int = 0
 
     @classmethod

@@ -71,8 +71,7 @@ class Part:
     blocks: tuple[Block, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ReadRange:
+class ReadRange(NamedTuple):
     """Consecutive bytes of one file that land at one place of a slot.
 
     file_offset, num_bytes and slot_offset are multiples of the store's alignment; the last range

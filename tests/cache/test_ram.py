@@ -198,7 +198,7 @@ def test_a_failed_prefetch_is_forgotten() -> None:
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 @pytest.mark.parametrize("members", [[3, 7, 9], range(20)], ids=["few", "waves"])
 def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(
-    phase: Phase, members: Iterable[int]
+    monkeypatch: pytest.MonkeyPatch, phase: Phase, members: Iterable[int]
 ) -> None:
     """It was joined at look-up, and failed before anyone looked again: the member used to be left
     out, and the output was wrong without a word."""
@@ -209,16 +209,16 @@ def test_a_prefetch_that_fails_while_its_event_begins_is_loaded_again(
     with ram_hierarchy(SHAPE, store, 16, predictor=guesses) as hierarchy:
         guesses.wanted = {target}
         run(hierarchy, event(0, [1], 24))
-        transfer = hierarchy._in_flight[target]
+        transfer, promote = hierarchy._in_flight[target], hierarchy.promote
 
-        def fail_now(each: Event) -> None:
+        def fail_first(key: ExpertKey) -> None:
             store.release(target)
             wait_until(lambda: transfer.is_settled)
+            promote(key)
 
-        guesses.on_observe = fail_now
+        monkeypatch.setattr(hierarchy, "promote", fail_first)
         assert target in run(hierarchy, event(1, members, 24, phase))
         assert hierarchy.counters.decode.late == 1
-        guesses.on_observe = lambda each: None
         run(hierarchy, event(1, [7], 24))
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import socket
 import threading
 import time
@@ -13,6 +12,7 @@ from openai import APIError, OpenAI
 
 from moe_infinity import MoE
 from support.asking import answer, ask, chat, in_threads
+from support.bad_reads import fail_reads
 from support.engine import assert_at_rest
 from support.serving import Local, Script, request_bytes, running, wait_for
 
@@ -194,7 +194,7 @@ class TestDiskErrors:
     ) -> None:
         expected = answer(local, LONG)
         local.forget()
-        _break_disk(monkeypatch)
+        fail_reads(monkeypatch.setattr, 20)
         reply = ask(local, LONG)
         assert reply.status == 500 and reply.error["type"] == "server_error"
         assert reply.error["code"] == "ReadError"
@@ -249,19 +249,6 @@ class _Fails:
 
 def _messages() -> Any:
     return {"messages": [{"role": "user", "content": "hello"}]}
-
-
-def _break_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, lock, left = os.preadv, threading.Lock(), [20]
-
-    def preadv(fd: int, buffers: Any, offset: int) -> int:
-        with lock:
-            left[0] -= 1
-        if left[0] < 0:
-            raise OSError(errno.EIO, "Input/output error")
-        return real(fd, buffers, offset)
-
-    monkeypatch.setattr(os, "preadv", preadv)
 
 
 def test_a_device_that_is_lost(moe: MoE) -> None:

@@ -69,10 +69,11 @@ def compare(item: Family, folder: Path, dtype: torch.dtype) -> Agreement:
 
 
 def _settings(smallest: int, everything: int) -> list[dict[str, Any]]:
-    """Every policy at the smallest capacity; capacities in between; 1 and 8 reader threads."""
+    """Every policy at the smallest capacity; capacities in between; reads by the kernel, by 1 and
+    by 8 threads."""
     middle = (smallest + everything) // 2
     settings: list[dict[str, Any]] = [
-        {"policy": policy, "ram_slots": smallest, "num_read_threads": 1 + 7 * (number % 2)}
+        {"policy": policy, "ram_slots": smallest, "num_read_threads": (1, 8, None)[number % 3]}
         for number, policy in enumerate(POLICIES)
     ]
     settings += [{"ram_slots": slots, "num_read_threads": 8} for slots in (smallest + 1, middle)]

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moe_infinity import MoE
+from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
 
 BUDGET = "8GiB"
 PATIENCE_S = 60
@@ -62,7 +63,15 @@ class Gate:
             assert self._open.wait(PATIENCE_S)
             return real(fd, buffers, offset, *flags)
 
+        begin = KernelReads.begin
+
+        def held_back(reads: KernelReads, wanted: Sequence[KernelRead]) -> int:
+            self.reached.set()
+            assert self._open.wait(PATIENCE_S)
+            return begin(reads, wanted)
+
         monkeypatch.setattr(os, "preadv", held)
+        monkeypatch.setattr(KernelReads, "begin", held_back)
 
     def open(self) -> None:
         self._open.set()

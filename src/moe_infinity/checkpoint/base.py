@@ -115,6 +115,11 @@ class ExpertStore(ABC):
         Raises ReadError on a short or failed read, CheckpointChangedError if the file changed.
         """
 
+    def descriptors(self, key: ExpertKey, chunks: Sequence[ReadRange]) -> list[int] | None:
+        """Of each chunk of an expert, the file from which the kernel can read it by itself; None
+        where ``read_into`` does more than that."""
+        return None
+
     def give_up(self) -> None:
         """Nobody waits for reads that are under way: they may fail now, and all later ones."""
 
@@ -126,6 +131,13 @@ class ExpertStore(ABC):
     def slot_bytes(self) -> int:
         """Bytes of a slot that holds any of this store's experts."""
         return max(spec.slot_bytes for spec in self.specs.values())
+
+
+def descriptors_in(files: Sequence[OpenedFile], chunks: Sequence[ReadRange]) -> list[int] | None:
+    """Of each chunk its file's, if all have one."""
+    of_file = {number: files[number].descriptor() for number in {c.file for c in chunks}}
+    found = [of_file[chunk.file] for chunk in chunks]
+    return None if None in found else [fd for fd in found if fd is not None]
 
 
 def _cut(whole: ReadRange, chunk_bytes: int) -> list[ReadRange]:

@@ -53,6 +53,10 @@ class OpenedFile(Protocol):
         """Fill ``buffer`` from ``offset``; at least ``needed_bytes`` have to arrive. Offset and
         buffer are multiples of ALIGNMENT_BYTES. Thread-safe. Raises ReadError."""
 
+    def descriptor(self) -> int | None:
+        """Where the kernel can read by itself what ``read_into`` would; None where there is more
+        to it than that."""
+
     def give_up(self) -> None:
         """Nobody waits for reads that are under way: they may fail now, and all later ones."""
 
@@ -98,6 +102,13 @@ class DirectFile:
         if not self.is_direct and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, offset, len(buffer), os.POSIX_FADV_DONTNEED)
 
+    def descriptor(self) -> int | None:
+        try:
+            is_plain = self.is_direct and self._is_unchanged(os.fstat(self._fd))
+        except OSError:  # read_into says why
+            return None
+        return self._fd if is_plain else None
+
     def check_unchanged(self) -> None:
         try:
             stat = os.fstat(self._fd)
@@ -105,11 +116,14 @@ class DirectFile:
             raise ReadError(
                 f"{self.path}: got {error.strerror}, expected an open file; was the model closed?"
             ) from error
-        if stat.st_size != self.num_bytes or stat.st_mtime_ns != self._changed_ns:
+        if not self._is_unchanged(stat):
             raise CheckpointChangedError(
                 f"{self.path} changed on disk since it was opened (size {self.num_bytes} -> "
                 f"{stat.st_size} bytes); open the model again"
             )
+
+    def _is_unchanged(self, stat: os.stat_result) -> bool:
+        return stat.st_size == self.num_bytes and stat.st_mtime_ns == self._changed_ns
 
     def give_up(self) -> None:
         """A disk answers soon."""

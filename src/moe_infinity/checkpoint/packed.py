@@ -6,11 +6,17 @@ import contextlib
 import hashlib
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
-from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, PackedShape, TensorEntry
+from moe_infinity.checkpoint.base import (
+    Checkpoint,
+    ExpertStore,
+    PackedShape,
+    TensorEntry,
+    descriptors_in,
+)
 from moe_infinity.checkpoint.direct_io import OpenedFile, align_down, align_up, allocate, open_all
 from moe_infinity.checkpoint.pack_format import (
     CHECKED_BYTES,
@@ -180,10 +186,16 @@ class PackedStore(ExpertStore):
         """Chunks begin where checksums do."""
         return super().chunks(key, max(1, chunk_bytes // CHECKED_BYTES) * CHECKED_BYTES)
 
+    def descriptors(self, key: ExpertKey, chunks: Sequence[ReadRange]) -> list[int] | None:
+        """Once all of them were checked."""
+        numbers = [number for chunk in chunks for _, number in _checked_pieces(chunk)]
+        if not self._checked.issuperset((key, number) for number in numbers):
+            return None
+        return descriptors_in([self._file], chunks)
+
     def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
         self._file.read_into(buffer, chunk.file_offset, chunk.needed_bytes)
-        for start in range(0, chunk.needed_bytes, CHECKED_BYTES):
-            number = (chunk.slot_offset + start) // CHECKED_BYTES
+        for start, number in _checked_pieces(chunk):
             if (key, number) in self._checked:
                 continue
             found = zlib.crc32(buffer[start : min(start + CHECKED_BYTES, chunk.needed_bytes)])
@@ -194,3 +206,9 @@ class PackedStore(ExpertStore):
                     f"is damaged: pack the model again"
                 )
             self._checked.add((key, number))
+
+
+def _checked_pieces(chunk: ReadRange) -> Iterator[tuple[int, int]]:
+    """Where pieces that have a checksum each begin in a chunk, and their numbers in the expert."""
+    for start in range(0, chunk.needed_bytes, CHECKED_BYTES):
+        yield start, (chunk.slot_offset + start) // CHECKED_BYTES

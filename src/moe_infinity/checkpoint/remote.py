@@ -36,6 +36,9 @@ class RemoteFile:
                 f"connection and run again: what is done stays"
             ) from error
 
+    def descriptor(self) -> None:
+        """There is none."""
+
     def give_up(self) -> None:
         self._progress.stop()
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry
+from moe_infinity.checkpoint.base import Checkpoint, ExpertStore, TensorEntry, descriptors_in
 from moe_infinity.checkpoint.direct_io import (
     ALIGNMENT_BYTES,
     DirectFile,
@@ -147,6 +147,9 @@ class FileStore(ExpertStore):
 
     def read_into(self, key: ExpertKey, buffer: memoryview, chunk: ReadRange) -> None:
         self._files[chunk.file].read_into(buffer, chunk.file_offset, chunk.needed_bytes)
+
+    def descriptors(self, key: ExpertKey, chunks: Sequence[ReadRange]) -> list[int] | None:
+        return descriptors_in(self._files, chunks)
 
     def give_up(self) -> None:
         for file in self._files:

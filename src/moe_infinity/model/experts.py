@@ -108,8 +108,8 @@ class ExpertsLayer:
         if observer is not None:
             seen = observer.see_token(self.layer, x, logits, ids, weights)
         event = self._event(ids, weights, _FIRST_ROW, LONE, seen)
-        self._runtime.recorder.record(event)
         self._run(event, compute, seen, (x, out), lambda: _places_by_expert(ids, ids >= 0))
+        self._runtime.recorder.record(event)
 
     @property
     def is_observed(self) -> bool:

@@ -27,7 +27,7 @@ class GuardedPolicy(CachePolicy):
     def __init__(self, inner: CachePolicy) -> None:
         super().__init__(inner.shape, inner.num_slots, inner.seed)
         self.fault: str | None = None
-        self.inner = inner
+        self._use(inner)
         self.wants_forecast = inner.wants_forecast  # type: ignore[misc]
         self.needs_router_logits = inner.needs_router_logits  # type: ignore[misc]
 
@@ -47,10 +47,15 @@ class GuardedPolicy(CachePolicy):
         self._tell(lambda policy: policy.on_forecast(forecast))
 
     def on_insert(self, key: ExpertKey) -> None:
-        self._tell(lambda policy: policy.on_insert(key))
+        if self._hears_inserts:
+            self._tell(lambda policy: policy.on_insert(key))
 
     def on_evict(self, key: ExpertKey) -> None:
-        self._tell(lambda policy: policy.on_evict(key))
+        if self._hears_evictions:
+            self._tell(lambda policy: policy.on_evict(key))
+
+    def catch_up(self) -> None:
+        self._tell(lambda policy: policy.catch_up())
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         scores: NDArray[np.float64] = self._tell(lambda policy: policy.keep_scores(layer))
@@ -79,6 +84,11 @@ class GuardedPolicy(CachePolicy):
         self.inner.fingerprint = self.fingerprint
         self.inner.load(path)
 
+    def _use(self, inner: CachePolicy) -> None:
+        self.inner, kind = inner, type(inner)
+        self._hears_inserts = kind.on_insert is not CachePolicy.on_insert
+        self._hears_evictions = kind.on_evict is not CachePolicy.on_evict
+
     def _tell(self, ask: Callable[[CachePolicy], Any]) -> Any:
         try:
             return ask(self.inner)
@@ -88,5 +98,5 @@ class GuardedPolicy(CachePolicy):
             name = f"{type(self.inner).__module__}.{type(self.inner).__name__}"
             self.fault = f"policy {name} failed ({type(error).__name__}: {error}); went on with lru"
             _log.warning("%s", self.fault, exc_info=error)
-            self.inner = Lru(self.shape, self.num_slots, self.seed)
+            self._use(Lru(self.shape, self.num_slots, self.seed))
             return ask(self.inner)

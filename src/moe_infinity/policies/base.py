@@ -55,6 +55,10 @@ class CachePolicy(ABC):
     def on_evict(self, key: ExpertKey) -> None:
         """``key`` lost its slot."""
 
+    def catch_up(self) -> None:
+        """There is time: do what the next question would have to be preceded by. Optional, and it
+        changes no answer."""
+
     @abstractmethod
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
         """[L, E] worth of keeping each key, seen from ``layer``; the lowest evictable one goes."""

@@ -62,19 +62,19 @@ class Policy(CachePolicy):
         p = (self._uses[0, row] + BASE_WEIGHT * base) / (self._passes[0, row] + BASE_WEIGHT)
         self._cycles[row] = 1.0 / np.minimum(np.maximum(p, MIN_P), 1.0) - 1.0
 
-    def _catch_up(self) -> None:
+    def catch_up(self) -> None:
         for row, unseen in enumerate(self._unseen):
             if unseen:
                 self._learn(row)
 
     def keep_scores(self, layer: int) -> NDArray[np.float64]:
-        self._catch_up()
+        self.catch_up()
         num_layers = self.shape.num_layers
         way = (self._ids - layer - 1) % num_layers + 1  # events until the layer comes round
         return -(self._cycles * num_layers + way[:, None])
 
     def state_arrays(self) -> dict[str, NDArray[np.float64]]:
-        self._catch_up()
+        self.catch_up()
         return {"uses": self._uses, "passes": self._passes, "cycles": self._cycles}
 
     def take_state(self, arrays: Mapping[str, NDArray[np.float64]]) -> None:

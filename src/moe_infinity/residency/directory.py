@@ -25,6 +25,8 @@ class State(IntEnum):
 
 
 _STATES = tuple(State)  # by number: asked for several times per expert and event
+# numpy takes ten times as long to compare with an enum.
+_ABSENT, _IN_FLIGHT, _RESIDENT = map(int, State)
 
 
 class Directory:
@@ -83,6 +85,18 @@ class Directory:
         state: State = _STATES[self.states[self.flat(key)]]
         return state
 
+    def by_state(
+        self, keys: list[ExpertKey], flat_keys: NDArray[np.int64]
+    ) -> tuple[list[ExpertKey], list[ExpertKey], list[ExpertKey]]:
+        """Those that are absent, in flight and resident; flat_keys: the same keys."""
+        found: tuple[list[ExpertKey], ...] = ([], [], [])
+        for key, number in zip(keys, self.states[flat_keys].tolist(), strict=True):
+            found[number].append(key)
+        return found[_ABSENT], found[_IN_FLIGHT], found[_RESIDENT]
+
+    def are_resident(self, flat_keys: NDArray[np.int64]) -> bool:
+        return bool((self.states[flat_keys] == _RESIDENT).all())
+
     def slot(self, key: ExpertKey) -> int:
         return int(self.slots[self.flat(key)])
 
@@ -97,35 +111,37 @@ class Directory:
 
     def evictable(self, size_class: int) -> NDArray[np.int64]:
         """Flat keys, ascending, that are resident and unpinned in this size class."""
-        loose = (self.states == State.RESIDENT) & (self.pins == 0)
-        return np.flatnonzero(loose & (self._class_of_key == size_class))
+        loose = (self.states == _RESIDENT) & (self.pins == 0)
+        if len(self.slots_per_class) > 1:
+            loose &= self._class_of_key == size_class
+        return np.flatnonzero(loose)
 
     def begin_load(self, key: ExpertKey) -> int:
         """Take the lowest free slot of the key's class; the key is in flight. Returns the slot."""
         flat = self.flat(key)
-        assert self.states[flat] == State.ABSENT, f"{key} is {self.state(key).name}, not absent"
+        assert self.states[flat] == _ABSENT, f"{key} is {self.state(key).name}, not absent"
         slot = heapq.heappop(self._free[self.class_of(key)])
-        self.states[flat] = State.IN_FLIGHT
+        self.states[flat] = _IN_FLIGHT
         self.slots[flat] = slot
         return slot
 
     def complete(self, key: ExpertKey) -> None:
         """The bytes have arrived: in flight becomes resident."""
         flat = self.flat(key)
-        assert self.states[flat] == State.IN_FLIGHT, f"{key} is {self.state(key).name}"
-        self.states[flat] = State.RESIDENT
+        assert self.states[flat] == _IN_FLIGHT, f"{key} is {self.state(key).name}"
+        self.states[flat] = _RESIDENT
 
     def fail(self, key: ExpertKey) -> None:
         """The load failed or was cancelled: its slot is free again, its pins are gone."""
         flat = self.flat(key)
-        assert self.states[flat] == State.IN_FLIGHT, f"{key} is {self.state(key).name}"
+        assert self.states[flat] == _IN_FLIGHT, f"{key} is {self.state(key).name}"
         self.pins[flat] = 0
         self._vacate(key)
 
     def evict(self, key: ExpertKey) -> None:
         """Free the slot of a resident, unpinned key."""
         flat = self.flat(key)
-        assert self.states[flat] == State.RESIDENT, f"{key} is {self.state(key).name}"
+        assert self.states[flat] == _RESIDENT, f"{key} is {self.state(key).name}"
         assert self.pins[flat] == 0, f"{key} is pinned {self.pins[flat]} times"
         self._vacate(key)
 
@@ -141,8 +157,8 @@ class Directory:
         """Forget every load and every pin; what is resident stays. Returns the keys that were in
         flight. Puts right whatever an exception left half done, so it trusts only ``states``."""
         lost = self.keys_in(State.IN_FLIGHT)
-        gone = self.states != State.RESIDENT
-        self.states[gone] = State.ABSENT
+        gone = self.states != _RESIDENT
+        self.states[gone] = _ABSENT
         self.slots[gone] = NO_SLOT
         self.pins[:] = 0
         self._rebuild_free()
@@ -150,37 +166,37 @@ class Directory:
 
     def take_slots(self, slots: NDArray[np.int32]) -> None:
         """Go on from who is where in another's ``slots``; nothing is in flight or pinned."""
-        assert not (self.states == State.IN_FLIGHT).any(), "a load is in flight"
+        assert not (self.states == _IN_FLIGHT).any(), "a load is in flight"
         assert not self.pins.any(), "an expert is pinned"
         self.slots[:] = slots
-        self.states[:] = np.where(slots == NO_SLOT, State.ABSENT, State.RESIDENT)
+        self.states[:] = np.where(slots == NO_SLOT, _ABSENT, _RESIDENT)
         self._rebuild_free()
 
     def keys_in(self, state: State) -> list[ExpertKey]:
-        return [self.key(int(flat)) for flat in np.flatnonzero(self.states == state)]
+        return [self.key(int(flat)) for flat in np.flatnonzero(self.states == int(state))]
 
     def check_integrity(self) -> None:
         """Prove that every slot is free or holds exactly one key; raises AssertionError."""
         for size_class, total in enumerate(self.slots_per_class):
             mine = self._class_of_key == size_class
-            in_flight = int(((self.states == State.IN_FLIGHT) & mine).sum())
-            resident = int(((self.states == State.RESIDENT) & mine).sum())
+            in_flight = int(((self.states == _IN_FLIGHT) & mine).sum())
+            resident = int(((self.states == _RESIDENT) & mine).sum())
             free, retired = len(self._free[size_class]), len(self._retired[size_class])
             assert free + in_flight + resident + retired == total, (
                 f"class {size_class}: free({free}) + in_flight({in_flight}) + "
                 f"resident({resident}) + retired({retired}) != slots({total})"
             )
-        held = self.slots[self.states != State.ABSENT].tolist()
+        held = self.slots[self.states != _ABSENT].tolist()
         idle = [slot for slots in (*self._free, *self._retired) for slot in slots]
         everyone = sorted(held + idle)
         assert everyone == list(range(self.num_slots)), "a slot is lost or held twice"
-        absent = self.states == State.ABSENT
+        absent = self.states == _ABSENT
         assert (self.slots[absent] == NO_SLOT).all(), "an absent expert has a slot"
         assert (self.pins[absent] == 0).all(), "an absent expert is pinned"
         assert (self.pins >= 0).all(), "an expert has a negative pin count"
 
     def _rebuild_free(self) -> None:
-        held = set(self.slots[self.states != State.ABSENT].tolist())
+        held = set(self.slots[self.states != _ABSENT].tolist())
         starts = [0, *itertools.accumulate(self.slots_per_class)]
         self._free = [
             [slot for slot in range(start, end) if slot not in held | retired]
@@ -190,5 +206,5 @@ class Directory:
     def _vacate(self, key: ExpertKey) -> None:
         flat = self.flat(key)
         heapq.heappush(self._free[self.class_of(key)], int(self.slots[flat]))
-        self.states[flat] = State.ABSENT
+        self.states[flat] = _ABSENT
         self.slots[flat] = NO_SLOT

@@ -64,9 +64,8 @@ class Residency:
         awaits its verdict: the same as begin_event to end_event of each. None: nothing was done."""
         if self.room.ahead or any(event.phase != "decode" for event in events):
             return None
-        num_experts = self.directory.shape.num_experts
-        members = [event.layer * num_experts + event.experts for event in events]
-        if (self.directory.states[np.concatenate(members)] != State.RESIDENT).any():
+        members = [self._flat_keys(event) for event in events]
+        if not all(map(self.directory.are_resident, members)):
             return None
         for event in events:
             self._notice(event)
@@ -77,10 +76,7 @@ class Residency:
     def begin_event(self, event: Event) -> Lookup:
         """Look all members up, pin those that are here, tell the policy. Evicts nothing."""
         self._notice(event)
-        found: dict[State, list[ExpertKey]] = {state: [] for state in State}
-        for key in event.keys:
-            found[self.directory.state(key)].append(key)
-        hits, late, misses = found[State.RESIDENT], found[State.IN_FLIGHT], found[State.ABSENT]
+        misses, late, hits = self.directory.by_state(event.keys, self._flat_keys(event))
         for key in hits + late:
             self.directory.pin(key)
         self.counters.look_up(len(hits), len(late), len(misses))
@@ -222,6 +218,10 @@ class Residency:
         if event.layer > self._layer:
             self._following[self._layer] = event.layer
         self._layer = event.layer
+
+    def _flat_keys(self, event: Event) -> NDArray[np.int64]:
+        flat: NDArray[np.int64] = event.layer * self.directory.shape.num_experts + event.experts
+        return flat
 
     def _settle_ahead(self, layer: int, members: set[ExpertKey]) -> list[ExpertKey]:
         """The router has spoken on ``layer``: what was loaded ahead for it is used or wasted."""

@@ -18,7 +18,7 @@ from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
-from moe_infinity.residency.running import Load
+from moe_infinity.residency.running import Load, Lookup
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, Priority
 
@@ -121,9 +121,9 @@ class EventRunner:
                 carrier.compute(served[0].hits)
                 return
         found = self.residency.begin_event(event)
-        self.planner.observe(event, found)
-        if foreseen is not None and carrier.looks_ahead():
-            self.planner.predictor.foresee(event.layer, foreseen)
+        if self.residency.policy.wants_forecast:
+            self._learn(event, found, foreseen, carrier)
+            self.residency.advise(self.planner.forecast())
         skipped: set[ExpertKey] = set()
         if self.choose_misses is not None:
             skipped = set(found.misses).difference(self.choose_misses(event, found.misses))
@@ -133,9 +133,9 @@ class EventRunner:
         for key in found.late:
             carrier.promote(key)
         self._pending = sorted(found.hits + found.late)
-        if self.residency.policy.wants_forecast:
-            self.residency.advise(self.planner.forecast())
         self._admit(carrier)
+        if not self.residency.policy.wants_forecast:  # while the disk works
+            self._learn(event, found, foreseen, carrier)
         self._load_ahead(event.layer, event.phase, carrier)
         self._serve(event, carrier)
         self.residency.end_event()
@@ -175,6 +175,17 @@ class EventRunner:
         self.residency.abort_event()
         self._pending.clear()
 
+    def _learn(
+        self,
+        event: Event,
+        found: Lookup,
+        foreseen: NDArray[np.float32] | None,
+        carrier: Carrier,
+    ) -> None:
+        self.planner.observe(event, found)
+        if foreseen is not None and carrier.looks_ahead():
+            self.planner.predictor.foresee(event.layer, foreseen)
+
     def _serve(self, event: Event, carrier: Carrier) -> None:
         """Until every member that was begun, or waits for a slot, is computed."""
         while not self.residency.is_done:
@@ -182,6 +193,7 @@ class EventRunner:
             self._admit(carrier)
             ready = self._ready(in_order=event.phase == "prefill")
             if not ready:
+                self.residency.policy.catch_up()
                 carrier.wait()
                 continue
             self._pending = [key for key in self._pending if key not in ready]

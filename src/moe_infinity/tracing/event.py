@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.types import ExpertKey, Phase
+
+_Value = TypeVar("_Value")
+
+
+class _once(cached_property[_Value]):
+    """Without a lock, which takes longer than what is found here; to find it twice does no harm."""
+
+    def __get__(self, event: Any, owner: Any = None) -> Any:
+        if event is None:
+            return self
+        found = event.__dict__[self.attrname] = self.func(event)
+        return found
 
 
 @dataclass(frozen=True)
@@ -29,14 +42,14 @@ class Event:
     router_logits: NDArray[np.float32] | None = None  # [T, E]
     router_input: NDArray[np.float32] | None = None  # [T, H]
 
-    @cached_property
+    @_once
     def counts(self) -> NDArray[np.int64]:
         """[E] tokens routed to each expert."""
         flat = self.top_k_index.ravel()
         flat = flat[(flat >= 0) & (flat < self.num_experts)]
         return np.bincount(flat, minlength=self.num_experts)
 
-    @cached_property
+    @_once
     def experts(self) -> NDArray[np.int64]:
         """Distinct experts, ascending."""
         if len(self.top_k_index) == 1:  # decode: a few numbers need no counting
@@ -44,7 +57,7 @@ class Event:
             return np.array(sorted(i for i in ids if 0 <= i < self.num_experts), dtype=np.int64)
         return np.flatnonzero(self.counts)
 
-    @cached_property
+    @_once
     def weights(self) -> NDArray[np.float64]:
         """[E] router weight each expert received, summed over tokens."""
         flat = self.top_k_index.ravel()
@@ -53,6 +66,6 @@ class Event:
         counts = np.bincount(flat[used], weights=weights, minlength=self.num_experts)
         return counts.astype(np.float64)
 
-    @cached_property
+    @_once
     def keys(self) -> list[ExpertKey]:
         return [ExpertKey(self.layer, expert) for expert in self.experts.tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,7 @@ _MAX_EVENTS = 20_000
 _MAX_RECENT = 4096  # of all requests: seconds of decode, for those who watch
 
 
-@dataclass(frozen=True, slots=True)
-class Access:
+class Access(NamedTuple):
     """One event, reduced to what a cache sees of it."""
 
     phase: Phase
