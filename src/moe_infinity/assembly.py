@@ -170,11 +170,17 @@ def _transfers(
     store: ExpertStore, config: EngineConfig, speeds: Bandwidths | None
 ) -> TransferEngine:
     """By the kernel, where there are such queues and nobody asked for a number of threads."""
-    reading = reading_of(config, speeds)
+    reading, reads = reading_of(config, speeds), None
     if config.num_read_threads is None:
         with contextlib.suppress(OSError):
-            return QueuedTransfers(store, *reading, KernelReads(DEPTH))
-    return TransferEngine(store, *reading)
+            reads = KernelReads(DEPTH)
+    if reads is None:
+        return TransferEngine(store, *reading)
+    try:
+        return QueuedTransfers(store, *reading, reads)
+    except BaseException:
+        reads.close()
+        raise
 
 
 def speeds_of(devices: Sequence[Device]) -> DeviceSpeeds | None:

@@ -28,7 +28,7 @@ class PhaseCounters:
     on_cpu: int = 0  # misses that the processor computed where they lay
     directed_passes: int = 0  # that the device directed by itself
     stall_s: float = 0.0  # time the compute waited for loads
-    read_busy_s: float = 0.0  # time in which reads were under way
+    read_busy_s: float = 0.0  # time in which reads were under way, until they were seen to be over
     read_bytes: int = 0  # bytes that arrived in it
     compute_s: float = 0.0  # time in expert computation
     computed_bytes: int = 0  # expert weights read from memory to compute, dense weights aside
@@ -96,7 +96,8 @@ class PhaseStats:
 
     hit_rate: hits over hits, late and misses; None if nothing was looked up. limit_fraction: the
     time our own missed and computed bytes need at measured bandwidths, perfectly overlapped, over
-    the time taken. read_gbps: what the disk delivered while reads were under way, 1e9 bytes/s.
+    the time taken. read_gbps: what the disk delivered while reads were under way, 1e9 bytes/s
+    at least: what the kernel reads by itself is seen to be over when the computation next looks.
     belady_fraction: the same with the bytes that the offline optimum would have
     missed on this routing. None where nothing was measured.
 

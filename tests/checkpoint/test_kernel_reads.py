@@ -115,7 +115,7 @@ def test_stop_leaves_nothing_under_way(reads: KernelReads, file: DirectFile) -> 
     """Whatever the caller believes: an exception may have struck before it counted them."""
     into = memoryview(allocate(NUM_PAGES * PAGE))
     reads.begin([read_of(0, file, 0, NUM_PAGES, into)])
-    reads.num_begun = 0
+    reads.num_begun, reads._is_calling = 0, True
     reads.stop()
     marked = b"\x5a" * len(into)
     into[:] = marked

@@ -1,4 +1,4 @@
-"""RAM between the disk and a device: slots that a device copies from, filled by reader threads."""
+"""RAM between the disk and a device: slots that a device copies from."""
 
 from __future__ import annotations
 
@@ -148,6 +148,9 @@ class HostTier:
         self.guard(key, mark)
         self.shelf.complete(key)
 
+    def skip_time(self) -> None:
+        self._engine.skip_time()
+
     def take_activity(self) -> tuple[float, int]:
         return self._engine.take_activity()
 
@@ -184,5 +187,5 @@ class HostTier:
     def _read(self, load: Load, priority: Priority) -> None:
         guard = self._guards.get(load.slot)  # stays: a read that is cancelled waits for nothing
         buffer = self.arena.buffer(load.slot)
-        after = None if guard is None else guard.wait
+        after = None if guard is None or guard.is_reached() else guard.wait
         self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority, after)

@@ -1,9 +1,9 @@
 """Transfers that the kernel carries out by itself, where nothing but reading is to be done.
 
-The computing thread hands their chunks over and looks at every call whether some are over: no
-thread has to be woken while all processors compute. What else there is to do (checksums that were
-not looked at yet, buffers that are still written to, files without direct I/O, errors) is left to
-the threads of TransferEngine.
+The computing thread hands a load over whole and looks at every call whether some are over: no
+thread has to be woken while all processors compute. What else there is (checksums that were not
+looked at yet, memory that is used for the first time or still written to, files without direct I/O,
+more than a queue takes, errors) is left to the threads of TransferEngine.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
 from moe_infinity.types import ExpertKey, Priority, ReadRange
 
 _log = logging.getLogger(__name__)
-DEPTH = 64  # chunks under way
+DEPTH = 128  # chunks under way
 # Of what is loaded ahead, under way at once: a demand that comes meanwhile waits for no more.
 _MOST_AHEAD_BYTES = 16 * 1024**2
-_TRIAL_CHUNKS = 64  # after which it is known whether the file system reads while we compute
+# A file system that reads before it returns makes the caller wait: so many loads one after the
+# other that were over when they had been handed over, each of which took so long.
+_MOST_WAITED, _WAITED_S = 8, 1e-3
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Chunk:
     """Of a transfer, on its way through the kernel."""
 
     transfer: Transfer
     range: ReadRange
-    fd: int
     ahead_bytes: int  # its own, if it was begun ahead
-    begun_s: float = 0.0
-    handing_s: float = 0.0  # that handing it over took, and others with it
 
 
 class QueuedTransfers(TransferEngine):
@@ -53,13 +52,15 @@ class QueuedTransfers(TransferEngine):
         reads: KernelReads,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """reads: closed with the engine."""
         self._reads = reads
         self._numbers = itertools.count()
-        # For the kernel, with chunks unclaimed, and the file of each of these.
-        self._waiting: list[tuple[Transfer, list[int]]] = []
-        self._under_way: dict[int, _Chunk] = {}  # by number: what the kernel may write to
+        # By number: what the kernel may write to. Under the lock, for threads settle transfers too.
+        self._under_way: dict[int, _Chunk] = {}
+        self._requests: list[KernelRead] = []  # of these, not handed over yet
+        self._used: set[int] = set()  # addresses of buffers whose memory is there
+        self._num_waited = 0  # loads in a row
         self._is_given_up = False
-        self._num_tried, self._handing_s, self._whole_s = 0, 0.0, 0.0
         super().__init__(store, num_threads, chunk_bytes, clock)
 
     def submit(
@@ -81,6 +82,10 @@ class QueuedTransfers(TransferEngine):
         self._look()
         return super().take_settled()
 
+    def take_activity(self) -> tuple[float, int]:
+        self._look()
+        return super().take_activity()
+
     def wait_any(self) -> float:
         start = self._clock()
         while True:
@@ -94,7 +99,8 @@ class QueuedTransfers(TransferEngine):
             self._reads.wait()
 
     def drain(self) -> None:
-        self._stop()
+        if not self._closing:
+            self._stop()
         super().drain()
 
     def close(self) -> None:
@@ -105,15 +111,34 @@ class QueuedTransfers(TransferEngine):
 
     def _enqueue(self, transfer: Transfer) -> None:
         """To the kernel what it can do by itself. The lock is held."""
-        if any(transfer is each for each, _ in self._waiting):
-            return  # promoted: it is handed over next
-        found = None
-        if transfer._after is None and not self._is_given_up:
-            found = self._store.descriptors(transfer.key, transfer._unclaimed)
-        if found is None:
+        descriptors = self._descriptors_of(transfer)
+        if descriptors is None:
             super()._enqueue(transfer)
-        else:
-            self._waiting.append((transfer, found))
+            return
+        is_ahead = transfer.priority is Priority.PREFETCH
+        start = _address(transfer._buffer)
+        for piece, fd in zip(transfer._unclaimed, descriptors, strict=True):
+            number = next(self._numbers)
+            self._under_way[number] = _Chunk(transfer, piece, piece.num_bytes if is_ahead else 0)
+            place = (piece.file_offset, piece.num_bytes, start + piece.slot_offset)
+            self._requests.append(KernelRead(number, fd, *place))
+        transfer._unclaimed.clear()
+
+    def _descriptors_of(self, transfer: Transfer) -> list[int] | None:
+        """Of the chunks that are left, if the kernel can and may read them."""
+        chunks, address = transfer._unclaimed, _address(transfer._buffer)
+        if not chunks or transfer._after is not None or self._is_given_up:
+            return None
+        if address not in self._used:  # memory has to be found for it, while we compute
+            self._used.add(address)
+            return None
+        if len(self._under_way) + len(chunks) > DEPTH:
+            return None
+        if transfer.priority is Priority.PREFETCH:
+            ahead_bytes = sum(chunk.ahead_bytes for chunk in self._under_way.values())
+            if ahead_bytes + sum(chunk.num_bytes for chunk in chunks) > _MOST_AHEAD_BYTES:
+                return None
+        return self._store.descriptors(transfer.key, chunks)
 
     def _finish_chunk(
         self, transfer: Transfer, num_bytes: int, error: BaseException | None
@@ -126,43 +151,25 @@ class QueuedTransfers(TransferEngine):
             super()._settle_if_over(transfer)
 
     def _hand_over(self) -> None:
-        """Give the kernel what it has room for, demands first."""
-        if not self._waiting:
+        requests, self._requests = self._requests, []
+        if not requests:
             return
-        with self._lock:
-            claimed = self._claim_some()
         start = self._clock()
-        num_taken = self._reads.begin([_request(n, chunk) for n, chunk in claimed.items()])
-        handing_s = self._clock() - start
-        for place, (number, chunk) in enumerate(claimed.items()):
-            chunk.begun_s, chunk.handing_s = start, handing_s
-            if place >= num_taken:  # the system has no room for it
-                self._give_to_threads(number)
-
-    def _claim_some(self) -> dict[int, _Chunk]:
-        """The lock is held."""
-        room = DEPTH - len(self._under_way)
-        ahead_bytes = sum(chunk.ahead_bytes for chunk in self._under_way.values())
-        claimed: dict[int, _Chunk] = {}
-        for transfer, fds in sorted(self._waiting, key=lambda each: each[0].priority):
-            is_ahead = transfer.priority is Priority.PREFETCH
-            while transfer._unclaimed and len(claimed) < room:
-                if is_ahead and ahead_bytes >= _MOST_AHEAD_BYTES:
-                    break
-                piece = transfer._unclaimed.pop()
-                own_bytes = piece.num_bytes if is_ahead else 0
-                chunk = _Chunk(transfer, piece, fds[len(transfer._unclaimed)], own_bytes)
-                number = next(self._numbers)
-                claimed[number] = self._under_way[number] = chunk
-                ahead_bytes += own_bytes
-        self._waiting = [each for each in self._waiting if each[0]._unclaimed]
-        return claimed
+        num_taken = self._reads.begin(requests)
+        has_waited = self._clock() - start > _WAITED_S
+        for request in requests[num_taken:]:  # the system has no room for it
+            self._give_to_threads(request.number)
+        if has_waited:
+            self._look()
+        are_over = has_waited and not any(r.number in self._under_way for r in requests)
+        self._num_waited = self._num_waited + 1 if are_over else 0
+        if self._num_waited == _MOST_WAITED:
+            self._give_up("the file system reads before it returns")
 
     def _look(self) -> None:
-        """Settle what is over, and hand over more."""
+        """Settle what is over."""
         for number, num_read in self._reads.take_finished():
             chunk = self._under_way[number]
-            self._judge(chunk)
             if num_read < chunk.range.needed_bytes:
                 self._give_to_threads(number)  # they try again, and say what is wrong
                 continue
@@ -170,34 +177,23 @@ class QueuedTransfers(TransferEngine):
                 del self._under_way[number]
                 self._bytes_read += num_read
                 self._settle_if_over(chunk.transfer)
-        self._hand_over()
 
     def _give_to_threads(self, number: int) -> None:
-        """What is left of a chunk's transfer."""
         with self._lock:
             chunk = self._under_way.pop(number)
             transfer = chunk.transfer
-            self._waiting = [each for each in self._waiting if each[0] is not transfer]
-            if not transfer.wanted:
+            if not transfer.wanted or transfer.error is not None:
                 self._settle_if_over(transfer)
                 return
             transfer._unclaimed.append(chunk.range)
             super()._enqueue(transfer)
-
-    def _judge(self, chunk: _Chunk) -> None:
-        """Some file systems read before they return: then threads are better."""
-        self._num_tried += 1
-        self._handing_s += chunk.handing_s
-        self._whole_s += self._clock() - chunk.begun_s
-        if self._num_tried == _TRIAL_CHUNKS and self._handing_s > self._whole_s / 2:
-            self._give_up("the file system makes the caller wait")
 
     def _give_up(self, why: str) -> None:
         self._is_given_up = True
         _log.info("experts are read by threads from now on: %s", why)
 
     def _stop(self) -> None:
-        """The kernel writes to no buffer any more, and is given nothing more of what was begun."""
+        """The kernel writes to no buffer any more, whatever an exception has left of ours."""
         try:
             self._reads.stop()
         except OSError as error:
@@ -205,11 +201,13 @@ class QueuedTransfers(TransferEngine):
         self._forget()
 
     def _forget(self) -> None:
-        self._under_way.clear()
-        self._waiting.clear()
+        """Reads that the kernel does not carry out any more: their transfers have failed."""
+        with self._lock:
+            for chunk in self._under_way.values():
+                chunk.transfer.wanted = False
+            self._under_way.clear()
+            self._requests.clear()
 
 
-def _request(number: int, chunk: _Chunk) -> KernelRead:
-    start = chunk.range.slot_offset
-    address = ctypes.addressof(ctypes.c_char.from_buffer(chunk.transfer._buffer, start))
-    return KernelRead(number, chunk.fd, chunk.range.file_offset, chunk.range.num_bytes, address)
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

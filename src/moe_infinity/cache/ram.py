@@ -21,8 +21,8 @@ from moe_infinity.types import ExpertKey, Priority, TierName
 class RamHierarchy(DrivenHierarchy):
     """One tier of slots in RAM over an expert store.
 
-    Workers only fill buffers. What has arrived is made resident by the computing thread, when it
-    next looks.
+    Kernel and reader threads only fill buffers. What has arrived is made resident by the computing
+    thread, when it next looks.
     """
 
     tier_names = ("ram", "disk")
@@ -43,6 +43,10 @@ class RamHierarchy(DrivenHierarchy):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
         self._views = SlotViews(store.specs)
+
+    def begin_request(self) -> None:
+        self._engine.skip_time()
+        super().begin_request()
 
     def get_ready(self) -> None:
         self._arena.touch_ahead()

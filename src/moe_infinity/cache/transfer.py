@@ -62,7 +62,7 @@ class Transfer:
 
     @property
     def is_settled(self) -> bool:
-        """Whether no thread will touch the buffer any more."""
+        """Whether nobody will write to the buffer any more."""
         return self.state is not TransferState.QUEUED
 
 
@@ -158,6 +158,11 @@ class TransferEngine:
             taken = self._busy_s, self._bytes_read
             self._busy_s, self._bytes_read = 0.0, 0
             return taken
+
+    def skip_time(self) -> None:
+        """Until now nobody computed: what was read meanwhile took no time of anybody's."""
+        with self._lock:
+            self._busy_since_s = self._clock()
 
     def wait_any(self) -> float:
         """Wait until some transfer has settled and was not taken. Returns the seconds waited."""

@@ -104,6 +104,7 @@ class VramHierarchy(DrivenHierarchy):
         self._start_anew()
 
     def begin_request(self) -> None:
+        self._host.skip_time()
         self._host.shelf.policy.begin_request()
         super().begin_request()
 

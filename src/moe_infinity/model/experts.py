@@ -163,8 +163,8 @@ class ExpertsLayer:
         values = weights.float().numpy(force=True)
         seen = observer.see(self.layer, start, ids, values, real) if observer else Seen()
         event = self._event(ids, values, rows, real, seen)
-        self._runtime.recorder.record(event)
         self._run(event, compute, seen, (x, out), lambda: places)
+        self._runtime.recorder.record(event)
         out = out.view(num_tokens, top_k, -1)
         sums = [_combine(out[s], weights[s], x.dtype) for s in _slices(num_tokens, _COMBINE_TOKENS)]
         return sums[0] if len(sums) == 1 else torch.cat(sums)

@@ -15,7 +15,8 @@ _Value = TypeVar("_Value")
 
 
 class _once(cached_property[_Value]):
-    """Without a lock, which takes longer than what is found here; to find it twice does no harm."""
+    """Without the lock of Python 3.11, which takes longer than what is found here; to find it twice
+    does no harm."""
 
     def __get__(self, event: Any, owner: Any = None) -> Any:
         if event is None:
