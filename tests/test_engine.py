@@ -150,6 +150,18 @@ class TestInput:
             with pytest.raises(ConfigError, match=f"input_ids: .*{message}"):
                 use(ids)
 
+    @pytest.mark.parametrize("length", [5, 30, 34])
+    def test_a_prompt_that_its_cache_holds_already_is_refused(self, moe: MoE, length: int) -> None:
+        """At the very length of the cache the library took every token for a new one."""
+        cache = moe.new_cache()
+        tokens = generate(moe, 5, past_key_values=cache)
+        assert cache.get_seq_length() == 34
+        with pytest.raises(ConfigError, match=rf"got {length} tokens, expected more than the 34"):
+            moe.generate(tokens[:, :length], past_key_values=cache)
+        again = moe.generate(tokens, max_new_tokens=3, eos_token_id=None, past_key_values=cache)
+        assert again.shape == (1, 38)
+        assert_at_rest(moe)
+
     @pytest.mark.parametrize("number", [0, -1, None, "5", 2.5])
     def test_so_are_other_numbers_of_new_tokens(self, moe: MoE, number: Any) -> None:
         with pytest.raises(ConfigError, match=r"max_new_tokens: got .*whole number of at least 1"):

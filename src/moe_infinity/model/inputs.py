@@ -91,8 +91,15 @@ def num_rows(defaults: Any, ids: torch.Tensor, options: Any) -> int:
 
 
 def tokens_left(ids: torch.Tensor, cache: Any) -> int:
-    """Tokens of the prompt that the KV cache does not hold yet, the last one at least."""
-    return max(1, ids.shape[1] - (cache.get_seq_length() if cache is not None else 0))
+    """Tokens of the prompt that the KV cache does not hold yet. Raises ConfigError if there are
+    none: the library would take them all for new ones, or fail where nobody understands it."""
+    num_held = cache.get_seq_length() if cache is not None else 0
+    if num_held >= ids.shape[1]:
+        raise ConfigError(
+            f"input_ids: got {ids.shape[1]} tokens, expected more than the {num_held} that "
+            f"past_key_values holds; pass all tokens of the conversation so far, or a new cache"
+        )
+    return int(ids.shape[1]) - int(num_held)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
