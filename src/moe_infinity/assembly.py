@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -56,6 +57,7 @@ from moe_infinity.residency.runner import EventRunner
 from moe_infinity.residency.shelf import Shelf
 from moe_infinity.stats import Counters
 
+_log = logging.getLogger(__name__)
 _TRIAL_PASSES = 8  # of looking ahead, and of doing without
 
 
@@ -172,8 +174,10 @@ def _transfers(
     """By the kernel, where there are such queues and nobody asked for a number of threads."""
     reading, reads = reading_of(config, speeds), None
     if config.num_read_threads is None:
-        with contextlib.suppress(OSError):
+        try:
             reads = KernelReads(DEPTH)
+        except OSError as error:
+            _log.info("experts are read by threads: %s", error)
     if reads is None:
         return TransferEngine(store, *reading)
     try:

@@ -26,6 +26,7 @@ from moe_infinity.checkpoint.safetensors import FileStore
 from moe_infinity.errors import CheckpointChangedError, ReadError
 from moe_infinity.preparation import opened_source, packing_job
 from moe_infinity.types import ExpertKey, ExpertSpec, Priority, ReadRange
+from support.stores import wait_until
 
 NUM_EXPERTS, PAGES = 6, 5
 WORDS = ("submit", "submit", "submit", "cancel", "promote", "look", "look", "drain")
@@ -67,7 +68,7 @@ class Unreliable(KernelReads):
     """Whose every call a die decides about; of a read that goes wrong no byte is right."""
 
     def __init__(self, throw: Callable[[], int]) -> None:
-        super().__init__(queued.DEPTH)
+        super().__init__(14)
         self._throw = throw
         self._places: dict[int, tuple[int, int]] = {}  # address and bytes, by number
 
@@ -173,6 +174,22 @@ def forbid_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "preadv", refuse)
 
 
+def test_memory_is_first_used_by_threads(held_engine: QueuedTransfers, held: Held) -> None:
+    """Whoever finds it waits for it; being asked for alone does not make it there."""
+    into = buffer()
+    transfer = held_engine.submit(KEYS[0], into, Priority.PREFETCH)
+    held_engine.cancel(transfer)
+    settle(held_engine, transfer)
+    if transfer.state is TransferState.CANCELLED:
+        assert not held_engine._used
+    warm(held_engine, [into])
+    assert not held.begun
+    held_engine.submit(KEYS[1], into, Priority.DEMAND)
+    offsets = [each.offset for each in held.begun]
+    assert offsets == sorted(offsets[:PAGES]) + offsets[PAGES:]
+    assert len(offsets) == PAGES + 1
+
+
 def test_every_expert_without_a_thread(
     engine: QueuedTransfers, raw: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,7 +226,6 @@ def test_any_order_of_calls(
     die = random.Random(seed)  # thrown as often as time will have it
     reads = Unreliable(lambda: die.randrange(10))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(queued, "DEPTH", 14)
         patch.setattr(queued, "_MOST_AHEAD_BYTES", 7 * PAGE)
         engine = QueuedTransfers(store_of(files), 2, PAGE, reads)
         free = [buffer() for _ in range(4)]
@@ -268,9 +284,9 @@ def test_little_is_loaded_ahead_at_once(
 
 
 def test_no_more_is_handed_over_than_there_is_room_for(
-    held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
+    held_engine: QueuedTransfers, held: Held
 ) -> None:
-    monkeypatch.setattr(queued, "DEPTH", 2 * PAGES + 1)
+    held.depth = 2 * PAGES + 1
     one, other = warm_buffers(held_engine, 2)
     first = held_engine.submit(KEYS[0], one, Priority.DEMAND)
     assert settle(held_engine, held_engine.submit(KEYS[1], other, Priority.DEMAND)) == [
@@ -313,11 +329,10 @@ def test_what_is_cancelled_settles_when_the_kernel_has_done(
 def test_drain_waits_for_the_kernel(
     held_engine: QueuedTransfers, held: Held, is_lost: bool
 ) -> None:
-    """An interrupt may have struck before it was known that anything was begun."""
+    """Also for what an interrupt has made it forget."""
     into, other = warm_buffers(held_engine, 2)
     transfer = held_engine.submit(KEYS[0], into, Priority.DEMAND)
     if is_lost:
-        held.num_begun, held._is_calling = 0, True
         held_engine._under_way.clear()
     held_engine.drain()
     assert transfer.state is TransferState.CANCELLED
@@ -366,6 +381,12 @@ def test_time_in_which_nobody_computed_is_nobodys(files: list[DirectFile], held:
         held.is_held = False
         assert settle(engine, transfer) == [TransferState.DONE]
         assert engine.take_activity() == (1.0, (PAGES + 1) * PAGE)
+        held.is_held = True
+        transfer = engine.submit(KEYS[0], into, Priority.PREFETCH)
+        held.is_held = False
+        wait_until(lambda: engine._look() or transfer.is_settled)
+        engine.skip_time()
+        assert engine.take_activity() == (0.0, 0)
     finally:
         engine.close()
 

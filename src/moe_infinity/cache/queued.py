@@ -12,16 +12,16 @@ import ctypes
 import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from moe_infinity.cache.transfer import Transfer, TransferEngine
+from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
 from moe_infinity.types import ExpertKey, Priority, ReadRange
 
 _log = logging.getLogger(__name__)
-DEPTH = 128  # chunks under way
+DEPTH = 128  # chunks under way, of a queue of ours
 # Of what is loaded ahead, under way at once: a demand that comes meanwhile waits for no more.
 _MOST_AHEAD_BYTES = 16 * 1024**2
 # A file system that reads before it returns makes the caller wait: so many loads one after the
@@ -35,7 +35,6 @@ class _Chunk:
 
     transfer: Transfer
     range: ReadRange
-    ahead_bytes: int  # its own, if it was begun ahead
 
 
 class QueuedTransfers(TransferEngine):
@@ -58,7 +57,7 @@ class QueuedTransfers(TransferEngine):
         # By number: what the kernel may write to. Under the lock, for threads settle transfers too.
         self._under_way: dict[int, _Chunk] = {}
         self._requests: list[KernelRead] = []  # of these, not handed over yet
-        self._used: set[int] = set()  # addresses of buffers whose memory is there
+        self._used: set[int] = set()  # addresses of buffers that were filled: their memory is there
         self._num_waited = 0  # loads in a row
         self._is_given_up = False
         super().__init__(store, num_threads, chunk_bytes, clock)
@@ -81,6 +80,10 @@ class QueuedTransfers(TransferEngine):
     def take_settled(self) -> list[Transfer]:
         self._look()
         return super().take_settled()
+
+    def skip_time(self) -> None:
+        super().take_activity()  # their bytes go with it
+        super().skip_time()
 
     def take_activity(self) -> tuple[float, int]:
         self._look()
@@ -115,27 +118,30 @@ class QueuedTransfers(TransferEngine):
         if descriptors is None:
             super()._enqueue(transfer)
             return
-        is_ahead = transfer.priority is Priority.PREFETCH
         start = _address(transfer._buffer)
-        for piece, fd in zip(transfer._unclaimed, descriptors, strict=True):
+        pieces = list(zip(transfer._unclaimed, descriptors, strict=True))
+        for piece, fd in reversed(pieces):  # the first is the last
             number = next(self._numbers)
-            self._under_way[number] = _Chunk(transfer, piece, piece.num_bytes if is_ahead else 0)
+            self._under_way[number] = _Chunk(transfer, piece)
             place = (piece.file_offset, piece.num_bytes, start + piece.slot_offset)
             self._requests.append(KernelRead(number, fd, *place))
         transfer._unclaimed.clear()
 
     def _descriptors_of(self, transfer: Transfer) -> list[int] | None:
         """Of the chunks that are left, if the kernel can and may read them."""
-        chunks, address = transfer._unclaimed, _address(transfer._buffer)
+        chunks = transfer._unclaimed
         if not chunks or transfer._after is not None or self._is_given_up:
             return None
-        if address not in self._used:  # memory has to be found for it, while we compute
-            self._used.add(address)
+        if _address(transfer._buffer) not in self._used:  # memory has to be found for it
             return None
-        if len(self._under_way) + len(chunks) > DEPTH:
+        if len(self._under_way) + len(chunks) > self._reads.depth:
             return None
         if transfer.priority is Priority.PREFETCH:
-            ahead_bytes = sum(chunk.ahead_bytes for chunk in self._under_way.values())
+            ahead_bytes = sum(
+                chunk.range.num_bytes
+                for chunk in self._under_way.values()
+                if chunk.transfer.priority is Priority.PREFETCH
+            )
             if ahead_bytes + sum(chunk.num_bytes for chunk in chunks) > _MOST_AHEAD_BYTES:
                 return None
         return self._store.descriptors(transfer.key, chunks)
@@ -149,6 +155,8 @@ class QueuedTransfers(TransferEngine):
     def _settle_if_over(self, transfer: Transfer) -> None:
         if not any(chunk.transfer is transfer for chunk in self._under_way.values()):
             super()._settle_if_over(transfer)
+            if transfer.state is TransferState.DONE:
+                self._used.add(_address(transfer._buffer))
 
     def _hand_over(self) -> None:
         requests, self._requests = self._requests, []
@@ -157,8 +165,7 @@ class QueuedTransfers(TransferEngine):
         start = self._clock()
         num_taken = self._reads.begin(requests)
         has_waited = self._clock() - start > _WAITED_S
-        for request in requests[num_taken:]:  # the system has no room for it
-            self._give_to_threads(request.number)
+        self._give_to_threads([each.number for each in requests[num_taken:]])  # there is no room
         if has_waited:
             self._look()
         are_over = has_waited and not any(r.number in self._under_way for r in requests)
@@ -168,25 +175,29 @@ class QueuedTransfers(TransferEngine):
 
     def _look(self) -> None:
         """Settle what is over."""
+        bad = []
         for number, num_read in self._reads.take_finished():
             chunk = self._under_way[number]
             if num_read < chunk.range.needed_bytes:
-                self._give_to_threads(number)  # they try again, and say what is wrong
+                bad.append(number)
                 continue
             with self._lock:
                 del self._under_way[number]
                 self._bytes_read += num_read
                 self._settle_if_over(chunk.transfer)
+        self._give_to_threads(bad)  # they try again, and say what is wrong
 
-    def _give_to_threads(self, number: int) -> None:
+    def _give_to_threads(self, numbers: Sequence[int]) -> None:
+        if not numbers:
+            return
         with self._lock:
-            chunk = self._under_way.pop(number)
-            transfer = chunk.transfer
-            if not transfer.wanted or transfer.error is not None:
+            chunks = [self._under_way.pop(number) for number in numbers]
+            for chunk in chunks:
+                if chunk.transfer.wanted and chunk.transfer.error is None:
+                    chunk.transfer._unclaimed.append(chunk.range)
+            for transfer in {chunk.transfer: None for chunk in chunks}:
+                super()._enqueue(transfer)
                 self._settle_if_over(transfer)
-                return
-            transfer._unclaimed.append(chunk.range)
-            super()._enqueue(transfer)
 
     def _give_up(self, why: str) -> None:
         self._is_given_up = True

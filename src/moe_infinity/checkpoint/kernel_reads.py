@@ -45,7 +45,7 @@ class KernelReads:
         if names is None or sys.platform != "linux" or not hasattr(os, "eventfd"):
             raise OSError(errno.ENOSYS, "no kernel queues of reads")
         self.depth = depth
-        self.num_begun = 0  # and not taken yet
+        self.num_begun = 0  # at most, and not taken yet: an exception may have struck anywhere
         self._setup, self._destroy, self._getevents, self._submit = names
         self._call: Any = ctypes.CDLL(None, use_errno=True).syscall
         self._requests = (ctypes.c_char * (depth * _REQUEST.size))()
@@ -56,7 +56,6 @@ class KernelReads:
         self._results = (ctypes.c_char * (depth * _RESULT.size))()
         self._no_time = (ctypes.c_long * 2)(0, 0)
         self._context = ctypes.c_ulong(0)
-        self._is_calling = False  # the kernel's word on what was begun or is over is not known yet
         self._bell = os.eventfd(0, os.EFD_CLOEXEC)
         try:
             self._begin_context()
@@ -73,15 +72,14 @@ class KernelReads:
                 *(read.address, read.num_bytes, read.offset, 0, _RINGS, self._bell),
             )
         taken = 0
-        self._is_calling = True
+        self.num_begun += len(reads)
         while taken < len(reads):
             rest = ctypes.byref(self._pointers, taken * ctypes.sizeof(ctypes.c_void_p))
             done = self._call(self._submit, self._context, len(reads) - taken, rest)
             if done <= 0:
                 break
             taken += done
-            self.num_begun += done
-        self._is_calling = False
+        self.num_begun -= len(reads) - taken
         return taken
 
     def take_finished(self) -> list[tuple[int, int]]:
@@ -89,13 +87,11 @@ class KernelReads:
         than 0: an error."""
         if not self.num_begun:
             return []
-        self._is_calling = True
         count = self._call(
             self._getevents, self._context, 0, self.depth, self._results, self._no_time
         )
         found = [_RESULT.unpack_from(self._results, i * _RESULT.size) for i in range(max(0, count))]
         self.num_begun -= len(found)
-        self._is_calling = False
         return [(number, result) for number, _, result, _ in found]
 
     def wait(self) -> None:
@@ -106,11 +102,11 @@ class KernelReads:
         os.eventfd_write(self._bell, 1)
 
     def stop(self) -> None:
-        """Wait until no read is under way, and forget them all; an exception may have struck
-        anywhere. Raises OSError where no more reads can be taken."""
-        if self.num_begun or self._is_calling:  # else it is known, and destroying takes 30 ms
+        """Wait until no read is under way, and forget them all. Raises OSError where no more can be
+        taken."""
+        if self.num_begun:  # else the context may stay: destroying one takes 30 ms
             self.end()
-            self._is_calling = False
+        if not self._context.value:
             self._begin_context()
 
     def end(self) -> None:
