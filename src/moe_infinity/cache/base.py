@@ -64,6 +64,10 @@ class Hierarchy(ABC):
             left = iter((seconds,))  # told once, however often asked
             self.run_event(event, lambda keys, views, left=left: next(left, 0.0))  # type: ignore[misc]
 
+    def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
+        """Of experts, where all of them can be computed from right away; changes nothing."""
+        return None
+
     @abstractmethod
     def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
         """After an event: what the next layers' routers say [T, D, E] to its layer's output."""

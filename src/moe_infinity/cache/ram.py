@@ -95,6 +95,12 @@ class RamHierarchy(DrivenHierarchy):
         slot = self.residency.directory.slot(key)
         return self._views.of(key, slot, self._arena.tensor(slot))
 
+    def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
+        state = self.residency.directory.state
+        if any(state(key) is not State.RESIDENT for key in keys):
+            return None
+        return [self.views_of(key) for key in keys]
+
     def count_activity(self) -> None:
         self.count_reads(*self._engine.take_activity())
 

@@ -149,6 +149,18 @@ class CompiledBlock:
 
         experts.run_token(x, ids, weights, self.choice.logits, compute, outs)
 
+    def note_chosen(self) -> bool:
+        """Tell how the experts are computed that the router chose last, where all of them are in
+        memory. Returns whether that is told now."""
+        assert self._notes is not None, "nobody wants to know"
+        known, ids = self._notes[0], self.choice.seen[0][0].tolist()
+        keys = [ExpertKey(self.experts.layer, expert) for expert in ids]
+        views = self.experts.hierarchy.views_here(keys)
+        if views is None:
+            return False
+        self._note(keys, views, self.normed, *self._notes)
+        return bool(known[ids].all())
+
     def _note(
         self,
         keys: list[ExpertKey],

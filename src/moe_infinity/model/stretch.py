@@ -87,7 +87,8 @@ class Stretch:
         while at < len(self.blocks):
             done = self._run_ahead(at)
             at += done or 0
-            if at < len(self.blocks):
+            # A choice that was not computed before, but lies in memory, only has to be told.
+            if at < len(self.blocks) and (done is None or not self.blocks[at].note_chosen()):
                 self._run_one(at, turns, place, is_chosen=done is not None)
                 at += 1
         for block in self.blocks:
