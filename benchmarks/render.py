@@ -75,16 +75,30 @@ _LIMITED = {
     "peers_olmoe_int4": "OLMoE, 4 bit",
     "peers_olmoe_f16": "OLMoE, 16 bit",
 }
+_LIMITED_AVX2 = {
+    "peers_avx2_int4_limits": "widened16, 4 bit",
+    "peers_avx2_q4_k_m": "widened16, Q4_K_M",
+    "peers_avx2_mxfp4": "widened16, MXFP4",
+}
 
 
 def peers_table() -> str:
+    return _limited_table(_LIMITED)
+
+
+def avx2_limits_table() -> str:
+    """The same where the processor has no AVX-512."""
+    return _limited_table(_LIMITED_AVX2)
+
+
+def _limited_table(files: dict[str, str]) -> str:
     rows = [
         "| file | memory limit | system | tokens/s | over llama.cpp | hit rate | read/token | "
         "of the limit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     notes = []
-    for name, file in _LIMITED.items():
+    for name, file in files.items():
         result = load(name)
         rows += [_peers_row(file, row) for row in result["rows"]]
         notes.append(_provenance(result))
@@ -313,6 +327,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "budget": budget_table,
     "depth": depth_table,
     "peers": peers_table,
+    "avx2_limits": avx2_limits_table,
     "gguf_text": gguf_text_note,
     "gguf_families": gguf_families_note,
     "latent_depth": latent_depth_table,
