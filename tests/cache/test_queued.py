@@ -4,7 +4,6 @@ import ctypes
 import errno
 import os
 import random
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,23 +25,17 @@ from moe_infinity.checkpoint.safetensors import FileStore
 from moe_infinity.errors import CheckpointChangedError, ReadError
 from moe_infinity.preparation import opened_source, packing_job
 from moe_infinity.types import ExpertKey, ExpertSpec, Priority, ReadRange
-from support.stores import wait_until
+from support.kernel_queues import require_kernel_queues
+from support.stores import settle, wait_until
 
 NUM_EXPERTS, PAGES = 6, 5
 WORDS = ("submit", "submit", "submit", "cancel", "promote", "look", "look", "drain")
 KEYS = [ExpertKey(0, expert) for expert in range(NUM_EXPERTS)]
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kernel queues are Linux's")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def possible() -> None:
-    """Containers may forbid such queues. That there are none left is no reason to skip."""
-    try:
-        KernelReads(1).close()
-    except OSError as error:
-        if error.errno == errno.EAGAIN:
-            raise
-        pytest.skip(f"no kernel queues of reads here: {error}")
+    require_kernel_queues()
 
 
 class Held(KernelReads):
@@ -157,14 +150,6 @@ def warm_buffers(engine: QueuedTransfers, count: int) -> list[memoryview]:
 def content(raw: Sequence[bytes], key: ExpertKey) -> bytes:
     first = raw[0][key.expert * PAGES * PAGE :][: PAGES * PAGE]
     return first + raw[1][key.expert * PAGE :][:200]
-
-
-def settle(engine: TransferEngine, *transfers: Transfer) -> list[TransferState]:
-    missing = set(transfers)
-    while missing:
-        engine.wait_any()
-        missing -= set(engine.take_settled())
-    return [transfer.state for transfer in transfers]
 
 
 def forbid_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
+from moe_infinity.cache.transfer import TransferEngine, TransferState
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import ReadError
 from moe_infinity.types import ExpertKey, Priority
 from support.routing import grid
-from support.stores import ScriptedStore, memory_store, wait_until
+from support.stores import ScriptedStore, memory_store, settle, wait_until
 
 SHAPE = grid(1, 6)
 PAGES = 3  # of the first part; the second is one more chunk
@@ -36,14 +36,6 @@ def engine(store: ScriptedStore) -> Iterator[TransferEngine]:
     for key in store.specs:
         store.release(key)
     engine.close()
-
-
-def settle(engine: TransferEngine, *transfers: Transfer) -> list[TransferState]:
-    missing = set(transfers)
-    while missing:
-        engine.wait_any()
-        missing -= set(engine.take_settled())
-    return [transfer.state for transfer in transfers]
 
 
 def test_fills_the_buffer_chunk_by_chunk(store: ScriptedStore, engine: TransferEngine) -> None:

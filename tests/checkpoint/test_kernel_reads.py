@@ -13,19 +13,14 @@ from moe_infinity.checkpoint import kernel_reads
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.direct_io import DirectFile, allocate
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
+from support.kernel_queues import require_kernel_queues
 
 NUM_PAGES = 40
 
 
-def is_possible() -> bool:
-    try:
-        KernelReads(1).close()
-    except OSError:
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not is_possible(), reason="no kernel queues of reads here")
+@pytest.fixture(scope="module", autouse=True)
+def possible() -> None:
+    require_kernel_queues()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from moe_infinity.cache.host_tier import HostTier
 from moe_infinity.cache.pinned import PinnedArena
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.cache.slots import SlotArena
-from moe_infinity.cache.transfer import TransferEngine
+from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
@@ -126,6 +126,15 @@ class ScriptedStore(ExpertStore):
 
     def _may_go(self, key: ExpertKey) -> bool:
         return key not in self._held or self._permits.get(key, 0) > 0
+
+
+def settle(engine: TransferEngine, *transfers: Transfer) -> list[TransferState]:
+    """Wait for these alone; how each ended."""
+    missing = set(transfers)
+    while missing:
+        engine.wait_any()
+        missing -= set(engine.take_settled())
+    return [transfer.state for transfer in transfers]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
-from moe_infinity.types import ExpertKey, Priority, ReadRange
+from moe_infinity.types import Priority, ReadRange
 
 _log = logging.getLogger(__name__)
 DEPTH = 128  # chunks under way, of a queue of ours
@@ -62,28 +62,9 @@ class QueuedTransfers(TransferEngine):
         self._is_given_up = False
         super().__init__(store, num_threads, chunk_bytes, clock)
 
-    def submit(
-        self,
-        key: ExpertKey,
-        buffer: memoryview,
-        priority: Priority,
-        after: Callable[[], None] | None = None,
-    ) -> Transfer:
-        transfer = super().submit(key, buffer, priority, after)
-        self._hand_over()
-        return transfer
-
-    def promote(self, transfer: Transfer) -> None:
-        super().promote(transfer)
-        self._hand_over()
-
     def take_settled(self) -> list[Transfer]:
         self._look()
         return super().take_settled()
-
-    def skip_time(self) -> None:
-        super().take_activity()  # their bytes go with it
-        super().skip_time()
 
     def take_activity(self) -> tuple[float, int]:
         self._look()

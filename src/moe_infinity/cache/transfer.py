@@ -120,6 +120,7 @@ class TransferEngine:
                 self._busy_since_s = self._clock()
             self._unsettled.add(transfer)
             self._enqueue(transfer)
+        self._hand_over()
         return transfer
 
     def promote(self, transfer: Transfer) -> None:
@@ -128,6 +129,7 @@ class TransferEngine:
             if transfer.priority is not Priority.DEMAND and not transfer.is_settled:
                 transfer.priority = Priority.DEMAND
                 self._enqueue(transfer)
+        self._hand_over()
 
     def cancel(self, transfer: Transfer) -> None:
         """Read no further chunk of it; it settles when those being read have ended."""
@@ -160,9 +162,8 @@ class TransferEngine:
             return taken
 
     def skip_time(self) -> None:
-        """Until now nobody computed: what was read meanwhile took no time of anybody's."""
-        with self._lock:
-            self._busy_since_s = self._clock()
+        """Until now nobody computed: what was read meanwhile is nobody's, bytes and seconds."""
+        self.take_activity()
 
     def wait_any(self) -> float:
         """Wait until some transfer has settled and was not taken. Returns the seconds waited."""
@@ -191,6 +192,9 @@ class TransferEngine:
         for _ in transfer._unclaimed:
             heapq.heappush(self._queue, (transfer.priority, next(self._order), transfer))
         self._work.notify(len(transfer._unclaimed))
+
+    def _hand_over(self) -> None:
+        """Begin what was enqueued for others than the threads."""
 
     def _serve(self) -> None:
         while True:
