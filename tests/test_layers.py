@@ -26,7 +26,7 @@ LAYERS = (
     ("checkpoint",),
     ("product_speed",),
     ("machine",),
-    ("state_file", "devices"),
+    ("state_file", "devices", "heap"),
     ("cache",),
     ("model",),
     ("size_classes",),

@@ -93,7 +93,7 @@ class MoE:
             self.model, modules = load(self.checkpoint, anatomy, self.device)
             self._hierarchy.get_ready()
             parts = (self.model, modules, anatomy, self._hierarchy)
-            self._wiring = Wiring(*parts, KeepRouting(), self.config, self.plan.max_context)
+            self._wiring = Wiring(*parts, KeepRouting(), self.config, self.plan)
             undo.callback(self._wiring.close)
             self._learned = Learned(
                 self._hierarchy.residency.policy,

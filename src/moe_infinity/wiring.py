@@ -14,6 +14,7 @@ from moe_infinity.config import EngineConfig
 from moe_infinity.device_wiring import DeviceWiring
 from moe_infinity.devices.base import Device
 from moe_infinity.errors import ConfigError
+from moe_infinity.heap import Heap
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
 from moe_infinity.model.blocks import speed_up_blocks
@@ -28,6 +29,7 @@ from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, RoutingRule, lossy_rules
 from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.model.whole_pass import WholePass, speed_up_passes
+from moe_infinity.plan import Plan
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
 from moe_infinity.reporting import Routing
@@ -58,7 +60,7 @@ class Wiring:
         hierarchy: DrivenHierarchy,
         routing: RoutingRule,
         config: EngineConfig,
-        max_context: int,
+        plan: Plan,
     ) -> None:
         self.request = Request(time.perf_counter())
         self.recorder = Recorder()
@@ -75,6 +77,7 @@ class Wiring:
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         beside = choose("auto") if config.miss != "copy" else None
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, beside)
+        self._runtime.heap = Heap(plan.budget_bytes, plan.workspace_bytes)
         if isinstance(hierarchy, VramHierarchy) and len(hierarchy.memory.devices) > 1:
             self._runtime.elsewhere = self._elsewhere(hierarchy.memory.devices, maths, config)
         layers = self._attach(modules, maths)
@@ -89,7 +92,7 @@ class Wiring:
             self._runtime.observer = self._observer()
         self._device: DeviceWiring | None = None
         if isinstance(hierarchy, VramHierarchy):
-            self._device = DeviceWiring(model, hierarchy, self._runtime, maths, max_context)
+            self._device = DeviceWiring(model, hierarchy, self._runtime, maths, plan.max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
 
     def begin_request(self, request: Request) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.config import PREFILL_CHUNK_TOKENS
+from moe_infinity.heap import Heap
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Views
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.elsewhere import Elsewhere, Trip
@@ -23,6 +24,7 @@ from moe_infinity.types import ExpertKey
 
 # Tokens whose weighted outputs are held at once beside the outputs themselves.
 _COMBINE_TOKENS = 256
+_MANY_TOKENS = 32  # fewer allocate little
 _FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a lone token
 
 
@@ -39,6 +41,7 @@ class Runtime:
     directed: DirectedExperts | None = None  # None: the device cannot direct its experts itself
     elsewhere: Elsewhere | None = None  # None: experts lie on no other device than the model's
     observer: Observer | None = None  # None: nobody asked to see more than the routing
+    heap: Heap | None = None
 
 
 class ExpertsLayer:
@@ -141,6 +144,8 @@ class ExpertsLayer:
         rows: NDArray[np.int64],
     ) -> torch.Tensor:
         num_tokens, top_k = ids.shape
+        if self._runtime.heap is not None and num_tokens >= _MANY_TOKENS:
+            self._runtime.heap.make_room()
         routed = (ids >= 0) & (ids < self.num_experts)
         places = _places_by_expert(ids, routed)
         allocate = torch.empty if routed.all() else torch.zeros

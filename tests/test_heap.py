@@ -1,0 +1,51 @@
+"""What was freed does not count against the budget when more is needed."""
+
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_infinity import MoE
+from moe_infinity.heap import Heap
+from moe_infinity.machine import resident_bytes
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+
+BLOCK_BYTES = 100 * 1024  # below what malloc maps by itself
+NUM_BLOCKS = 2000
+
+
+def free_below_a_block_in_use() -> ctypes.c_void_p:
+    """200 MB freed that malloc keeps, for the block after them is in use."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    blocks = [ctypes.c_void_p(libc.malloc(BLOCK_BYTES)) for _ in range(NUM_BLOCKS)]
+    last = ctypes.c_void_p(libc.malloc(BLOCK_BYTES))
+    for block in blocks:
+        ctypes.memset(block, 1, BLOCK_BYTES)
+        libc.free(block)
+    return last
+
+
+def test_gives_back_what_is_free_when_the_budget_is_short() -> None:
+    last = free_below_a_block_in_use()
+    full = resident_bytes()
+    plenty = Heap(full + 2**30, 2**20)
+    plenty.make_room()
+    assert plenty.num_trims == 0
+    assert resident_bytes() > full - 2**24
+
+    short = Heap(full, 2**24)
+    short.make_room()
+    assert short.num_trims == 1
+    assert resident_bytes() < full - NUM_BLOCKS * BLOCK_BYTES // 2
+    ctypes.CDLL(None).free(last)
+
+
+def test_asked_before_every_layer_of_a_prompt_and_not_between_tokens(tiny: Path) -> None:
+    with MoE(tiny, ram_slots=8) as moe:
+        num_layers = len(moe.residency())
+        heap = moe._wiring._runtime.heap = Heap(0, 0)
+        moe.generate([list(range(3, 43))], max_new_tokens=5)
+        assert heap.num_trims == num_layers
