@@ -102,8 +102,13 @@ class TestArithmetic:
         slots = [made.num_slots for made in plans]
         assert slots == sorted(slots) and slots[0] < 100 and slots[-1] == 256
         assert all(made.used_bytes <= made.budget_bytes for made in plans)
-        contexts = [plan(bundled, ram=smallest + n * 30 * MIB).max_context for n in range(5)]
-        assert contexts == sorted(contexts) and contexts[0] < contexts[-1] == 2048
+
+    def test_contexts_grow_with_memory(self, bundled: Anatomy) -> None:
+        smallest = plan(bundled, max_batch=8).smallest_budget_bytes
+        budgets = [smallest + number * 30 * MIB for number in range(3)]
+        contexts = [plan(bundled, ram=budget, max_batch=8).max_context for budget in budgets]
+        assert contexts == [512, 512, 1024]
+        assert plan(bundled, ram="8GiB", max_batch=8).max_context == 2048
 
     @pytest.mark.parametrize("num_slots", [4, 5, 77, 256])
     def test_ram_slots_bind_to_the_slot(self, bundled: Anatomy, num_slots: int) -> None:

@@ -106,7 +106,7 @@ class Plan:
         ]
         rows = [
             *(dense if self.device is None else []),
-            ("transfer staging and prediction", self.staging_bytes),
+            ("prediction, staging and measuring", self.staging_bytes),
             ("runtime", self.runtime_bytes),
             (f"expert slots ({self.num_slots} of {self.experts_total})", self.cache_bytes),
         ]

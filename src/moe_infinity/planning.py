@@ -27,12 +27,14 @@ from moe_infinity.model.loading import Anatomy
 from moe_infinity.model.workspace import visit_bytes, workspace_bytes
 from moe_infinity.plan import Plan
 from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
+from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
 from moe_infinity.types import ExpertSpec
 
-# Beyond what is resident when planning starts: thread stacks, the allocator's and oneDNN's own
-# buffers, Python objects of a long run. Measured: 60-110 MB on models of 0.03 to 13 GB.
-RUNTIME_MARGIN_BYTES = 128 * 1024**2
+# Beyond what is resident when planning starts: what the library imports later, thread stacks, the
+# allocator's and oneDNN's own buffers, Python objects of a long run. What the allocator keeps of
+# prompts' tensors goes back where it does not fit (heap.py).
+RUNTIME_MARGIN_BYTES = 64 * 1024**2
 # A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
 # measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
 _TOKENIZER_BYTES_PER_ID = 3000
@@ -46,7 +48,13 @@ _ENCODER_CONTEXT = 512
 # `plan` and the run it is asked for are two processes, not resident with the same bytes: measured
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
-_TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors
+# Between two looks of heap.py, a layer apart, the allocator keeps up to a third of a pass's
+# workspace that is in use no more. Measured: 80 MiB of 213.
+_KEPT_PART = 3
+_TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors, while a model opens
+# Speeds are measured between requests, when nothing is in a pass's workspace; this for the disk's
+# buffers, then as much for products and for plain reading.
+_MEASURING_BYTES = BEYOND_CACHES_BYTES
 
 
 class _Needs:
@@ -56,7 +64,7 @@ class _Needs:
         self, anatomy: Anatomy, config: EngineConfig, facts: Sequence[DeviceFacts]
     ) -> None:
         self._facts = facts
-        self.staging_bytes = _TRANSFER_BYTES + _prediction_bytes(anatomy, config)
+        self._prediction_bytes = _prediction_bytes(anatomy, config)
         self.dense_bytes = _dense_bytes(anatomy)
         vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
         self.runtime_bytes = resident_bytes() + RUNTIME_MARGIN_BYTES
@@ -70,7 +78,15 @@ class _Needs:
         return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
 
     def workspace_bytes(self, context: int) -> int:
-        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
+        anatomy = self._anatomy
+        needed = workspace_bytes(anatomy.meta, context, self._rows, anatomy.dtype)
+        return needed if self._facts else needed + needed // _KEPT_PART
+
+    def staging_bytes(self, context: int) -> int:
+        """For prediction, and beyond the workspace for what is there for a while only."""
+        if self._facts:  # whose staging slots are ready when weights are read through them
+            return max(_TRANSFER_BYTES, _MEASURING_BYTES) + self._prediction_bytes
+        return max(0, _MEASURING_BYTES - self.workspace_bytes(context)) + self._prediction_bytes
 
     def computing(self, context: int) -> DeviceNeeds:
         """What lies where products are computed."""
@@ -84,7 +100,7 @@ class _Needs:
 
     def total(self, context: int) -> int:
         """In RAM."""
-        beside = self.staging_bytes + self.runtime_bytes
+        beside = self.staging_bytes(context) + self.runtime_bytes
         return beside if self._facts else self.computing(context).total + beside
 
     @property
@@ -99,7 +115,7 @@ class _Needs:
 
     def at_opening(self) -> int:
         """In RAM, before slots are used: dense weights pass through it on their way to a device."""
-        return self.dense_bytes + self.staging_bytes + self.runtime_bytes
+        return self.dense_bytes + _TRANSFER_BYTES + self._prediction_bytes + self.runtime_bytes
 
 
 def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Plan:
@@ -123,7 +139,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
         dense_read_bytes=needs.dense_bytes - _looked_up_bytes(anatomy),
         kv_bytes=needs.kv_bytes(context),
         workspace_bytes=needs.workspace_bytes(context),
-        staging_bytes=needs.staging_bytes,
+        staging_bytes=needs.staging_bytes(context),
         runtime_bytes=needs.runtime_bytes,
         slots_per_class=slots,
         slot_bytes=tuple(c.slot_bytes for c in classes),
