@@ -39,7 +39,7 @@ def main() -> None:
             trials[name].append(run(args, ram))
             print(name, json.dumps(trials[name][-1]), flush=True)
     found = {name: medians(rows) for name, rows in trials.items()}
-    needed_s = max(found["resident"]["ttft_s"], size / 1e9 / found["limited"]["read_gbps"])
+    needed_s = max(found["resident"]["ttft_s"], size / 1e9 / found["limited"]["disk_gbps"])
     result = {
         "checkpoint": args.checkpoint.name,
         "checkpoint_bytes": size,
@@ -81,11 +81,12 @@ def prompt(args: argparse.Namespace) -> dict:
         for turn in (-1, 1):
             moe.generate([ids[::turn]], max_new_tokens=2, min_new_tokens=2)
         stats = moe.stats()
-        prefill = stats.prefill
+        prefill, speeds = stats.prefill, moe.bandwidths()
+        assert speeds is not None, "nothing runs"
         return {
             "ttft_s": stats.ttft_s,
             "read_bytes": prefill.demand_bytes + prefill.prefetch_bytes,
-            "read_gbps": prefill.read_gbps or 0.0,
+            "disk_gbps": speeds.disk_gbps,
             "stall_s": prefill.stall_s,
             "compute_s": prefill.compute_s,
             "slots": stats.slots,

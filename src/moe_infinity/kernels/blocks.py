@@ -18,6 +18,7 @@ _NORM = struct.Struct("<QfI")
 _REST = struct.Struct("<fIIIIIIIII")
 _TOKEN = struct.Struct("<12Q")
 _SUM = struct.Struct("<4Q4I")
+_TAIL = struct.Struct("<QII")  # behind the head's matrix and the norm
 
 
 class Linear(NamedTuple):
@@ -165,6 +166,19 @@ def pack_sum(
     size, top_k = outs.shape[-1], weights.numel()
     at = (outs.data_ptr(), weights.data_ptr(), h.data_ptr(), out.data_ptr())
     return _SUM.pack(*at, size, top_k, TYPES[outs.dtype], rounds)
+
+
+def pack_tail(norm: Norm, head: Linear | None) -> bytes:
+    """The last norm and the head, of one dtype but for a head that is packed; None: the norm
+    alone. Raises ValueError for sizes that do not fit together: the compiled code trusts them."""
+    size, bias = norm.weight.numel(), None if head is None else head.bias
+    if head is not None:
+        rows, cols = num_rows(head.weight), num_cols(head.weight)
+        if cols != size or (bias is not None and bias.numel() != rows):
+            raise ValueError(f"got a norm of {size} numbers before a head of {rows} x {cols}")
+    matrix = NO_MATRIX if head is None else describe(head.weight)
+    rest = _TAIL.pack(0 if bias is None else bias.data_ptr(), TYPES[norm.weight.dtype], 0)
+    return matrix + _pack_norm(norm) + rest
 
 
 def _pack_norm(norm: Norm | None) -> bytes:

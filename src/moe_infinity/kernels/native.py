@@ -35,6 +35,7 @@ except ImportError:
 native: ModuleType | None = _native
 
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
+_ENDS = struct.Struct("<2Q")  # of a tail: x, out
 _LATENT = struct.Struct("<5Qf7I")
 # In float32 the order of a sum shows: there stock's own results are kept, to its own spread.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
@@ -175,6 +176,13 @@ class Kernel(ExpertKernel):
         """What a packed sum says (kernels/blocks.py)."""
         assert native is not None
         native.sum(self._engine, packed)
+
+    def finish(self, tail: bytes, x: torch.Tensor, out: torch.Tensor) -> None:
+        """What a packed tail says (kernels/blocks.py) of a token x [1, H], into out."""
+        assert native is not None
+        start = time.perf_counter()
+        native.finish(self._engine, _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail)
+        self.dense_s += time.perf_counter() - start
 
     def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
         """An expert on one token like x [1, H], where from and to left open; None where it is not

@@ -32,7 +32,7 @@ _HEAD_NORMS = ("q_norm", "k_norm")
 # They bound large numbers, which a few random tokens may not reach.
 _BOUNDS = ("clip_qkv", "attn_logit_softcapping", "attn_logit_softcap")
 _CONTEXT = 4  # tokens before the one that is compared
-_SCALES = (1e-3, 1.0)  # of the tokens: small beside what attention adds, and not
+SCALES = (1e-3, 1.0)  # of the tokens: small beside what attention adds, and not
 _TOLERANCE = 0.03  # relative: what rounding explains; another norm or scale is far beyond
 _ULP = 2**-7  # of bf16, the coarser type
 _ROUTED = 8  # tokens whose routing is compared
@@ -96,9 +96,9 @@ def _spec_of(parts: _Parts, rotary_dim: int) -> BlockSpec | None:
     if not _has_usual_attention(parts):
         return None
     attention, children = parts.attention, dict(parts.attention.named_children())
-    q, k, v, o = (_linear(children[name]) for name in _PROJECTIONS)
-    q_norm, k_norm = (_norm(children[name]) if name in children else None for name in _HEAD_NORMS)
-    before, after = _norm(parts.before), _norm(parts.after)
+    q, k, v, o = (linear_of(children[name]) for name in _PROJECTIONS)
+    q_norm, k_norm = (norm_of(children[name]) if name in children else None for name in _HEAD_NORMS)
+    before, after = norm_of(parts.before), norm_of(parts.after)
     sizes = (attention.head_dim, rotary_dim, attention.scaling)
     spec = BlockSpec(q, k, v, o, before, q_norm, k_norm, after, *sizes)
     linears = (q, k, v, o)
@@ -117,7 +117,7 @@ def _has_usual_attention(parts: _Parts) -> bool:
     return known >= children >= set(_PROJECTIONS) and not has_own
 
 
-def _linear(module: Any) -> Linear:
+def linear_of(module: Any) -> Linear:
     if type(module) is not nn.Linear:
         raise TypeError(f"{type(module).__name__}: not a plain linear layer")
     bias = module.bias
@@ -125,7 +125,7 @@ def _linear(module: Any) -> Linear:
     return Linear(weight, None if bias is None else bias.detach())
 
 
-def _norm(module: Any) -> Norm:
+def norm_of(module: Any) -> Norm:
     eps = getattr(module, "variance_epsilon", None)
     return Norm(module.weight.detach(), module.eps if eps is None else eps)
 
@@ -136,7 +136,7 @@ def _computes_the_same(
 ) -> bool:
     (hidden,), dtype = spec.before.weight.shape, spec.before.weight.dtype
     generator = torch.Generator().manual_seed(0)
-    for scale in _SCALES:
+    for scale in SCALES:
         x = torch.randn(1, _CONTEXT + 1, hidden, generator=generator).mul(scale).to(dtype)
         answer = torch.randn(1, 1, hidden, generator=generator).mul(scale).to(dtype)
         cache: Any = new_cache(model.config, _CONTEXT + 1)
@@ -151,9 +151,9 @@ def _computes_the_same(
         h, normed, _ = _attend(model, kernel, spec, before, layer)
         room = _ULP * float(said.float().norm())  # added and subtracted, small numbers lose digits
         if not (
-            _is_close(layer.keys, expected_keys)
-            and _is_close(normed, shown[-1][0].view(1, -1))
-            and _is_close(h - before, expected_h - before, room)
+            is_close(layer.keys, expected_keys)
+            and is_close(normed, shown[-1][0].view(1, -1))
+            and is_close(h - before, expected_h - before, room)
         ):
             return False
     return True
@@ -191,7 +191,7 @@ def _attend(
     return h, normed, choice
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor, room: float = 0.0) -> bool:
+def is_close(found: torch.Tensor, expected: torch.Tensor, room: float = 0.0) -> bool:
     found, expected = found.float(), expected.float()
     return bool((found - expected).norm() <= _TOLERANCE * expected.norm() + room)
 

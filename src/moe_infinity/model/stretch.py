@@ -20,6 +20,7 @@ from moe_infinity.kernels.native import Kernel
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.kv_cache import one_row_layer
+from moe_infinity.model.tail import Tail
 
 _Memory = tuple[torch.Tensor, torch.Tensor]  # of all keys and all values of a layer
 
@@ -46,6 +47,8 @@ class Stretch:
     ) -> None:
         """blocks: that have routers; known: the hierarchy's, [L, E]."""
         self.blocks = blocks
+        self.tail: Tail | None = None  # what follows these blocks, if that is to be run as well
+        self.said: torch.Tensor | None = None  # by the tail in the last run
         self._kernel = kernel
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
@@ -83,6 +86,7 @@ class Stretch:
         self._rows[0] = x
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
+        self.said = None
         at = 0
         while at < len(self.blocks):
             done = self._run_ahead(at)
@@ -109,6 +113,8 @@ class Stretch:
         if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
             return None
         done = self._stages.run(self._kernel, first)
+        if self.tail is not None and first + done == len(self.blocks):
+            self.said = self.tail.of(self._rows[-1])  # at once: later the threads sleep
         if done:
             events = [block.told() for block in self.blocks[first : first + done]]
             self._hierarchy.run_hits(events, self._stages.experts_s(first, done))

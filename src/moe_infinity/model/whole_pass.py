@@ -30,6 +30,7 @@ from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
+from moe_infinity.model.tail import Tail, speed_up_tail
 from moe_infinity.model.turns import Turns, has_moving_rope
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def speed_up_passes(
     if around is None or known is None or not isinstance(kernel, Kernel):
         return None
     by_block = {id(each.found.block): each for each in compiled if each.has_router}
-    if not any(id(block) in by_block for block in blocks):
+    if all(id(block) not in by_block for block in blocks):
         return None
     steps: list[nn.Module | Stretch] = []
     for is_compiled, found in groupby(blocks, lambda block: id(block) in by_block):
@@ -82,7 +83,8 @@ def speed_up_passes(
         if is_compiled:
             row = [Stretch(kernel, [by_block[id(block)] for block in row], hierarchy, known)]
         steps += row
-    return WholePass(model, around, blocks, steps)
+    tail = speed_up_tail(kernel, around.norm, around.head)
+    return WholePass(model, around, blocks, steps, tail)
 
 
 def _around_in(model: Any) -> _Around | None:
@@ -110,6 +112,7 @@ class WholePass:
         around: _Around,
         blocks: Sequence[nn.Module],
         steps: Sequence[nn.Module | Stretch],
+        tail: Tail | None,
     ) -> None:
         """steps: the blocks in their order, or stretches of them."""
         self.num_passes = 0  # that went this way
@@ -119,6 +122,9 @@ class WholePass:
         self._blocks = blocks
         self._steps = steps
         self._stretches = [step for step in steps if isinstance(step, Stretch)]
+        self._tail = tail
+        if isinstance(steps[-1], Stretch):
+            steps[-1].tail = tail
         # By whether the library finds positions itself.
         self._trust = {True: _Trust.UNKNOWN, False: _Trust.UNKNOWN}
         self._watch = self._new_watch()
@@ -158,7 +164,8 @@ class WholePass:
             return None
         x = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
-        logits = self._around.head(self._around.norm(x))
+        said = self._stretches[-1].said
+        logits = self._end(x) if said is None else said
         return self._kind(logits=logits, past_key_values=cache)
 
     def _begin(
@@ -190,6 +197,13 @@ class WholePass:
                 x = step(x, **self._settings, **told)
         return x
 
+    def _end(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [1, 1, vocabulary] of the last block's [1, 1, H]."""
+        if self._tail is not None:
+            return self._tail.of(x.contiguous())
+        logits: torch.Tensor = self._around.head(self._around.norm(x))
+        return logits
+
     def _compare(self, kwargs: dict[str, Any]) -> Any:
         """A pass that goes the library's way, and whether it does what this one would."""
         with _watched(self._blocks) as calls:
@@ -215,7 +229,7 @@ class WholePass:
         cache, first = kwargs["past_key_values"], calls[0]
         length = cache.get_seq_length() - 1  # as it was
         x, position, turns = self._begin(kwargs, length)
-        asked = self._around.head(self._around.norm(calls[-1].out))
+        asked = self._end(calls[-1].out)
         return (
             values["past_key_values"] is first.kwargs["past_key_values"] is cache
             and _are_same_bits(x, first.args[0])
@@ -228,7 +242,8 @@ class WholePass:
         """Over everything that is passed over, and the values that say how the library goes."""
         compiled = [block for stretch in self._stretches for block in stretch.blocks]
         rotary = self._turns.bypassed
-        bypassed = [self._around.decoder, self._around.decoder.layers, *rotary]
+        ends = [] if self._tail is None else [self._around.norm, self._around.head]
+        bypassed = [self._around.decoder, self._around.decoder.layers, *rotary, *ends]
         for block in compiled:
             bypassed += [block.found.block, *block.found.bypassed]
         configs = (self._model.config, self._model.config.get_text_config())

@@ -37,6 +37,12 @@ void BlockWork::make_room(const Block &b) {
     while (queries.size() < b.num_kv_heads) queries.emplace_back();
 }
 
+void BlockWork::make_room(const Tail &t) {
+    const size_t hidden = t.norm.size, rows = t.head.rows, most = std::max(hidden, rows);
+    x = static_cast<float *>(floats.reserve((hidden + rows + most) * 4));
+    q = x + hidden, spare = q + rows;
+}
+
 void Engine::attend(const Block &b, const Token &token) {
     std::lock_guard<std::mutex> turn(turn_);
     BlockWork &w = block_work_;
@@ -207,6 +213,22 @@ void Engine::sum(const Sum &s) {
     kernels_.widen(s.type, s.h, one, s.size);
     for (uint32_t i = 0; i < s.size; ++i) total[i] += one[i];
     kernels_.narrow(s.type, total, s.out, s.size);
+}
+
+void Engine::finish(const Tail &t) {
+    std::lock_guard<std::mutex> turn(turn_);
+    BlockWork &w = block_work_;
+    w.make_room(t);
+    kernels_.widen(t.type, t.x, w.x, t.norm.size);
+    normalise(t.norm, t.type, w.x, t.norm.size, w);
+    if (!t.head.rows) {
+        kernels_.narrow(t.type, w.x, t.out, t.norm.size);
+        return;
+    }
+    const Matrix *head[] = {&t.head};
+    float *logits[] = {w.q};
+    products(head, &t.bias, logits, 1, t.type, w.x, w);
+    kernels_.narrow(t.type, w.q, t.out, t.head.rows);
 }
 
 size_t Engine::run_ahead(Stage *stages, size_t count) {

@@ -68,6 +68,18 @@ struct Sum {
     uint32_t rounds;       // each product is rounded to `type`: the model holds weights of it
 };
 
+// The model's last norm and its head: head(norm(x)) + bias. A head without rows: the norm alone.
+struct Tail {
+    const void *x;         // [H]
+    void *out;             // [rows], or [H] of the norm alone
+    Matrix head;
+    Norm norm;
+    const void *bias;      // [rows] of the model's type, or null
+    Type type;
+    uint32_t unused;
+};
+static_assert(sizeof(Tail) == 120, "Python packs it so");
+
 struct Call;
 
 // One of several blocks that follow one another, run in one call.

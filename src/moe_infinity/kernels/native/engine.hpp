@@ -64,6 +64,7 @@ struct BlockWork {
     std::deque<Prepared> queries;     // by key-value head
 
     void make_room(const Block &block);
+    void make_room(const Tail &tail);
 };
 
 // Of attention to latents: heads in chunks, each with its tokens.
@@ -91,6 +92,7 @@ public:
     void attend(const Block &block, const Token &token);
     void sum(const Sum &sum);
     void attend_latents(const Latent &latent);
+    void finish(const Tail &tail);
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
     // after them, if there is one, is run up to the choice of its experts.

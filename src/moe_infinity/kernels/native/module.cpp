@@ -168,6 +168,14 @@ PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return without_gil([&] { engine->sum(terms); });
 }
 
+PyObject *finish(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arguments(count, 2, "finish(engine, tail)")) return nullptr;
+    Engine *engine = engine_of(args[0]);
+    moe::Tail tail;
+    if (!engine || !copy_one(args[1], tail)) return nullptr;
+    return without_gil([&] { engine->finish(tail); });
+}
+
 PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arguments(count, 2, "attend_latents(engine, latent)")) return nullptr;
     Engine *engine = engine_of(args[0]);
@@ -225,6 +233,8 @@ PyMethodDef methods[] = {
     {"attend", as_function(attend), METH_FASTCALL,
      "attend(engine, block, token): see block.hpp for their layout."},
     {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
+    {"finish", as_function(finish), METH_FASTCALL,
+     "finish(engine, tail): see block.hpp for its layout."},
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,

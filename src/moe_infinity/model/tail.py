@@ -1,0 +1,99 @@
+"""A model's last norm and its head, for one token, in one compiled call.
+
+What torch takes for a norm is long enough for the kernels' threads to fall asleep before the head.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from moe_infinity.kernels.blocks import Linear, Norm, pack_tail
+from moe_infinity.kernels.described import num_rows
+from moe_infinity.kernels.native import SHORT_TYPES, Kernel
+from moe_infinity.model.block_kind import SCALES, is_close, linear_of, norm_of
+from moe_infinity.model.found_block import Watch
+
+_log = logging.getLogger(__name__)
+
+
+def speed_up_tail(kernel: Kernel, norm: Any, head: Any) -> Tail | None:
+    """Let compiled code do the norm of one token, whoever asks for it, if it is of the usual kind;
+    returns both together."""
+    try:
+        spec, linear = norm_of(norm), linear_of(head)
+        weights = [spec.weight, linear.bias, linear.weight]
+        plain = [each for each in weights if isinstance(each, torch.Tensor)]
+        dtype = spec.weight.dtype
+        is_alike = all(each.dtype is dtype and each.is_contiguous() for each in plain)
+        if dtype not in SHORT_TYPES or not is_alike or not all(each.is_cpu for each in plain):
+            return None
+        compiled = _LoneNorm(kernel, norm, spec)
+        if not _computes_the_same(compiled, norm, spec):
+            return None
+        tail = Tail(kernel, spec, linear)
+    except Exception:  # parts of another kind may want anything
+        _log.debug("%s: not of the usual kind", type(norm).__name__, exc_info=True)
+        return None
+    compiled.stand_before()
+    return tail
+
+
+class Tail:
+    """The head of the norm of one token."""
+
+    def __init__(self, kernel: Kernel, norm: Norm, head: Linear) -> None:
+        self._kernel = kernel
+        self._packed = pack_tail(norm, head)
+        self._kept = (norm, head)  # whose memory it is
+        self._num_rows = num_rows(head.weight)
+
+    def of(self, x: torch.Tensor) -> torch.Tensor:
+        """[1, 1, H] contiguous -> [1, 1, vocabulary]: every bit as norm and head say it."""
+        out = x.new_empty(1, 1, self._num_rows)
+        self._kernel.finish(self._packed, x, out)
+        return out
+
+
+class _LoneNorm:
+    """Stands for a norm's ``forward``; more than one token goes the module's own way."""
+
+    def __init__(self, kernel: Kernel, module: Any, norm: Norm) -> None:
+        self._kernel, self._module = kernel, module
+        self._weight, self._size = norm.weight, norm.weight.numel()
+        self._packed = pack_tail(norm, None)
+        self._stock = module.forward
+        self._watch: Watch | None = None
+
+    def stand_before(self) -> None:
+        """From now on the module's calls come here, for as long as it is what it is now."""
+        self._module.forward = self.forward
+        self._watch = Watch([self._module], [], [])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states
+        fits = x.numel() == self._size and x.dtype is self._weight.dtype and x.is_cpu
+        is_known = self._watch is not None and self._watch.is_unchanged()
+        if fits and is_known and not torch.is_grad_enabled():
+            return self.alone(x)
+        said: torch.Tensor = self._stock(x)
+        return said
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """Of one token."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._kernel.finish(self._packed, x.contiguous(), out)
+        return out
+
+
+@torch.no_grad()
+def _computes_the_same(compiled: _LoneNorm, module: Any, norm: Norm) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    for scale in SCALES:
+        x = torch.randn(1, 1, norm.weight.numel(), generator=generator) * scale
+        x = x.to(norm.weight.dtype)
+        if not is_close(compiled.alone(x), module(x)):
+            return False
+    return True
