@@ -82,7 +82,7 @@ def prompt(args: argparse.Namespace) -> dict:
             moe.generate([ids[::turn]], max_new_tokens=2, min_new_tokens=2)
         stats = moe.stats()
         prefill, speeds = stats.prefill, moe.bandwidths()
-        assert speeds is not None, "nothing runs"
+        assert speeds is not None, "a request runs: speeds cannot be measured"
         return {
             "ttft_s": stats.ttft_s,
             "read_bytes": prefill.demand_bytes + prefill.prefetch_bytes,

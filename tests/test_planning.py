@@ -12,7 +12,8 @@ from moe_infinity import MoE, bundled_model_path, planning
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.packing import pack
 from moe_infinity.config import EngineConfig, format_bytes
-from moe_infinity.errors import BudgetError
+from moe_infinity.device_plan import DeviceFacts
+from moe_infinity.errors import BudgetError, PlanExceededError
 from moe_infinity.forecast import (
     decode_s,
     expected_hit_rate,
@@ -66,11 +67,12 @@ def plan(anatomy: Anatomy, **options: Any) -> Plan:
 class TestArithmetic:
     def test_it_adds_up(self, bundled: Anatomy) -> None:
         made = plan(bundled)
-        parts = [made.dense_bytes, made.kv_bytes, made.workspace_bytes, made.staging_bytes]
-        assert made.used_bytes == sum(parts) + made.runtime_bytes + made.cache_bytes
+        parts = [made.dense_bytes, made.kv_bytes, made.workspace_bytes, made.kept_bytes]
+        parts += [made.staging_bytes, made.runtime_bytes, made.cache_bytes]
+        assert made.used_bytes == sum(parts)
         assert made.used_bytes <= made.budget_bytes == 8 * 2**30
         assert made.cache_bytes == made.num_slots * made.slot_bytes[0]
-        for size in (*parts, made.runtime_bytes, made.cache_bytes, made.used_bytes):
+        for size in (*parts, made.used_bytes):
             assert format_bytes(size) in made.arithmetic()
 
     def test_the_bundled_model(self, bundled: Anatomy) -> None:
@@ -102,6 +104,24 @@ class TestArithmetic:
         slots = [made.num_slots for made in plans]
         assert slots == sorted(slots) and slots[0] < 100 and slots[-1] == 256
         assert all(made.used_bytes <= made.budget_bytes for made in plans)
+
+    def test_the_smallest_budget_beside_a_device_is_one_that_works(
+        self, bundled: Anatomy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(planning, "_dense_bytes", lambda anatomy: 3 * 2**30)
+        facts = DeviceFacts("a device", 24 * 2**30, 24 * 2**30)
+        smallest = make_plan(bundled, EngineConfig(ram="16GiB"), facts).smallest_budget_bytes
+        assert smallest > 3 * 2**30, "dense weights pass through RAM"
+        assert make_plan(bundled, EngineConfig(ram=smallest), facts).num_slots >= 4
+        with pytest.raises(BudgetError, match=format_bytes(smallest)):
+            make_plan(bundled, EngineConfig(ram=smallest - 16 * MIB), facts)
+
+    def test_passes_may_not_take_what_the_allocator_keeps(self, bundled: Anatomy) -> None:
+        made = plan(bundled, max_batch=8)
+        full = dataclasses.replace(made, budget_bytes=made.used_bytes)
+        full.require_room(full.workspace_bytes, "a pass")
+        with pytest.raises(PlanExceededError):
+            full.require_room(full.workspace_bytes + 1, "a pass")
 
     def test_contexts_grow_with_memory(self, bundled: Anatomy) -> None:
         smallest = plan(bundled, max_batch=8).smallest_budget_bytes

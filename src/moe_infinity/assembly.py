@@ -59,6 +59,7 @@ from moe_infinity.stats import Counters
 
 _log = logging.getLogger(__name__)
 _TRIAL_PASSES = 8  # of looking ahead, and of doing without
+_SETTLING_TRIALS = 4  # that nothing is concluded from, all without
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -148,7 +149,8 @@ def build_hierarchy(
     runner = _runner(anatomy, plan, config, chosen)
     predictor = find_predictor(chosen.prefetch)
     tries = config.prefetch == "auto" and predictor.foresight is not None
-    pays = PaysMeter(_TRIAL_PASSES * anatomy.shape.num_layers) if tries else None
+    trial_events = _TRIAL_PASSES * anatomy.shape.num_layers
+    pays = PaysMeter(trial_events, settling=_SETTLING_TRIALS) if tries else None
     with contextlib.ExitStack() as undo:
         sizes = (plan.slots_per_class, plan.slot_bytes)
         arena = PinnedArena(*sizes, chosen.devices[0]) if chosen.devices else SlotArena(*sizes)

@@ -18,6 +18,7 @@ class Plan:
     dense_read_bytes: int  # of them, what one token reads: a row of the embedding, not all
     kv_bytes: int
     workspace_bytes: int
+    kept_bytes: int  # freed by passes, and kept by the allocator
     staging_bytes: int
     runtime_bytes: int
     slots_per_class: tuple[int, ...]
@@ -70,7 +71,8 @@ class Plan:
         beside = self.staging_bytes + self.runtime_bytes
         if self.device is not None:
             return beside
-        return self.dense_bytes + self.kv_bytes + self.workspace_bytes + beside
+        computing = self.workspace_bytes + self.kept_bytes
+        return self.dense_bytes + self.kv_bytes + computing + beside
 
     def require(self, rows: int, length: int, what: str) -> None:
         """Raise PlanExceededError for more rows or a longer context than there is memory for."""
@@ -103,6 +105,7 @@ class Plan:
             ("dense weights", self.dense_bytes),
             (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
             ("activations and logits", self.workspace_bytes),
+            ("what the allocator keeps of them", self.kept_bytes),
         ]
         rows = [
             *(dense if self.device is None else []),

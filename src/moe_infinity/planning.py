@@ -20,6 +20,7 @@ from moe_infinity.device_plan import (
     plan_devices,
 )
 from moe_infinity.errors import BudgetError
+from moe_infinity.heap import can_trim
 from moe_infinity.machine import available_bytes, resident_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_shape import KvShape
@@ -32,9 +33,10 @@ from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_
 from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: what the library imports later, thread stacks, the
-# allocator's and oneDNN's own buffers, Python objects of a long run. What the allocator keeps of
-# prompts' tensors goes back where it does not fit (heap.py).
-RUNTIME_MARGIN_BYTES = 64 * 1024**2
+# allocator's and oneDNN's own buffers, Python objects of a long run. Measured: 45-55 MiB with
+# widened16 in 16 and 4 bit within 1.1 to 2.2 GB. What the allocator keeps of prompts goes back
+# where it does not fit (heap.py), if it can: else 60-110 MB were measured.
+RUNTIME_MARGIN_BYTES = (64 if can_trim() else 128) * 1024**2
 # A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
 # measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
 _TOKENIZER_BYTES_PER_ID = 3000
@@ -48,10 +50,13 @@ _ENCODER_CONTEXT = 512
 # `plan` and the run it is asked for are two processes, not resident with the same bytes: measured
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
-# Between two looks of heap.py, a layer apart, the allocator keeps up to a third of a pass's
-# workspace that is in use no more. Measured: 80 MiB of 213.
-_KEPT_PART = 3
-_TRANSFER_BYTES = 32 * 1024**2  # scratch of the readers of dense tensors, while a model opens
+# Between two looks of heap.py, a layer apart, the allocator keeps so much of a pass's workspace
+# that is in use no more. Measured: 80 MiB of 213 (widened16, 2,000 tokens, AVX2). What is larger
+# than 32 MiB it never keeps.
+_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 128 * 1024**2
+# Scratch of the threads that read dense tensors while a model opens. What the allocator keeps of
+# it at the top of a thread's own arena cannot be given back.
+_TRANSFER_BYTES = 32 * 1024**2
 # Speeds are measured between requests, when nothing is in a pass's workspace; this for the disk's
 # buffers, then as much for products and for plain reading.
 _MEASURING_BYTES = BEYOND_CACHES_BYTES
@@ -78,15 +83,17 @@ class _Needs:
         return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
 
     def workspace_bytes(self, context: int) -> int:
-        anatomy = self._anatomy
-        needed = workspace_bytes(anatomy.meta, context, self._rows, anatomy.dtype)
-        return needed if self._facts else needed + needed // _KEPT_PART
+        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
+
+    def kept_bytes(self, context: int) -> int:
+        if self._facts:
+            return 0
+        return min(_MOST_KEPT_BYTES, int(self.workspace_bytes(context) * _KEPT_SHARE))
 
     def staging_bytes(self, context: int) -> int:
-        """For prediction, and beyond the workspace for what is there for a while only."""
-        if self._facts:  # whose staging slots are ready when weights are read through them
-            return max(_TRANSFER_BYTES, _MEASURING_BYTES) + self._prediction_bytes
-        return max(0, _MEASURING_BYTES - self.workspace_bytes(context)) + self._prediction_bytes
+        """For prediction, for what is read through, and beyond the workspace for measuring."""
+        passes = 0 if self._facts else self.workspace_bytes(context) + self.kept_bytes(context)
+        return max(_TRANSFER_BYTES, _MEASURING_BYTES - passes) + self._prediction_bytes
 
     def computing(self, context: int) -> DeviceNeeds:
         """What lies where products are computed."""
@@ -101,7 +108,9 @@ class _Needs:
     def total(self, context: int) -> int:
         """In RAM."""
         beside = self.staging_bytes(context) + self.runtime_bytes
-        return beside if self._facts else self.computing(context).total + beside
+        if self._facts:
+            return beside
+        return self.computing(context).total + self.kept_bytes(context) + beside
 
     @property
     def is_on_device(self) -> bool:
@@ -139,6 +148,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
         dense_read_bytes=needs.dense_bytes - _looked_up_bytes(anatomy),
         kv_bytes=needs.kv_bytes(context),
         workspace_bytes=needs.workspace_bytes(context),
+        kept_bytes=needs.kept_bytes(context),
         staging_bytes=needs.staging_bytes(context),
         runtime_bytes=needs.runtime_bytes,
         slots_per_class=slots,
@@ -155,7 +165,7 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
         device=devices[0] if devices else None,
         others=devices[1:],
     )
-    _refuse_too_small(plan, smallest, config)
+    _refuse_too_small(plan, smallest, config, needs)
     return plan
 
 
@@ -195,11 +205,10 @@ def _contexts(
 
 
 def _refuse_too_small(
-    plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig
+    plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig, needs: _Needs
 ) -> None:
-    passes_through = plan.device is not None and plan.fixed_bytes + plan.dense_bytes
     for slots, (needed, _) in zip(plan.slots_per_class, smallest, strict=True):
-        if slots >= needed and passes_through <= plan.budget_bytes:
+        if slots >= needed and needs.at_opening() <= plan.budget_bytes:
             continue
         if config.ram_slots is not None and config.ram_slots < sum(n for n, _ in smallest):
             raise BudgetError(

@@ -77,7 +77,10 @@ class Wiring:
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         beside = choose("auto") if config.miss != "copy" else None
         self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, beside)
-        self._runtime.heap = Heap(plan.budget_bytes, plan.workspace_bytes)
+        # A device's workspace is its own.
+        needed_bytes = 0 if plan.device else plan.workspace_bytes + plan.kept_bytes
+        self._heap = Heap(plan.budget_bytes, needed_bytes, hierarchy.untouched_bytes)
+        self._runtime.heap = self._heap
         if isinstance(hierarchy, VramHierarchy) and len(hierarchy.memory.devices) > 1:
             self._runtime.elsewhere = self._elsewhere(hierarchy.memory.devices, maths, config)
         layers = self._attach(modules, maths)
@@ -148,6 +151,7 @@ class Wiring:
             self._device.finish()
         self._threads.end()
         self.request.finish(counters, time.perf_counter())
+        self._heap.make_room()  # speeds may be measured next
 
     def close(self) -> None:
         self._threads.end()

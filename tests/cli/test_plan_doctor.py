@@ -32,7 +32,7 @@ def planned(*arguments: object) -> dict[str, Any]:
 class TestPlan:
     def test_it_adds_up(self) -> None:
         report = planned("--ram", "1GiB")
-        parts = ("dense", "kv", "workspace", "staging", "runtime", "cache")
+        parts = ("dense", "kv", "workspace", "kept", "staging", "runtime", "cache")
         assert report["used_bytes"] == sum(report[f"{part}_bytes"] for part in parts)
         assert report["used_bytes"] <= report["budget_bytes"] == 2**30
         assert report["share_resident"] == report["slots"] / report["experts_total"]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
@@ -61,7 +62,10 @@ def test_together_and_apart_say_every_bit_alike(
         torch.testing.assert_close(fast.norm(x), plain.norm(x), atol=0, rtol=2**-7)
 
 
-@pytest.mark.parametrize("other", ["gemma", "layer_norm", "float32", "odd_sizes", "strided"])
+OTHERS = ["gemma", "layer_norm", "no_bias", "cohere", "float32", "odd_sizes", "strided"]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 @torch.no_grad()
 def test_others_are_left_alone(other: str) -> None:
     model = ends(torch.float32 if other == "float32" else torch.bfloat16)
@@ -70,7 +74,11 @@ def test_others_are_left_alone(other: str) -> None:
         nn.init.normal_(model.norm.weight)
     if other == "layer_norm":
         model.norm = nn.LayerNorm(HIDDEN).bfloat16()
-        nn.init.normal_(model.norm.bias)
+    if other in ("no_bias", "cohere"):
+        hidden = 4096  # a token's mean is small beside its length there
+        make = nn.LayerNorm if other == "no_bias" else CohereLayerNorm
+        model.norm = (make(hidden, bias=False)).bfloat16()
+        model.head = nn.Linear(hidden, VOCABULARY).bfloat16()
     if other == "odd_sizes":
         model.head = nn.Linear(HIDDEN + 2, VOCABULARY).bfloat16()
     if other == "strided":

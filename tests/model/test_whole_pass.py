@@ -20,12 +20,14 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.routers import RouterTaps
+from moe_infinity.model.tail import Tail
 from moe_infinity.model.whole_pass import WholePass
 from support.checkpoints import edit_config, tiny_checkpoint
 from support.families import family, save_tiny, tiny_input_ids
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
 NUM_NEW = 12
+of = Tail.of
 
 
 @pytest.fixture(scope="module")
@@ -314,12 +316,18 @@ def num_whole(moe: MoE) -> int:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "mixtral"])
-def test_families(name: str, tmp_path: Path, never: Callable[[], None]) -> None:
+def test_families(
+    name: str, tmp_path: Path, never: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tiny(family(name), tmp_path, torch.bfloat16)
+    ended: list[torch.Tensor] = []
+    monkeypatch.setattr(Tail, "of", lambda *args: ended.append(of(*args)) or ended[-1])
     with opened(tmp_path) as moe:
         found = logits(moe)
         assert num_whole(moe) == NUM_NEW - 1, "all but the one that is watched"
+        ended.clear()
         assert torch.equal(logits(moe), found)
+        assert len(ended) > NUM_NEW // 2 and torch.equal(ended[-1][0], found[-1:])
         assert num_whole(moe) == 2 * NUM_NEW - 1
     never()
     with opened(tmp_path) as moe:
@@ -327,10 +335,11 @@ def test_families(name: str, tmp_path: Path, never: Callable[[], None]) -> None:
         assert num_whole(moe) == 0
 
 
+@pytest.mark.parametrize("plain", [[0, 2], [0, 4]])
 def test_blocks_without_experts_are_called_in_between(
-    tmp_path: Path, never: Callable[[], None]
+    tmp_path: Path, plain: list[int], never: Callable[[], None]
 ) -> None:
-    tiny_checkpoint(tmp_path, torch.bfloat16, num_hidden_layers=5, mlp_only_layers=[0, 2])
+    tiny_checkpoint(tmp_path, torch.bfloat16, num_hidden_layers=5, mlp_only_layers=plain)
     with opened(tmp_path) as moe:
         found = logits(moe)
         assert num_whole(moe) == NUM_NEW - 1

@@ -40,6 +40,14 @@ def test_an_empty_cache_speaks_for_neither_way() -> None:
     assert share_on(meter, 1.5, 1.0, 3200) < 0.1
 
 
+def test_short_answers_are_not_tried_on() -> None:
+    meter = PaysMeter(window=10, settling=4)
+    assert share_on(meter, 0.5, 1.0, 50) == 0
+    assert share_on(meter, 0.5, 1.0, 10) == 1
+    share_on(meter, 0.5, 1.0, 20)
+    assert share_on(meter, 0.5, 1.0, 3200) > 0.9
+
+
 def test_passes_that_grow_dearer_do_not_make_the_other_way_look_cheap() -> None:
     """A long conversation: what a trial cost long ago says nothing of now."""
     meter, on, cost_s = PaysMeter(window=10), 0, 1.0

@@ -97,6 +97,10 @@ class DrivenHierarchy(Hierarchy, Carrier):
     def get_ready(self) -> None:
         """Everything else of the model is in memory: slots may be made ready."""
 
+    def untouched_bytes(self) -> int:
+        """Of slots in RAM, what costs no memory yet."""
+        return 0
+
     def begin_request(self) -> None:
         self.runner.begin_request()
 

@@ -51,6 +51,9 @@ class RamHierarchy(DrivenHierarchy):
     def get_ready(self) -> None:
         self._arena.touch_ahead()
 
+    def untouched_bytes(self) -> int:
+        return self._arena.untouched_bytes()
+
     def tier_of(self, key: ExpertKey) -> TierName:
         return "ram" if self.residency.directory.state(key) is State.RESIDENT else "disk"
 

@@ -54,6 +54,10 @@ class Toucher:
                 self._wanted[region] = wanted
                 self._changed.notify()
 
+    def untouched_bytes(self) -> int:
+        """Of all regions, what costs no memory yet."""
+        return sum(size for _, size in self._regions) - sum(self._done)
+
     def close(self) -> None:
         """End the walk; the memory may go then. Idempotent."""
         with self._changed:

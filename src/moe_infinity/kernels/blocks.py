@@ -174,7 +174,7 @@ def pack_tail(norm: Norm, head: Linear | None) -> bytes:
     size, bias = norm.weight.numel(), None if head is None else head.bias
     if head is not None:
         rows, cols = num_rows(head.weight), num_cols(head.weight)
-        if cols != size or (bias is not None and bias.numel() != rows):
+        if cols != size or rows < 1 or (bias is not None and bias.numel() != rows):
             raise ValueError(f"got a norm of {size} numbers before a head of {rows} x {cols}")
     matrix = NO_MATRIX if head is None else describe(head.weight)
     rest = _TAIL.pack(0 if bias is None else bias.data_ptr(), TYPES[norm.weight.dtype], 0)

@@ -126,6 +126,8 @@ def linear_of(module: Any) -> Linear:
 
 
 def norm_of(module: Any) -> Norm:
+    if [name for name, _ in module.named_parameters()] != ["weight"]:
+        raise TypeError(f"{type(module).__name__}: not a plain RMS norm")
     eps = getattr(module, "variance_epsilon", None)
     return Norm(module.weight.detach(), module.eps if eps is None else eps)
 
@@ -137,7 +139,8 @@ def _computes_the_same(
     (hidden,), dtype = spec.before.weight.shape, spec.before.weight.dtype
     generator = torch.Generator().manual_seed(0)
     for scale in SCALES:
-        x = torch.randn(1, _CONTEXT + 1, hidden, generator=generator).mul(scale).to(dtype)
+        # Not around 0: a norm that subtracts the mean is another one.
+        x = torch.randn(1, _CONTEXT + 1, hidden, generator=generator).add(1).mul(scale).to(dtype)
         answer = torch.randn(1, 1, hidden, generator=generator).mul(scale).to(dtype)
         cache: Any = new_cache(model.config, _CONTEXT + 1)
         with _answering(parts.mlp, answer) as shown:
@@ -151,9 +154,9 @@ def _computes_the_same(
         h, normed, _ = _attend(model, kernel, spec, before, layer)
         room = _ULP * float(said.float().norm())  # added and subtracted, small numbers lose digits
         if not (
-            is_close(layer.keys, expected_keys)
-            and is_close(normed, shown[-1][0].view(1, -1))
-            and is_close(h - before, expected_h - before, room)
+            _is_close(layer.keys, expected_keys)
+            and _is_close(normed, shown[-1][0].view(1, -1))
+            and _is_close(h - before, expected_h - before, room)
         ):
             return False
     return True
@@ -191,7 +194,7 @@ def _attend(
     return h, normed, choice
 
 
-def is_close(found: torch.Tensor, expected: torch.Tensor, room: float = 0.0) -> bool:
+def _is_close(found: torch.Tensor, expected: torch.Tensor, room: float = 0.0) -> bool:
     found, expected = found.float(), expected.float()
     return bool((found - expected).norm() <= _TOLERANCE * expected.norm() + room)
 

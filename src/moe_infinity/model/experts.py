@@ -24,7 +24,6 @@ from moe_infinity.types import ExpertKey
 
 # Tokens whose weighted outputs are held at once beside the outputs themselves.
 _COMBINE_TOKENS = 256
-_MANY_TOKENS = 32  # fewer allocate little
 _FIRST_ROW = np.zeros(1, dtype=np.int64)  # of a lone token
 
 
@@ -41,7 +40,7 @@ class Runtime:
     directed: DirectedExperts | None = None  # None: the device cannot direct its experts itself
     elsewhere: Elsewhere | None = None  # None: experts lie on no other device than the model's
     observer: Observer | None = None  # None: nobody asked to see more than the routing
-    heap: Heap | None = None
+    heap: Heap | None = None  # None: nobody looks after the budget
 
 
 class ExpertsLayer:
@@ -144,7 +143,7 @@ class ExpertsLayer:
         rows: NDArray[np.int64],
     ) -> torch.Tensor:
         num_tokens, top_k = ids.shape
-        if self._runtime.heap is not None and num_tokens >= _MANY_TOKENS:
+        if self._runtime.heap is not None and self._runtime.step.phase == "prefill":
             self._runtime.heap.make_room()
         routed = (ids >= 0) & (ids < self.num_experts)
         places = _places_by_expert(ids, routed)

@@ -44,11 +44,12 @@ class Stretch:
         blocks: Sequence[CompiledBlock],
         hierarchy: Hierarchy,
         known: NDArray[np.uint8],
+        tail: Tail | None = None,
     ) -> None:
-        """blocks: that have routers; known: the hierarchy's, [L, E]."""
+        """blocks: that have routers; known: the hierarchy's, [L, E]. tail: follows them."""
         self.blocks = blocks
-        self.tail: Tail | None = None  # what follows these blocks, if that is to be run as well
-        self.said: torch.Tensor | None = None  # by the tail in the last run
+        self._tail = tail
+        self._logits: torch.Tensor | None = None  # by the tail, in the run that goes on
         self._kernel = kernel
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
@@ -81,12 +82,13 @@ class Stretch:
 
     def run(
         self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], cache: Any, place: Place
-    ) -> torch.Tensor:
-        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines. Then
+        the tail's logits, where it was run as well."""
         self._rows[0] = x
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
-        self.said = None
+        self._logits = None
         at = 0
         while at < len(self.blocks):
             done = self._run_ahead(at)
@@ -98,7 +100,8 @@ class Stretch:
         for block in self.blocks:
             cache.layers[block.found.layer_index].keep(place.position + 1)
             block.num_calls += 1
-        return self._rows[-1].clone()
+        logits, self._logits = self._logits, None
+        return self._rows[-1].clone(), logits
 
     def _remember(self, memory: list[_Memory]) -> None:
         for stage, (keys, values) in enumerate(memory):
@@ -113,8 +116,8 @@ class Stretch:
         if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
             return None
         done = self._stages.run(self._kernel, first)
-        if self.tail is not None and first + done == len(self.blocks):
-            self.said = self.tail.of(self._rows[-1])  # at once: later the threads sleep
+        if self._tail is not None and first + done == len(self.blocks):
+            self._logits = self._tail.of(self._rows[-1])  # at once: later the threads sleep
         if done:
             events = [block.told() for block in self.blocks[first : first + done]]
             self._hierarchy.run_hits(events, self._stages.experts_s(first, done))

@@ -5,8 +5,8 @@ position, run the blocks one after the other, norm, and multiply by the head. Th
 long for it as small blocks take themselves. So one pass that goes its way is watched: where each
 block was shown what the one before returned, and all bits around them are those that embedding,
 rotary positions, norm and head give when they are asked alone, later passes ask them alone. They
-stay the model's own modules; only what calls them is passed over, and only as long as nothing about
-it is exchanged.
+stay the model's own modules, or say what those say (tail.py); what calls them is passed over, as
+long as nothing about it is exchanged.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ class _Around(NamedTuple):
     head: Any
 
 
-class _Call(NamedTuple):
-    """Of a block, as the library made it."""
-
+class _Call(NamedTuple):  # of a block, as the library made it
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
@@ -75,15 +73,17 @@ def speed_up_passes(
     if around is None or known is None or not isinstance(kernel, Kernel):
         return None
     by_block = {id(each.found.block): each for each in compiled if each.has_router}
-    if all(id(block) not in by_block for block in blocks):
+    if not any(id(block) in by_block for block in blocks):
         return None
+    ends = (around.norm, around.head)
+    tail = speed_up_tail(kernel, *ends) if id(blocks[-1]) in by_block else None
     steps: list[nn.Module | Stretch] = []
     for is_compiled, found in groupby(blocks, lambda block: id(block) in by_block):
         row = list(found)
         if is_compiled:
-            row = [Stretch(kernel, [by_block[id(block)] for block in row], hierarchy, known)]
+            end = tail if row[-1] is blocks[-1] else None
+            row = [Stretch(kernel, [by_block[id(block)] for block in row], hierarchy, known, end)]
         steps += row
-    tail = speed_up_tail(kernel, around.norm, around.head)
     return WholePass(model, around, blocks, steps, tail)
 
 
@@ -123,8 +123,6 @@ class WholePass:
         self._steps = steps
         self._stretches = [step for step in steps if isinstance(step, Stretch)]
         self._tail = tail
-        if isinstance(steps[-1], Stretch):
-            steps[-1].tail = tail
         # By whether the library finds positions itself.
         self._trust = {True: _Trust.UNKNOWN, False: _Trust.UNKNOWN}
         self._watch = self._new_watch()
@@ -162,10 +160,10 @@ class WholePass:
         x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
-        x = self._through(x, position, turns, cache, iter(places))
+        x, logits = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
-        said = self._stretches[-1].said
-        logits = self._end(x) if said is None else said
+        if logits is None:
+            logits = self._end(x)
         return self._kind(logits=logits, past_key_values=cache)
 
     def _begin(
@@ -186,21 +184,21 @@ class WholePass:
         turns: tuple[torch.Tensor, torch.Tensor],
         cache: Any,
         places: Iterator[Place | None],
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the last block says, and the logits where it was run together with what follows."""
+        logits = None
         told = {"position_ids": position, "past_key_values": cache, "position_embeddings": turns}
         for step in self._steps:
             if isinstance(step, Stretch):
                 place = next(places)
                 assert place is not None, "asked for before"
-                x = step.run(x, turns, cache, place)
+                x, logits = step.run(x, turns, cache, place)
             else:
-                x = step(x, **self._settings, **told)
-        return x
+                x, logits = step(x, **self._settings, **told), None
+        return x, logits
 
     def _end(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, vocabulary] of the last block's [1, 1, H]."""
-        if self._tail is not None:
-            return self._tail.of(x.contiguous())
         logits: torch.Tensor = self._around.head(self._around.norm(x))
         return logits
 
@@ -229,13 +227,14 @@ class WholePass:
         cache, first = kwargs["past_key_values"], calls[0]
         length = cache.get_seq_length() - 1  # as it was
         x, position, turns = self._begin(kwargs, length)
-        asked = self._end(calls[-1].out)
+        asked, last = self._end(calls[-1].out), calls[-1].out.contiguous()
         return (
             values["past_key_values"] is first.kwargs["past_key_values"] is cache
             and _are_same_bits(x, first.args[0])
             and _are_same_bits(position, first.kwargs["position_ids"])
             and all(map(_are_same_bits, turns, first.kwargs["position_embeddings"]))
             and _are_same_bits(asked, values["logits"])
+            and (self._tail is None or _are_same_bits(asked, self._tail.of(last)))
         )
 
     def _new_watch(self) -> Watch:

@@ -44,13 +44,15 @@ class PaysMeter:
     Its own time, and the processor that reads take from products, differ from machine to machine
     and from model to model; what counts is the time between events with it and without. What is
     asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn at
-    first; the very first window tells nothing, for the cache is empty then. The way that was slower
+    first; the first windows, ``settling`` of them, tell nothing, for the cache is empty then, and a
+    short answer is over before a trial could pay for itself. The way that was slower
     is tried again for one ``window`` of events, and judged by those right before it: after a few
     windows, and each time that it is slower again after twice as many, up to ``retry``.
     """
 
     window: int
     retry: int = 32
+    settling: int = 1
     is_on: bool = False
     _num_events: int = 0
     _spent_s: float = 0.0
@@ -71,7 +73,7 @@ class PaysMeter:
         cost_s = self._spent_s / self._num_events
         self._num_events, self._spent_s = 0, 0.0
         self._num_windows += 1
-        if self._num_windows == 1:
+        if self._num_windows <= self.settling:
             return
         self._costs[self.is_on].append(cost_s)
         if self._best is None and len(self._costs[not self.is_on]) < _TURNS:

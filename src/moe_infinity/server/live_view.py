@@ -81,7 +81,7 @@ class LiveView:
         planned = {
             "dense weights": plan.dense_bytes,
             "KV cache": plan.kv_bytes,
-            "activations": plan.workspace_bytes,
+            "activations": plan.workspace_bytes + plan.kept_bytes,
         }
         if plan.device is not None:
             planned = dict.fromkeys(planned, 0)
