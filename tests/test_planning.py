@@ -125,9 +125,10 @@ class TestArithmetic:
 
     def test_contexts_grow_with_memory(self, bundled: Anatomy) -> None:
         smallest = plan(bundled, max_batch=8).smallest_budget_bytes
-        budgets = [smallest + number * 30 * MIB for number in range(3)]
+        budgets = [smallest + number * 50 * MIB for number in range(12)]
         contexts = [plan(bundled, ram=budget, max_batch=8).max_context for budget in budgets]
-        assert contexts == [512, 512, 1024]
+        assert contexts == sorted(contexts)
+        assert {512, 1024} <= set(contexts) <= {512, 1024, 2048}
         assert plan(bundled, ram="8GiB", max_batch=8).max_context == 2048
 
     @pytest.mark.parametrize("num_slots", [4, 5, 77, 256])
