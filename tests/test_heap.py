@@ -8,6 +8,7 @@ import pytest
 from moe_infinity import MoE
 from moe_infinity.heap import Heap, can_trim
 from moe_infinity.machine import resident_bytes
+from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 
 pytestmark = pytest.mark.skipif(not can_trim(), reason="glibc's allocator")
 
@@ -47,10 +48,22 @@ def test_again_only_when_more_has_come() -> None:
     heap.make_room()
     heap.make_room()
     assert heap.num_trims == 1
+    heap.make_room(at_rest=True)
+    assert heap.num_trims == 2
     last = free_below_a_block_in_use()
     heap.make_room()
-    assert heap.num_trims == 2
+    assert heap.num_trims == 3
     ctypes.CDLL(None).free(last)
+
+
+def test_slots_that_fill_are_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    untouched = 1000 * 2**20
+    monkeypatch.setattr("moe_infinity.heap.resident_bytes", lambda: 2000 * 2**20 - untouched)
+    heap = Heap(0, 0, lambda: untouched)
+    for _ in range(10):
+        heap.make_room()
+        untouched -= 100 * 2**20
+    assert heap.num_trims == 1
 
 
 def test_slots_that_cost_nothing_yet_are_counted() -> None:
@@ -67,12 +80,12 @@ def test_asked_before_every_layer_of_a_prompt_and_not_between_tokens(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looks: list[Heap] = []
-    monkeypatch.setattr(Heap, "make_room", lambda heap: looks.append(heap))
+    monkeypatch.setattr(Heap, "make_room", lambda heap, at_rest=False: looks.append(heap))
     with MoE(tiny, ram="2GiB", ram_slots=8) as moe:
         moe.generate([list(range(3, 43))], max_new_tokens=5)
         assert len(looks) == len(moe.residency()) + 1, "and behind the request"
         plan, heap = moe.plan, looks[0]
-        passes = plan.workspace_bytes + plan.kept_bytes
-        assert heap._most_bytes == plan.budget_bytes - passes
+        needed = max(plan.workspace_bytes + plan.kept_bytes, BEYOND_CACHES_BYTES)
+        assert heap._most_bytes == plan.budget_bytes - needed
         untouched = moe._hierarchy.untouched_bytes
         assert heap._untouched_bytes == untouched and 0 <= untouched() <= plan.cache_bytes

@@ -109,6 +109,7 @@ class TestArithmetic:
         self, bundled: Anatomy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(planning, "_dense_bytes", lambda anatomy: 3 * 2**30)
+        monkeypatch.setattr(planning, "resident_bytes", lambda: 2**29)
         facts = DeviceFacts("a device", 24 * 2**30, 24 * 2**30)
         smallest = make_plan(bundled, EngineConfig(ram="16GiB"), facts).smallest_budget_bytes
         assert smallest > 3 * 2**30, "dense weights pass through RAM"
@@ -123,7 +124,10 @@ class TestArithmetic:
         with pytest.raises(PlanExceededError):
             full.require_room(full.workspace_bytes + 1, "a pass")
 
-    def test_contexts_grow_with_memory(self, bundled: Anatomy) -> None:
+    def test_contexts_grow_with_memory(
+        self, bundled: Anatomy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(planning, "resident_bytes", lambda: 2**29)
         smallest = plan(bundled, max_batch=8).smallest_budget_bytes
         budgets = [smallest + number * 50 * MIB for number in range(12)]
         contexts = [plan(bundled, ram=budget, max_batch=8).max_context for budget in budgets]

@@ -37,19 +37,24 @@ class Heap:
         self._most_bytes = budget_bytes - needed_bytes
         self._untouched_bytes = untouched_bytes
         self._trim = _find_trim()
-        self._after_bytes = 0  # resident, when it was trimmed last
+        self._after_bytes: int | None = None  # resident or to come, when it was trimmed last
         self.num_trims = 0
 
-    def make_room(self) -> None:
-        """Before much is allocated."""
+    def make_room(self, at_rest: bool = False) -> None:
+        """Before much is allocated. at_rest: no pass runs, and what it had in use is free now."""
         if self._trim is None:
             return
-        now = resident_bytes()
-        is_short = now + self._untouched_bytes() > self._most_bytes
-        if is_short and now > self._after_bytes + _WORTH_BYTES:
+        now = self._now_bytes()
+        known = None if at_rest or self._after_bytes is None else min(now, self._after_bytes)
+        has_grown = known is None or now > known + _WORTH_BYTES
+        if now > self._most_bytes and has_grown:
             self._trim(0)
-            self._after_bytes = resident_bytes()
+            known = self._now_bytes()
             self.num_trims += 1
+        self._after_bytes = known
+
+    def _now_bytes(self) -> int:
+        return resident_bytes() + self._untouched_bytes()
 
 
 def _find_trim() -> Any:

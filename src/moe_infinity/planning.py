@@ -34,8 +34,8 @@ from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: what the library imports later, thread stacks, the
 # allocator's and oneDNN's own buffers, Python objects of a long run. Measured: 45-55 MiB with
-# widened16 in 16 and 4 bit within 1.1 to 2.2 GB. What the allocator keeps of prompts goes back
-# where it does not fit (heap.py), if it can: else 60-110 MB were measured.
+# widened16 in 16 and 4 bit within 1.1 to 2.2 GB. More where the allocator cannot be asked to give
+# back what it keeps (heap.py).
 RUNTIME_MARGIN_BYTES = (64 if can_trim() else 128) * 1024**2
 # A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
 # measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
@@ -51,9 +51,9 @@ _ENCODER_CONTEXT = 512
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
 # Between two looks of heap.py, a layer apart, the allocator keeps so much of a pass's workspace
-# that is in use no more. Measured: 80 MiB of 213 (widened16, 2,000 tokens, AVX2). What is larger
-# than 32 MiB it never keeps.
-_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 128 * 1024**2
+# that is in use no more. Measured: 80 MiB of 213 (widened16, 2,000 tokens, AVX2). No tensor of more
+# than 32 MiB is kept, which large workspaces mostly are of.
+_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 256 * 1024**2
 # Scratch of the threads that read dense tensors while a model opens. What the allocator keeps of
 # it at the top of a thread's own arena cannot be given back.
 _TRANSFER_BYTES = 32 * 1024**2
@@ -92,7 +92,7 @@ class _Needs:
 
     def staging_bytes(self, context: int) -> int:
         """For prediction, for what is read through, and beyond the workspace for measuring."""
-        passes = 0 if self._facts else self.workspace_bytes(context) + self.kept_bytes(context)
+        passes = 0 if self._facts else self.workspace_bytes(context)
         return max(_TRANSFER_BYTES, _MEASURING_BYTES - passes) + self._prediction_bytes
 
     def computing(self, context: int) -> DeviceNeeds:
@@ -207,8 +207,9 @@ def _contexts(
 def _refuse_too_small(
     plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig, needs: _Needs
 ) -> None:
+    can_open = needs.at_opening() <= plan.budget_bytes
     for slots, (needed, _) in zip(plan.slots_per_class, smallest, strict=True):
-        if slots >= needed and needs.at_opening() <= plan.budget_bytes:
+        if slots >= needed and can_open:
             continue
         if config.ram_slots is not None and config.ram_slots < sum(n for n, _ in smallest):
             raise BudgetError(

@@ -59,7 +59,7 @@ def test_together_and_apart_say_every_bit_alike(
         apart = fast.head(fast.norm(x))
         assert torch.equal(tail.of(x), apart)
         torch.testing.assert_close(apart, plain.head(plain.norm(x)), atol=0.03, rtol=0.03)
-        torch.testing.assert_close(fast.norm(x), plain.norm(x), atol=0, rtol=2**-7)
+        torch.testing.assert_close(fast.norm(x), plain.norm(x), atol=0, rtol=2**-6)
 
 
 OTHERS = ["gemma", "layer_norm", "no_bias", "cohere", "float32", "odd_sizes", "strided"]

@@ -40,7 +40,7 @@ def test_an_empty_cache_speaks_for_neither_way() -> None:
     assert share_on(meter, 1.5, 1.0, 3200) < 0.1
 
 
-def test_short_answers_are_not_tried_on() -> None:
+def test_a_first_short_answer_is_not_tried_on() -> None:
     meter = PaysMeter(window=10, settling=4)
     assert share_on(meter, 0.5, 1.0, 50) == 0
     assert share_on(meter, 0.5, 1.0, 10) == 1

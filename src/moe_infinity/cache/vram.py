@@ -76,6 +76,9 @@ class VramHierarchy(DrivenHierarchy):
     def get_ready(self) -> None:
         self._host.arena.touch_ahead()
 
+    def untouched_bytes(self) -> int:
+        return self._host.arena.untouched_bytes()
+
     def shrink(self, device: int = 0) -> int:
         """Give some of a device's memory back, between events. Returns how many slots went; 0:
         what is left is needed."""

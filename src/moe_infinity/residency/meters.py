@@ -45,7 +45,7 @@ class PaysMeter:
     and from model to model; what counts is the time between events with it and without. What is
     asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn at
     first; the first windows, ``settling`` of them, tell nothing, for the cache is empty then, and a
-    short answer is over before a trial could pay for itself. The way that was slower
+    first short answer is over before a trial could pay for itself. The way that was slower
     is tried again for one ``window`` of events, and judged by those right before it: after a few
     windows, and each time that it is slower again after twice as many, up to ``retry``.
     """
