@@ -131,9 +131,7 @@ class TestArithmetic:
         smallest = plan(bundled, max_batch=8).smallest_budget_bytes
         budgets = [smallest + number * 50 * MIB for number in range(12)]
         contexts = [plan(bundled, ram=budget, max_batch=8).max_context for budget in budgets]
-        assert contexts == sorted(contexts)
-        assert {512, 1024} <= set(contexts) <= {512, 1024, 2048}
-        assert plan(bundled, ram="8GiB", max_batch=8).max_context == 2048
+        assert contexts == sorted(contexts) and contexts[0] < contexts[-1] == 2048
 
     @pytest.mark.parametrize("num_slots", [4, 5, 77, 256])
     def test_ram_slots_bind_to_the_slot(self, bundled: Anatomy, num_slots: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from moe_infinity.config import format_bytes
 from moe_infinity.device_plan import DevicePlan
 from moe_infinity.errors import PlanExceededError
+from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class Plan:
             return beside
         computing = self.workspace_bytes + self.kept_bytes
         return self.dense_bytes + self.kv_bytes + computing + beside
+
+    @property
+    def passing_bytes(self) -> int:
+        """Of RAM, what is free between two requests: for a pass, or for measuring speeds."""
+        passes = 0 if self.device is not None else self.workspace_bytes + self.kept_bytes
+        return max(passes, BEYOND_CACHES_BYTES)
 
     def require(self, rows: int, length: int, what: str) -> None:
         """Raise PlanExceededError for more rows or a longer context than there is memory for."""

@@ -57,9 +57,6 @@ _KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 256 * 1024**2
 # Scratch of the threads that read dense tensors while a model opens. What the allocator keeps of
 # it at the top of a thread's own arena cannot be given back.
 _TRANSFER_BYTES = 32 * 1024**2
-# Speeds are measured between requests, when nothing is in a pass's workspace; this for the disk's
-# buffers, then as much for products and for plain reading.
-_MEASURING_BYTES = BEYOND_CACHES_BYTES
 
 
 class _Needs:
@@ -93,7 +90,8 @@ class _Needs:
     def staging_bytes(self, context: int) -> int:
         """For prediction, for what is read through, and beyond the workspace for measuring."""
         passes = 0 if self._facts else self.workspace_bytes(context)
-        return max(_TRANSFER_BYTES, _MEASURING_BYTES - passes) + self._prediction_bytes
+        # Between requests: so much for the disk's buffers, then for products, then for reading.
+        return max(_TRANSFER_BYTES, BEYOND_CACHES_BYTES - passes) + self._prediction_bytes
 
     def computing(self, context: int) -> DeviceNeeds:
         """What lies where products are computed."""

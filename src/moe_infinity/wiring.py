@@ -32,7 +32,6 @@ from moe_infinity.model.whole_pass import WholePass, speed_up_passes
 from moe_infinity.plan import Plan
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.predictors.base import ExpertPredictor
-from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 from moe_infinity.reporting import Routing
 from moe_infinity.request import Request
 from moe_infinity.stats import Counters
@@ -77,12 +76,8 @@ class Wiring:
         speed_up_latents(model, self.kernel)
         self._threads = FewThreads((has_packed or is_fast) and compiled)
         beside = choose("auto") if config.miss != "copy" else None
-        self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, beside)
-        # A device's workspace is its own. Between requests speeds are measured.
-        passes_bytes = 0 if plan.device else plan.workspace_bytes + plan.kept_bytes
-        needed_bytes = max(passes_bytes, BEYOND_CACHES_BYTES)
-        self._heap = Heap(plan.budget_bytes, needed_bytes, hierarchy.untouched_bytes)
-        self._runtime.heap = self._heap
+        heap = Heap(plan.budget_bytes, plan.passing_bytes, hierarchy.untouched_bytes)
+        self._runtime = Runtime(hierarchy, self.kernel, routing, self.recorder, step, heap, beside)
         if isinstance(hierarchy, VramHierarchy) and len(hierarchy.memory.devices) > 1:
             self._runtime.elsewhere = self._elsewhere(hierarchy.memory.devices, maths, config)
         layers = self._attach(modules, maths)
@@ -153,7 +148,7 @@ class Wiring:
             self._device.finish()
         self._threads.end()
         self.request.finish(counters, time.perf_counter())
-        self._heap.make_room(at_rest=True)
+        self._runtime.heap.make_room(at_rest=True)
 
     def close(self) -> None:
         self._threads.end()

@@ -74,6 +74,7 @@ def test_others_are_left_alone(other: str) -> None:
         nn.init.normal_(model.norm.weight)
     if other == "layer_norm":
         model.norm = nn.LayerNorm(HIDDEN).bfloat16()
+        nn.init.normal_(model.norm.bias)
     if other in ("no_bias", "cohere"):
         hidden = 4096  # a token's mean is small beside its length there
         make = nn.LayerNorm if other == "no_bias" else CohereLayerNorm

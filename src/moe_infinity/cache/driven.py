@@ -75,6 +75,10 @@ class DrivenHierarchy(Hierarchy, Carrier):
     def count_activity(self) -> None:
         """Add to the counters what the links did since the last call."""
 
+    @abstractmethod
+    def untouched_bytes(self) -> int:
+        """Of slots in RAM, what costs no memory yet."""
+
     @property
     def counters(self) -> Counters:
         return self.residency.counters
@@ -96,10 +100,6 @@ class DrivenHierarchy(Hierarchy, Carrier):
 
     def get_ready(self) -> None:
         """Everything else of the model is in memory: slots may be made ready."""
-
-    def untouched_bytes(self) -> int:
-        """Of slots in RAM, what costs no memory yet."""
-        return 0
 
     def begin_request(self) -> None:
         self.runner.begin_request()

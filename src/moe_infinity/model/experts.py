@@ -36,11 +36,11 @@ class Runtime:
     routing: RoutingRule
     recorder: Recorder
     step: Step
+    heap: Heap
     host_kernel: ExpertKernel | None = None  # of misses that are computed in RAM beside a device
     directed: DirectedExperts | None = None  # None: the device cannot direct its experts itself
     elsewhere: Elsewhere | None = None  # None: experts lie on no other device than the model's
     observer: Observer | None = None  # None: nobody asked to see more than the routing
-    heap: Heap | None = None  # None: nobody looks after the budget
 
 
 class ExpertsLayer:
@@ -143,7 +143,7 @@ class ExpertsLayer:
         rows: NDArray[np.int64],
     ) -> torch.Tensor:
         num_tokens, top_k = ids.shape
-        if self._runtime.heap is not None and self._runtime.step.phase == "prefill":
+        if self._runtime.step.phase == "prefill":
             self._runtime.heap.make_room()
         routed = (ids >= 0) & (ids < self.num_experts)
         places = _places_by_expert(ids, routed)

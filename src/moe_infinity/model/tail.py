@@ -17,6 +17,7 @@ from moe_infinity.kernels.described import num_rows
 from moe_infinity.kernels.native import SHORT_TYPES, Kernel
 from moe_infinity.model.block_kind import SCALES, linear_of, norm_of
 from moe_infinity.model.found_block import Watch
+from moe_infinity.model.standing import stand_before
 
 _log = logging.getLogger(__name__)
 _LAST_DIGITS = 2**-6  # of bf16, the coarser type: a norm rounds twice
@@ -33,14 +34,14 @@ def speed_up_tail(kernel: Kernel, norm: Any, head: Any) -> Tail | None:
         is_alike = all(each.dtype is dtype and each.is_contiguous() for each in plain)
         if dtype not in SHORT_TYPES or not is_alike or not all(each.is_cpu for each in plain):
             return None
-        compiled = _LoneNorm(kernel, norm, spec)
-        if not _computes_the_same(compiled, norm, spec):
+        packed = pack_tail(spec, None)
+        if not _computes_the_same(kernel, packed, norm):
             return None
         tail = Tail(kernel, spec, linear)
     except Exception:  # parts of another kind may want anything
         _log.debug("%s: not of the usual kind", type(norm).__name__, exc_info=True)
         return None
-    compiled.stand_before()
+    _LoneNorm(kernel, packed, norm)
     return tail
 
 
@@ -64,45 +65,39 @@ class Tail:
 class _LoneNorm:
     """Stands for a norm's ``forward``; more than one token goes the module's own way."""
 
-    def __init__(self, kernel: Kernel, module: Any, norm: Norm) -> None:
-        self._kernel, self._module = kernel, module
-        self._weight, self._size = norm.weight, norm.weight.numel()
-        self._packed = pack_tail(norm, None)
-        self._stock = module.forward
-        self._watch: Watch | None = None
-
-    def stand_before(self) -> None:
-        """From now on the module's calls come here, for as long as it is what it is now."""
-        self._module.forward = self.forward
-        self._watch = Watch([self._module], [], [])
+    def __init__(self, kernel: Kernel, packed: bytes, module: Any) -> None:
+        self._kernel, self._packed = kernel, packed
+        self._size, self._dtype = module.weight.numel(), module.weight.dtype
+        self._stock = stand_before(module, self.forward)
+        self._watch = Watch([module], [], [])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if len(args) == 1 and not kwargs else None
         if isinstance(x, torch.Tensor) and self._fits(x):
-            return self.alone(x)
+            return _norm_alone(self._kernel, self._packed, x)
         return self._stock(*args, **kwargs)
 
     def _fits(self, x: torch.Tensor) -> bool:
-        if x.numel() != self._size or x.dtype is not self._weight.dtype or not x.is_cpu:
+        if x.numel() != self._size or x.dtype is not self._dtype or not x.is_cpu:
             return False
-        is_known = self._watch is not None and self._watch.is_unchanged()
-        return is_known and not torch.is_grad_enabled()
+        return self._watch.is_unchanged() and not torch.is_grad_enabled()
 
-    def alone(self, x: torch.Tensor) -> torch.Tensor:
-        """Of one token."""
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._kernel.finish(self._packed, x.contiguous(), out)
-        return out
+
+def _norm_alone(kernel: Kernel, packed: bytes, x: torch.Tensor) -> torch.Tensor:
+    """Of one token."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernel.finish(packed, x.contiguous(), out)
+    return out
 
 
 @torch.no_grad()
-def _computes_the_same(compiled: _LoneNorm, module: Any, norm: Norm) -> bool:
+def _computes_the_same(kernel: Kernel, packed: bytes, module: Any) -> bool:
     """Up to the last digits, for tokens that are not around 0: others subtract the mean."""
     generator = torch.Generator().manual_seed(0)
     for scale in SCALES:
-        x = (torch.randn(1, 1, norm.weight.numel(), generator=generator) + 1) * scale
-        x = x.to(norm.weight.dtype)
+        x = (torch.randn(1, 1, module.weight.numel(), generator=generator) + 1) * scale
+        x = x.to(module.weight.dtype)
         said, least = module(x), torch.finfo(x.dtype).smallest_normal
-        if not torch.allclose(compiled.alone(x), said, rtol=_LAST_DIGITS, atol=least):
+        if not torch.allclose(_norm_alone(kernel, packed, x), said, rtol=_LAST_DIGITS, atol=least):
             return False
     return True

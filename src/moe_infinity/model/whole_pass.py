@@ -75,8 +75,9 @@ def speed_up_passes(
     by_block = {id(each.found.block): each for each in compiled if each.has_router}
     if not any(id(block) in by_block for block in blocks):
         return None
-    ends = (around.norm, around.head)
-    tail = speed_up_tail(kernel, *ends) if id(blocks[-1]) in by_block else None
+    tail = None
+    if id(blocks[-1]) in by_block:
+        tail = speed_up_tail(kernel, around.norm, around.head)
     steps: list[nn.Module | Stretch] = []
     for is_compiled, found in groupby(blocks, lambda block: id(block) in by_block):
         row = list(found)

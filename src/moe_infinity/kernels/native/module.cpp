@@ -160,28 +160,27 @@ PyObject *attend(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return without_gil([&] { engine->attend(block, token); });
 }
 
-PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!has_arguments(count, 2, "sum(engine, sum)")) return nullptr;
+// A call that takes an engine and one struct of its own.
+template <class T>
+PyObject *with_one(PyObject *const *args, Py_ssize_t count, const char *signature,
+                   void (Engine::*method)(const T &)) {
+    if (!has_arguments(count, 2, signature)) return nullptr;
     Engine *engine = engine_of(args[0]);
-    moe::Sum terms;
-    if (!engine || !copy_one(args[1], terms)) return nullptr;
-    return without_gil([&] { engine->sum(terms); });
+    T one;
+    if (!engine || !copy_one(args[1], one)) return nullptr;
+    return without_gil([&] { (engine->*method)(one); });
+}
+
+PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    return with_one(args, count, "sum(engine, sum)", &Engine::sum);
 }
 
 PyObject *finish(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!has_arguments(count, 2, "finish(engine, tail)")) return nullptr;
-    Engine *engine = engine_of(args[0]);
-    moe::Tail tail;
-    if (!engine || !copy_one(args[1], tail)) return nullptr;
-    return without_gil([&] { engine->finish(tail); });
+    return with_one(args, count, "finish(engine, tail)", &Engine::finish);
 }
 
 PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!has_arguments(count, 2, "attend_latents(engine, latent)")) return nullptr;
-    Engine *engine = engine_of(args[0]);
-    moe::Latent latent;
-    if (!engine || !copy_one(args[1], latent)) return nullptr;
-    return without_gil([&] { engine->attend_latents(latent); });
+    return with_one(args, count, "attend_latents(engine, latent)", &Engine::attend_latents);
 }
 
 PyObject *run_ahead(PyObject *, PyObject *const *args, Py_ssize_t count) {
