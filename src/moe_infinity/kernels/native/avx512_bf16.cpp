@@ -24,7 +24,7 @@ struct Bf16Tiles {
     template <int R, int T>
     static void run(const Matrix &m, uint32_t first, const Tokens &x, int token, float *out,
                     size_t out_stride) {
-        Rows<R> rows(m, first);
+        Rows<R> rows(m, first, ahead_of<R, T>(m));
         __m512 sums[R][T];
         for (auto &row : sums) for (auto &sum : row) sum = _mm512_setzero_ps();
         const uint16_t *tokens = x.bf16 + token * x.stride;
@@ -46,9 +46,9 @@ struct Bf16Tiles {
 static void either(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                    size_t out_stride) {
     if (x.bf16 && m.format == Format::bf16)
-        tiled<Bf16Tiles<Bf16Rows>>(m, x, first, last, out, out_stride);
+        by_tokens<Bf16Tiles<Bf16Rows>>(m, x, first, last, out, out_stride);
     else if (x.bf16)
-        tiled<Bf16Tiles<Exact12Rows>>(m, x, first, last, out, out_stride);
+        by_tokens<Bf16Tiles<Exact12Rows>>(m, x, first, last, out, out_stride);
     else
         floating(m, x, first, last, out, out_stride);
 }
@@ -58,7 +58,7 @@ struct PairSource {
     static constexpr uint32_t kColumns = 64, kRegisters = 2;
     Row row;
 
-    PairSource(const Matrix &m, uint32_t r) : row(m, r) {}
+    PairSource(const Matrix &m, uint32_t r) : row(m, r, tile_ahead<1>(m)) {}
 
     inline void read(uint32_t c, __m512i *w, float *) { row.load64(0, c, w[0], w[1]); }
 };
@@ -69,7 +69,7 @@ struct RoundedSource {
     static constexpr uint32_t kColumns = 64, kRegisters = 2;
     Row row;
 
-    RoundedSource(const Matrix &m, uint32_t r) : row(m, r) {}
+    RoundedSource(const Matrix &m, uint32_t r) : row(m, r, tile_ahead<1>(m)) {}
 
     inline void read(uint32_t c, __m512i *w, float *) {
         __m512 values[4];

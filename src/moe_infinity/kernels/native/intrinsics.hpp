@@ -7,3 +7,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+
+// What innermost loops are made of: a call takes longer there than what it does, and a row's state
+// would lie in memory from one call to the next.
+#define MOE_HOT __attribute__((always_inline)) inline
