@@ -24,7 +24,7 @@ LAYERS = (
     ("training",),
     ("kernels",),
     ("checkpoint",),
-    ("product_speed",),
+    ("product_speed", "mapped_code"),
     ("machine",),
     ("state_file", "devices", "heap"),
     ("cache",),

@@ -17,6 +17,7 @@ from moe_infinity.errors import ConfigError
 from moe_infinity.heap import Heap
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
+from moe_infinity.mapped_code import let_go
 from moe_infinity.model.blocks import speed_up_blocks
 from moe_infinity.model.elsewhere import Elsewhere, Other, maths_on
 from moe_infinity.model.experts import ExpertsLayer, Runtime
@@ -94,6 +95,7 @@ class Wiring:
         if isinstance(hierarchy, VramHierarchy):
             self._device = DeviceWiring(model, hierarchy, self._runtime, maths, plan.max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
+        let_go()  # of what only opening ran
 
     def begin_request(self, request: Request) -> None:
         self.request = request
