@@ -30,6 +30,7 @@ from moe_infinity.learned import Learned
 from moe_infinity.live import Live
 from moe_infinity.machine import Bandwidths
 from moe_infinity.model.config_values import first_number
+from moe_infinity.model.decoding import own_loop
 from moe_infinity.model.inputs import (
     as_batch,
     context_tokens,
@@ -161,11 +162,10 @@ class MoE:
             else:
                 self._require_room(ids, ids.shape[0])
         left = None if config.is_encoder_decoder else tokens_left(ids, cache)
-        ids, kwargs = placed((ids, kwargs), self.model.device)
+        ids, kwargs = placed((ids, kwargs | own_loop(self.model, kwargs)), self.model.device)
         with self._requesting(generates=True, prompt_left=left), torch.inference_mode():
             tokens = self.model.generate(ids, max_new_tokens=max_new_tokens, **kwargs)
-        on_host: torch.Tensor = placed(tokens, torch.device("cpu"))
-        return on_host
+        return placed(tokens, torch.device("cpu"))  # type: ignore[no-any-return]
 
     def new_cache(self) -> Any:
         """An empty KV cache of the planned context, for ``past_key_values``; None for families that

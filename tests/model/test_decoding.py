@@ -1,0 +1,177 @@
+"""The loop of its own says what the library's says, and leaves everything else to that."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
+
+from moe_infinity import MoE
+from moe_infinity.model import decoding
+
+PROMPT = [list(range(5, 25))]
+
+
+class Streamed(BaseStreamer):
+    def __init__(self) -> None:
+        self.put_tokens: list[list[int]] = []
+        self.num_ends = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.put_tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.num_ends += 1
+
+
+class Raised(LogitsProcessor):
+    """Writes to what it is given, and minds all tokens so far."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[0, int(input_ids.sum()) % scores.shape[1]] += 3
+        return scores
+
+
+class AtLength(StoppingCriteria):
+    def __init__(self, length: int) -> None:
+        self.length, self.num_asked = length, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.num_asked += 1
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+@pytest.fixture
+def moe(tiny: Path) -> Iterator[MoE]:
+    with MoE(tiny, ram="2GiB", max_context=128, max_batch=2) as moe:
+        yield moe
+
+
+def library(moe: MoE, monkeypatch: pytest.MonkeyPatch, seed: int = 3, **options: Any) -> Any:
+    """What the library's own loop says."""
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_infinity.engine.own_loop", lambda model, options: {})
+        torch.manual_seed(seed)
+        return moe.generate(PROMPT, **options)
+
+
+def ours(moe: MoE, monkeypatch: pytest.MonkeyPatch, seed: int = 3, **options: Any) -> Any:
+    """The same where the library's loop must not be entered."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the library's loop ran")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GenerationMixin, "_sample", refuse)
+        patched.setattr(decoding, "_OWN_STEPS", ())
+        torch.manual_seed(seed)
+        return moe.generate(PROMPT, **options)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampled": {"do_sample": True},
+    "sampled of few": {"do_sample": True, "temperature": 0.7, "top_k": 9, "top_p": 0.8},
+    "not the same again": {"do_sample": False, "repetition_penalty": 1.3},
+    "at least": {"do_sample": True, "min_new_tokens": 10, "eos_token_id": list(range(5, 60))},
+    "chunks": {"do_sample": False, "prefill_chunk_size": 7},
+    "processed": {"do_sample": False, "logits_processor": LogitsProcessorList([Raised()])},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_same_tokens_from_the_same_random_numbers(
+    moe: MoE, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    expected = library(moe, monkeypatch, max_new_tokens=24, **options)
+    said = ours(moe, monkeypatch, max_new_tokens=24, **options)
+    assert said.dtype == expected.dtype and torch.equal(said, expected)
+    assert library(moe, monkeypatch, seed=4, max_new_tokens=24, **options).shape[0] == 1
+
+
+def test_ends_where_the_library_does(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = library(moe, monkeypatch, max_new_tokens=12, do_sample=False)[0].tolist()
+    end = text[len(PROMPT[0]) + 5]
+    expected = library(moe, monkeypatch, max_new_tokens=12, do_sample=False, eos_token_id=end)
+    said = ours(moe, monkeypatch, max_new_tokens=12, do_sample=False, eos_token_id=end)
+    assert torch.equal(said, expected)
+    assert int(said[0, -1]) == end and said.shape[1] < len(text)
+
+    asked = AtLength(len(PROMPT[0]) + 4)
+    criteria = StoppingCriteriaList([asked])
+    said = ours(moe, monkeypatch, max_new_tokens=12, do_sample=False, stopping_criteria=criteria)
+    assert said[0].tolist() == text[: asked.length] and asked.num_asked == 4
+
+
+def test_streams_what_the_library_streams(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = Streamed(), Streamed()
+    library(moe, monkeypatch, max_new_tokens=6, do_sample=False, streamer=one)
+    ours(moe, monkeypatch, max_new_tokens=6, do_sample=False, streamer=other)
+    assert other.put_tokens == one.put_tokens and len(one.put_tokens) == 7
+    assert other.num_ends == one.num_ends == 1
+
+
+def test_goes_on_where_a_cache_ends(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = library(moe, monkeypatch, max_new_tokens=16, do_sample=False)
+    cache = moe.new_cache()
+    some = moe.generate(PROMPT, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    rest = moe.generate(some, max_new_tokens=8, do_sample=False, past_key_values=cache)
+    assert torch.equal(rest, whole)
+
+
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "a table": {"return_dict_in_generate": True, "output_scores": True},
+    "beams": {"num_beams": 2},
+    "several": {"num_return_sequences": 2, "do_sample": True},
+    "no cache": {"use_cache": False},
+    "a config": {"generation_config": GenerationConfig(do_sample=False)},
+}
+
+
+@pytest.mark.parametrize("options", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_leaves_the_rest_to_the_library(
+    moe: MoE, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
+    expected = library(moe, monkeypatch, max_new_tokens=6, **options)
+    torch.manual_seed(3)
+    said = moe.generate(PROMPT, max_new_tokens=6, **options)
+    sequences = [getattr(each, "sequences", each) for each in (said, expected)]
+    assert torch.equal(*sequences)
+    assert type(said) is type(expected)
+
+
+def test_rows_of_several_lengths_are_the_librarys(
+    moe: MoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
+    ids = torch.tensor([PROMPT[0], PROMPT[0][::-1]])
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    assert moe.generate(ids, max_new_tokens=4, attention_mask=mask).shape == (2, 24)
+    one = moe.generate(ids[1:], max_new_tokens=4, attention_mask=mask[1:])
+    assert one.shape == (1, 24)
+
+
+def test_a_model_with_a_way_of_its_own_keeps_it(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
+    kept = type(moe.model).prepare_inputs_for_generation
+    asked = []
+
+    def prepare(model: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.append(1)
+        return kept(model, *args, **kwargs)
+
+    monkeypatch.setattr(type(moe.model), "prepare_inputs_for_generation", prepare)
+    moe.generate(PROMPT, max_new_tokens=4)
+    assert len(asked) == 4
