@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_infinity.machine import resident_bytes
-from moe_infinity.mapped_code import let_go
 
 _WORTH_BYTES = 16 * 1024**2  # less than this since the last time is left where it is
 
@@ -50,8 +49,6 @@ class Heap:
         has_grown = known is None or now > known + _WORTH_BYTES
         if now > self._most_bytes and has_grown:
             self._trim(0)
-            if self._now_bytes() > self._most_bytes:
-                let_go()
             known = self._now_bytes()
             self.num_trims += 1
         self._after_bytes = known

@@ -119,11 +119,6 @@ def resident_bytes() -> int:
     return _status_bytes("VmRSS")
 
 
-def own_bytes() -> int:
-    """Resident memory of this process that lies in no file, as code does. Linux only."""
-    return resident_bytes() - _status_bytes("RssFile")
-
-
 def peak_resident_bytes() -> int:
     """The largest resident memory this process has had."""
     return _status_bytes("VmHWM")

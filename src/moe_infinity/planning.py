@@ -21,8 +21,8 @@ from moe_infinity.device_plan import (
 )
 from moe_infinity.errors import BudgetError
 from moe_infinity.heap import can_trim
-from moe_infinity.machine import available_bytes, own_bytes, resident_bytes
-from moe_infinity.mapped_code import can_let_go
+from moe_infinity.machine import available_bytes, resident_bytes
+from moe_infinity.mapped_code import code_bytes
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.kv_shape import KvShape
 from moe_infinity.model.loading import Anatomy
@@ -35,12 +35,12 @@ from moe_infinity.types import ExpertSpec
 
 # Beyond what is resident when planning starts: what the library imports later, thread stacks, the
 # allocator's and oneDNN's own buffers, Python objects of a long run. Measured: 26 MiB with
-# widened16 in 4 bit within 1.1 GB, code left out. More where the allocator cannot be asked to give
-# back what it keeps (heap.py), or code counts as it comes.
-RUNTIME_MARGIN_BYTES = (48 if can_trim() and can_let_go() else 128) * 1024**2
-# Of mapped libraries, what a run uses again once mapped_code.py has let go of them. Measured: 38 to
-# 42 MiB with widened16 in 4 bit, prompts and sampling included. Drivers of a GPU map others.
-CODE_BYTES = 48 * 1024**2
+# widened16 in 4 bit within 1.1 GB. More where the allocator cannot be asked to give back what it
+# keeps (heap.py).
+RUNTIME_MARGIN_BYTES = (48 if can_trim() else 112) * 1024**2
+# Of libraries' code, what a run uses: 36 to 38 MiB measured with widened16 in 4 bit, prompts and
+# sampling included. mapped_code.py lets go of the rest; a GPU's driver has code of its own.
+CODE_BYTES = 40 * 1024**2
 # A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
 # measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
 _TOKENIZER_BYTES_PER_ID = 3000
@@ -73,8 +73,8 @@ class _Needs:
         self._prediction_bytes = _prediction_bytes(anatomy, config)
         self.dense_bytes = _dense_bytes(anatomy)
         vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
-        resident = own_bytes() + CODE_BYTES if can_let_go() and not facts else resident_bytes()
-        self.runtime_bytes = resident + RUNTIME_MARGIN_BYTES
+        self.runtime_bytes = resident_bytes() + CODE_BYTES + RUNTIME_MARGIN_BYTES
+        self.runtime_bytes -= 0 if facts else code_bytes()
         self.runtime_bytes += vocab_size * _TOKENIZER_BYTES_PER_ID
         self.runtime_bytes += sum(each.host_bytes for each in facts)
         self.kv = KvShape.of(anatomy.meta)

@@ -27,6 +27,7 @@ _USUAL_OPTIONS = frozenset(
 _TOLD = frozenset({"past_key_values", "position_ids", "use_cache"})
 _MAY_BE_TOLD = _TOLD | {"logits_to_keep"}
 _OWN_STEPS = (
+    "generate",
     "_sample",
     "_prefill",
     "prepare_inputs_for_generation",
@@ -44,7 +45,8 @@ def own_loop(model: Any, options: dict[str, Any]) -> dict[str, Any]:
     modes = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
     if not options.keys() <= _USUAL_OPTIONS or model.config.is_encoder_decoder:
         return {}
-    if model.generation_config.get_generation_mode() not in modes:
+    defaults = model.generation_config
+    if defaults.get_generation_mode() not in modes or defaults.penalty_alpha is not None:
         return {}
     is_stock = all(
         getattr(type(model), name, None) is getattr(GenerationMixin, name, ...)
@@ -91,13 +93,14 @@ def decode(
             scores = process(input_ids, scores)
         token = _choose(scores, generation_config.do_sample)
         input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+        is_over = is_end(input_ids, int(token))
         if streamer is not None:
             streamer.put(token)
-        if is_end(input_ids, int(token)):
+        if is_over:
             break
         position = position + 1
         told["position_ids"] = position
-        said = model(input_ids=token[:, None], return_dict=True, **told)
+        said = model(input_ids=input_ids[:, -1:], return_dict=True, **told)
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -149,5 +152,7 @@ class _Ends:
 
     def __call__(self, ids: torch.Tensor, token: int) -> bool:
         """ids: [1, length] with the token; every criterion is asked, for some of them count."""
-        said = [bool(torch.as_tensor(each(ids, None)).all()) for each in self._others]
-        return any(said) or token in self._ends or ids.shape[1] >= self._most
+        is_over = torch.zeros(1, dtype=torch.bool)
+        for each in self._others:
+            is_over = is_over | each(ids, None)
+        return bool(is_over) or token in self._ends or ids.shape[1] >= self._most
