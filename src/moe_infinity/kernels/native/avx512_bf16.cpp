@@ -29,9 +29,11 @@ struct Bf16Tiles {
         for (auto &row : sums) for (auto &sum : row) sum = _mm512_setzero_ps();
         const uint16_t *tokens = x.bf16 + token * x.stride;
         for (uint32_t c = 0; c < m.cols; c += 64) {
+#pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 __m512i a, b;
                 rows.load64(r, c, a, b);
+#pragma GCC unroll 4
                 for (int t = 0; t < T; ++t) {
                     const uint16_t *at = tokens + t * x.stride + c;
                     sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)a, (__m512bh)load(at));
@@ -46,9 +48,9 @@ struct Bf16Tiles {
 static void either(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                    size_t out_stride) {
     if (x.bf16 && m.format == Format::bf16)
-        by_tokens<Bf16Tiles<Bf16Rows>>(m, x, first, last, out, out_stride);
+        by_tokens<Bf16Tiles<Bf16Rows>, 1>(m, x, first, last, out, out_stride);
     else if (x.bf16)
-        by_tokens<Bf16Tiles<Exact12Rows>>(m, x, first, last, out, out_stride);
+        by_tokens<Bf16Tiles<Exact12Rows>, 1>(m, x, first, last, out, out_stride);
     else
         floating(m, x, first, last, out, out_stride);
 }
