@@ -71,27 +71,42 @@ def decode(
     """Token ids [rows, length + new], as the library's loop returns them for the same arguments."""
     is_one_row = input_ids.shape[0] == 1 and input_ids.device.type == "cpu"
     is_plain = not synced_gpus and not generation_config.return_dict_in_generate
-    if not (is_one_row and is_plain and _is_usual(told) and _are_plain(logits_processor)):
-        return model._sample(  # type: ignore[no-any-return]
-            input_ids,
-            logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria,
-            generation_config=generation_config,
-            synced_gpus=synced_gpus,
-            streamer=streamer,
-            **told,
-        )
-    is_end = _Ends(stopping_criteria)
-    said = model._prefill(input_ids, generation_config, told)
-    told = {name: value for name, value in told.items() if name in _MAY_BE_TOLD}
+    if is_one_row and is_plain and _is_usual(told) and _are_plain(logits_processor):
+        is_end = _Ends(stopping_criteria)
+        said = model._prefill(input_ids, generation_config, told)
+        told = {name: value for name, value in told.items() if name in _MAY_BE_TOLD}
+        samples = generation_config.do_sample
+        return _go_on(model, input_ids, said, told, logits_processor, samples, is_end, streamer)
+    return model._sample(  # type: ignore[no-any-return]
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        synced_gpus=synced_gpus,
+        streamer=streamer,
+        **told,
+    )
+
+
+def _go_on(
+    model: Any,
+    input_ids: torch.Tensor,
+    said: Any,
+    told: dict[str, Any],
+    processors: Any,
+    samples: bool,
+    is_end: _Ends,
+    streamer: Any,
+) -> torch.Tensor:
+    """From what the model said to a prompt [1, length] to the end. told: its options then."""
     position = told["position_ids"][..., -1:]
     while True:
         # A copy: processors write to it, and a long prompt's logits need not stay.
         scores = said.logits[:, -1].to(copy=True, dtype=torch.float32)
         del said
-        for process in logits_processor:
+        for process in processors:
             scores = process(input_ids, scores)
-        token = _choose(scores, generation_config.do_sample)
+        token = _choose(scores, samples)
         input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
         is_over = is_end(input_ids, int(token))
         if streamer is not None:
