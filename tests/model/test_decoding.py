@@ -57,6 +57,11 @@ def moe(tiny: Path) -> Iterator[MoE]:
         yield moe
 
 
+@pytest.fixture
+def never_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
+
+
 def library(moe: MoE, monkeypatch: pytest.MonkeyPatch, seed: int = 3, **options: Any) -> Any:
     """What the library's own loop says."""
     with monkeypatch.context() as patched:
@@ -140,10 +145,10 @@ UNUSUAL: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", UNUSUAL.values(), ids=UNUSUAL.keys())
+@pytest.mark.usefixtures("never_ours")
 def test_leaves_the_rest_to_the_library(
     moe: MoE, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
     expected = library(moe, monkeypatch, max_new_tokens=6, **options)
     torch.manual_seed(3)
     said = moe.generate(PROMPT, max_new_tokens=6, **options)
@@ -152,10 +157,8 @@ def test_leaves_the_rest_to_the_library(
     assert type(said) is type(expected)
 
 
-def test_rows_of_several_lengths_are_the_librarys(
-    moe: MoE, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
+@pytest.mark.usefixtures("never_ours")
+def test_rows_of_several_lengths_are_the_librarys(moe: MoE) -> None:
     ids = torch.tensor([PROMPT[0], PROMPT[0][::-1]])
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -173,8 +176,8 @@ def test_a_mode_that_needs_more_is_refused_as_the_library_does(
         moe.generate(PROMPT, max_new_tokens=4, top_k=4, do_sample=False)
 
 
+@pytest.mark.usefixtures("never_ours")
 def test_a_model_with_a_way_of_its_own_keeps_it(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_choose", lambda scores, samples: pytest.fail("our loop ran"))
     kept = type(moe.model).prepare_inputs_for_generation
     asked = []
 
