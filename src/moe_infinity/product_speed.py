@@ -49,17 +49,26 @@ def _zero_matrices(rows: int, number_format: str) -> tuple[list[torch.Tensor | P
         size = rows * rows * DTYPES[number_format].itemsize
         count = max(2, BEYOND_CACHES_BYTES // size)
         return list(torch.zeros(count, rows, rows, dtype=DTYPES[number_format])), size
-    scales = None
-    if number_format in PLANES:
-        is_fp4 = number_format == "MXFP4_PLANES"
-        values = torch.zeros(rows, rows // 32, dtype=torch.uint8 if is_fp4 else torch.bfloat16)
-        scales = Scales(values, (1, 32))
+    scales, zeros = _zero_sides(rows, number_format) if number_format in PLANES else (None, None)
     size = rows * row_bytes(number_format, rows)
     beside = torch.zeros(8 * rows + 128, dtype=torch.uint8)  # what exact12 keeps there
     return [
-        PackedMatrix(number_format, rows, rows, torch.cat([codes, beside]), scales)
+        PackedMatrix(number_format, rows, rows, torch.cat([codes, beside]), scales, zeros)
         for codes in torch.zeros(max(2, BEYOND_CACHES_BYTES // size), size, dtype=torch.uint8)
     ], size
+
+
+def _zero_sides(rows: int, number_format: str) -> tuple[Scales, torch.Tensor | None]:
+    """Scales and zero points of a square matrix in groups as most files have them."""
+    if number_format == "F8_E4M3":
+        return Scales(torch.zeros(rows // 128, rows // 128), (128, 128)), None
+    if number_format == "MXFP4_PLANES":
+        return Scales(torch.zeros(rows, rows // 32, dtype=torch.uint8), (1, 32)), None
+    groups = rows // 128
+    if number_format == "INT4":
+        return Scales(torch.zeros(rows, groups, dtype=torch.bfloat16), (1, 128)), None
+    values = torch.zeros(groups, rows, dtype=torch.float16)
+    return Scales(values.T, (1, 128)), torch.zeros(groups, rows // 8, dtype=torch.int32).T
 
 
 def best_s(function: Callable[[], object]) -> float:

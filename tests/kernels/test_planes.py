@@ -99,6 +99,37 @@ class TestProducts:
                 error = (product(kernel, block, x).float() - expected).abs().max()
                 assert error <= TOLERANCE * expected.abs().max(), (dtype, count)
 
+    @pytest.mark.parametrize("number_format", ["INT4", "GPTQ", "AWQ"])
+    @pytest.mark.parametrize("group", [16, 48, 64, 80, 128, 256])
+    def test_words_of_many_rows(
+        self, kernel: native.Kernel, number_format: str, group: int
+    ) -> None:
+        """More rows than are taken at once, and groups that do and don't end where registers do."""
+        for has_zeros in (True, False):
+            block = random_planes(number_format, 2584, 272, 0, has_zeros, (1, group))
+            weights = block.decode()
+            for count in (1, 2, 3, 6, 33):
+                x = tokens(count, 272, torch.float32)
+                expected = x @ weights.T
+                error = (product(kernel, block, x) - expected).abs().max()
+                assert error <= 1e-5 * expected.abs().max(), (has_zeros, count)
+
+    @pytest.mark.parametrize("number_format", ["INT4", "GPTQ", "AWQ"])
+    def test_a_result_depends_on_its_row_and_token_alone(
+        self, kernel: native.Kernel, number_format: str
+    ) -> None:
+        block = random_planes(number_format, 1304, 544)
+        x = tokens(7, 544, torch.bfloat16)
+        together = product(kernel, block, x)
+        for token in range(7):
+            assert torch.equal(product(kernel, block, x[token : token + 1])[0], together[token])
+        many = tokens(70, 544, torch.bfloat16)
+        expected = product(kernel, block, many)
+        for threads in (1, 3):
+            other = native.Kernel(threads, kernel.instruction_set)
+            assert torch.equal(product(other, block, x), together)
+            assert torch.equal(product(other, block, many), expected)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
     def test_scales_of_every_kind(self, kernel: native.Kernel, dtype: torch.dtype) -> None:
         rows, blocks = [(1, 32), (1, 96), (1, 1056)], [(16, 128), (128, 32), (136, 1056)]

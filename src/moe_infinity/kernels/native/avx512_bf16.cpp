@@ -86,6 +86,11 @@ struct PairPanels {
     static constexpr uint32_t kWordColumns = 2;
 
     static inline const void *tokens(const Tokens &x) { return x.bf16; }
+    static MOE_HOT Floats both(Floats first, Floats second) {  // columns
+        const auto low = (__m256i)_mm512_cvtneps_pbh(first), high = (__m256i)_mm512_cvtneps_pbh(second);
+        const __m512i above = _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16);
+        return _mm512_castsi512_ps(_mm512_or_si512(_mm512_cvtepu16_epi32(low), above));
+    }
     static inline __m512 add(__m512 sum, __m512i w, __m512i x) {
         return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x);
     }
@@ -96,7 +101,9 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
     const auto run = !x.bf16                    ? floating_many
                      : is_super(m.format)       ? panels<PairPanels, RoundedSource<SuperRows<1>>>
                      : m.format == Format::f8   ? panels<PairPanels, RoundedSource<F8Rows<1>>>
-                     : m.format >= Format::int4 ? panels<PairPanels, RoundedSource<CodeRows<1>>>
+                     : m.format == Format::int4 ? panels<PairPanels, RoundedSource<Int4Rows<1>>>
+                     : m.format == Format::awq  ? panels<PairPanels, WordSource<true>>
+                     : m.format > Format::int4  ? panels<PairPanels, WordSource<false>>
                      : is_decoded(m.format)     ? panels<PairPanels, RoundedSource<MinimumRows<1>>>
                      : m.format == Format::bf16 ? panels<PairPanels, PairSource<Bf16Rows<1>>>
                                                 : panels<PairPanels, PairSource<Exact12Rows<1>>>;
@@ -108,7 +115,7 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
 const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
     static const Kernels kernels = {"avx512_bf16", true, either, grouped, super, either_many,
-                                    grouped_many, true, quantise, nullptr, activate, round_to, widen, narrow,
+                                    grouped_many, true, quantise, arrange, activate, round_to, widen, narrow,
                                     normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }

@@ -81,14 +81,16 @@ void Engine::products(const Matrix *const *matrices, const void *const *biases, 
     kernels_.narrow(type, x, narrow, cols);
     size_t ready[kTogether];  // which of prepared_ a matrix is given
     rows_.clear();
+    uint32_t step = 1;
     for (size_t i = 0; i < count; ++i) {
+        step = std::max(step, rows_at_once(matrices[i]->format, false));
         ready[i] = i;
         for (size_t j = 0; j < i && ready[i] == i; ++j)
             if (same_kind(matrices[i]->format, matrices[j]->format)) ready[i] = ready[j];
         if (ready[i] == i) prepare(prepared_[i], matrices[i]->format, type, narrow, 1, cols);
         rows_.push_back(matrices[i]->rows);
     }
-    share(count, rows_, false, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, step, [&](size_t i, uint32_t first, uint32_t last) {
         multiply(*matrices[i], prepared_[ready[i]].tokens, first, last, outs[i], matrices[i]->rows);
     });
     for (size_t i = 0; i < count; ++i) {

@@ -10,8 +10,8 @@ namespace moe {
 
 namespace {
 
-constexpr uint32_t kRowsAtOnce = 4;      // ranges begin at multiples of a tile,
-constexpr uint32_t kManyRowsAtOnce = 32;  // or of a panel
+// Ranges begin at multiples of a tile, of a panel, or of a register of words for eight rows each.
+constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kWordRowsAtOnce = 128;
 constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
 
 // Whether some tokens are multiplied as int8 by what this format codes.
@@ -29,6 +29,10 @@ bool is_bf16(Format format) { return format == Format::bf16 || format == Format:
 bool same_kind(Format a, Format b) {
     const auto is_plain = [](Format f) { return !is_grouped(f) && !is_super(f) && !is_decoded(f); };
     return a == b || (is_plain(a) && is_plain(b) && is_bf16(a) == is_bf16(b));
+}
+
+uint32_t rows_at_once(Format format, bool is_many) {
+    return format >= Format::gptq ? kWordRowsAtOnce : is_many ? kManyRowsAtOnce : kRowsAtOnce;
 }
 
 void *Scratch::reserve(size_t num_bytes) {
@@ -68,8 +72,7 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
         for (uint32_t t = 0; t < num_tokens; ++t) {
             kernels_.widen(type, from + t * token_bytes, to + t * stride, cols);
             std::memset(to + t * stride + cols, 0, rest * 4);
-            if (is_bf16(weights) && !is_many && kernels_.arrange)
-                kernels_.arrange(to + t * stride, stride);
+            if (!is_many && kernels_.arrange) kernels_.arrange(weights, to + t * stride, stride);
         }
         room.tokens.f32 = to;
     }
@@ -108,8 +111,7 @@ void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t
     product(m, x, first, last, out, out_stride);
 }
 
-void Engine::share(size_t count, const std::vector<uint32_t> &rows, bool is_many, const Rows &body) {
-    const uint32_t step = is_many ? kManyRowsAtOnce : kRowsAtOnce;
+void Engine::share(size_t count, const std::vector<uint32_t> &rows, uint32_t step, const Rows &body) {
     uint64_t total = 0;
     for (size_t i = 0; i < count; ++i) total += rows[i];
     const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
@@ -144,8 +146,10 @@ void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type t
         auto *values = static_cast<float *>(result_.reserve(size_t(count) * m.rows * 4));
         auto *to = static_cast<uint8_t *>(out) + size_t(start) * m.rows * item;
         rows_.assign(1, m.rows);
-        share(1, rows_, prepared_[0].tokens.is_many, [&](size_t, uint32_t first, uint32_t last) {
-            multiply(m, prepared_[0].tokens, first, last, values, m.rows);
+        const Tokens &tokens = prepared_[0].tokens;
+        const uint32_t step = rows_at_once(m.format, tokens.is_many);
+        share(1, rows_, step, [&](size_t, uint32_t first, uint32_t last) {
+            multiply(m, tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;
                 if (biases)

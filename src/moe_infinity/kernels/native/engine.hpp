@@ -76,6 +76,9 @@ struct LatentWork {
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b);
 
+// Of what many rows a range of a product by few or many tokens is a multiple.
+uint32_t rows_at_once(Format format, bool is_many);
+
 class Engine {
 public:
     Engine(int num_threads, const Kernels &kernels);
@@ -122,7 +125,7 @@ private:
     void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
     void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
     using Rows = std::function<void(size_t matrix, uint32_t first, uint32_t last)>;
-    void share(size_t count, const std::vector<uint32_t> &rows, bool is_many, const Rows &body);
+    void share(size_t count, const std::vector<uint32_t> &rows, uint32_t step, const Rows &body);
 
     const Kernels &kernels_;
     Pool pool_;

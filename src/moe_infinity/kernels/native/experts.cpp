@@ -59,23 +59,27 @@ void Engine::run(const Call *calls, size_t count) {
 }
 
 void Engine::run_group(const Call *calls, size_t count) {
-    bool is_many = false;
+    uint32_t inner_step = 1, outer_step = 1;
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     rows_.resize(count);
     for (size_t i = 0; i < count; ++i) {
         const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
         prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
-        is_many = is_many || works_[i]->x.tokens.is_many;
+        inner_step = std::max(inner_step, rows_at_once(calls[i].up.format, works_[i]->x.tokens.is_many));
+        if (calls[i].has_gate)
+            inner_step = std::max(inner_step, rows_at_once(calls[i].gate.format, false));
         rows_[i] = calls[i].up.rows;
     }
-    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, inner_step, [&](size_t i, uint32_t first, uint32_t last) {
         inner(calls[i], *works_[i], first, last);
     });
     for (size_t i = 0; i < count; ++i) {
         prepare_inner(calls[i], *works_[i]);
+        outer_step =
+            std::max(outer_step, rows_at_once(calls[i].down.format, works_[i]->inner.tokens.is_many));
         rows_[i] = calls[i].down.rows;
     }
-    share(count, rows_, is_many, [&](size_t i, uint32_t first, uint32_t last) {
+    share(count, rows_, outer_step, [&](size_t i, uint32_t first, uint32_t last) {
         outer(calls[i], *works_[i], first, last);
     });
 }

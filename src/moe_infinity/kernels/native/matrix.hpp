@@ -112,9 +112,9 @@ struct Kernels {
     // multiplied as int8. For many tokens always as for q8_0.
     void (*quantise)(Format weights, const float *x, size_t n, int8_t *q, float *scale,
                      int32_t *sum);
-    // Padded floats into the order in which few tokens are multiplied by bf16 and exact12, in place;
-    // null: that of the columns.
-    void (*arrange)(float *x, size_t count);
+    // Padded floats into the order in which few tokens are multiplied by a format, in place; null:
+    // always that of the columns.
+    void (*arrange)(Format weights, float *x, size_t count);
     void (*activate)(Activation which, float *x, size_t count);  // in place
     void (*round)(Type to, float *x, size_t count);              // in place
     void (*widen)(Type from, const void *x, float *out, size_t count);
