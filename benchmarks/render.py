@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -251,6 +252,22 @@ def formats_table() -> str:
     return "\n".join(rows) + "\n\n" + "\n".join(map(_provenance, results)) + "\n"
 
 
+def kernel_speed_table() -> str:
+    result = load("kernel_speed")
+    speeds = dict(result["gbps"])
+    memory = speeds.pop("memory")
+    names = {"MXFP4_PLANES": "MXFP4 (safetensors)", "F8_E4M3": "FP8", "GPTQ_V2": "GPTQ v2"}
+    half = -(-len(speeds) // 2)
+    cells = [
+        f"{names.get(name, name)} | {speed:.0f} GB/s | {speed / memory:.0%}"
+        for name, speed in speeds.items()
+    ]
+    pairs = itertools.zip_longest(cells[:half], cells[half:], fillvalue=" | | ")
+    rows = ["| one token by | weights | of memory's speed | | | |", "|---|---|---|---|---|---|"]
+    rows += [f"| {left} | {right} |" for left, right in pairs]
+    return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
+
+
 def plan_table() -> str:
     result = load("plan_accuracy")
     rows = [
@@ -336,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill_note,
     "formats": formats_table,
     "plan": plan_table,
+    "kernel_speed": kernel_speed_table,
     "policies": lambda: _with_source("policies", render_policies.summary_table),
     "disk": lambda: _with_source("prefetch_disk", render_policies.disk_table),
 }
