@@ -55,7 +55,8 @@ def _matrices(rows: int, number_format: str) -> tuple[list[torch.Tensor | Packed
     scales, zeros = _sides(rows, number_format) if number_format in PLANES else (None, None)
     size = rows * row_bytes(number_format, rows)
     codes = torch.full((size,), _BYTE, dtype=torch.uint8)
-    beside = torch.zeros(8 * rows + 128, dtype=torch.uint8)  # what exact12 keeps there
+    beside = torch.zeros(8 * rows + 128, dtype=torch.uint8)  # what exact12 keeps there:
+    beside[:rows] = 127  # rows' exponents, and no exceptions
     return [
         PackedMatrix(number_format, rows, rows, torch.cat([codes, beside]), scales, zeros)
         for _ in range(max(2, BEYOND_CACHES_BYTES // size))

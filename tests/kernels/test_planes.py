@@ -19,6 +19,7 @@ needs_compiler = pytest.mark.skipif(not SETS, reason="installed without a compil
 COUNTS = (1, 3, 4, 7, 9, 31, 33, 70)
 BLOCKS = ("MXFP4", "Q5_0", "Q4_1", "Q5_1")
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+WORDS = ("INT4", "GPTQ", "GPTQ_V2", "AWQ")
 TOLERANCE = 0.03  # of the largest value: some formats round tokens to 8 bits
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight rows a word's nibble belongs to
 
@@ -99,22 +100,42 @@ class TestProducts:
                 error = (product(kernel, block, x).float() - expected).abs().max()
                 assert error <= TOLERANCE * expected.abs().max(), (dtype, count)
 
-    @pytest.mark.parametrize("number_format", ["INT4", "GPTQ", "AWQ"])
-    @pytest.mark.parametrize("group", [16, 48, 64, 80, 128, 256])
+    @pytest.mark.parametrize("number_format", WORDS)
+    @pytest.mark.parametrize("group", [16, 48, 64, 80, 128, 512])
     def test_words_of_many_rows(
         self, kernel: native.Kernel, number_format: str, group: int
     ) -> None:
         """More rows than are taken at once, and groups that do and don't end where registers do."""
+        alone = native.Kernel(1, kernel.instruction_set)
         for has_zeros in (True, False):
-            block = random_planes(number_format, 2584, 272, 0, has_zeros, (1, group))
+            block = random_planes(number_format, 4616, 136, 0, has_zeros, (1, group))
             weights = block.decode()
             for count in (1, 2, 3, 6, 33):
-                x = tokens(count, 272, torch.float32)
+                x = tokens(count, 136, torch.float32)
                 expected = x @ weights.T
-                error = (product(kernel, block, x) - expected).abs().max()
+                error = (product(alone, block, x) - expected).abs().max()
                 assert error <= 1e-5 * expected.abs().max(), (has_zeros, count)
 
-    @pytest.mark.parametrize("number_format", ["INT4", "GPTQ", "AWQ"])
+    @pytest.mark.parametrize("number_format", WORDS)
+    @pytest.mark.parametrize("shape", [(8, 544, 32), (24, 704, 64), (136, 1856, 32)])
+    def test_nothing_is_left_of_the_product_before(
+        self, kernel: native.Kernel, number_format: str, shape: tuple[int, int, int]
+    ) -> None:
+        """Not even where it was no number: registers reach beyond rows and columns."""
+        rows, cols, group = shape
+        alone = native.Kernel(1, kernel.instruction_set)
+        broken = random_planes(number_format, 64, 4096, group=(1, 32))
+        assert broken.scales is not None
+        broken.scales.values.fill_(float("nan"))
+        block = random_planes(number_format, rows, cols, group=(1, group))
+        for count in (1, 4, 40):
+            assert product(alone, broken, tokens(count, 4096, torch.float32)).isnan().all()
+            x = tokens(count, cols, torch.float32)
+            expected = x @ block.decode().T
+            error = (product(alone, block, x) - expected).abs().max()
+            assert error <= 1e-5 * expected.abs().max(), count
+
+    @pytest.mark.parametrize("number_format", WORDS)
     def test_a_result_depends_on_its_row_and_token_alone(
         self, kernel: native.Kernel, number_format: str
     ) -> None:

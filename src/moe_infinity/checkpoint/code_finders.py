@@ -193,7 +193,7 @@ def _group(entry: TensorEntry, cols: int, groups: int, said: list[Any]) -> int:
         raise Misfit(f"{entry.name!r} has {groups} groups for {cols} columns, expected some")
     for size in said:
         if type(size) is int and size > 0 and groups == -(-cols // size) and not size % _UNIT:
-            return size
+            return min(size, cols)
     size = cols // groups
     if cols % groups or (size % _UNIT and groups > 1):
         raise Misfit(

@@ -101,7 +101,7 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
     const auto run = !x.bf16                    ? floating_many
                      : is_super(m.format)       ? panels<PairPanels, RoundedSource<SuperRows<1>>>
                      : m.format == Format::f8   ? panels<PairPanels, RoundedSource<F8Rows<1>>>
-                     : m.format == Format::int4 ? panels<PairPanels, RoundedSource<Int4Rows<1>>>
+                     : m.format == Format::int4 ? panels<PairPanels, RoundedSource<Int4Row>>
                      : m.format == Format::awq  ? panels<PairPanels, WordSource<true>>
                      : m.format > Format::int4  ? panels<PairPanels, WordSource<false>>
                      : is_decoded(m.format)     ? panels<PairPanels, RoundedSource<MinimumRows<1>>>

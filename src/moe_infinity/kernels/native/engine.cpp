@@ -10,8 +10,8 @@ namespace moe {
 
 namespace {
 
-// Ranges begin at multiples of a tile, of a panel, or of a register of words for eight rows each.
-constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kWordRowsAtOnce = 128;
+// Of a tile, of a panel, and of a register of words for eight rows each.
+constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kAwqRowsAtOnce = 128;
 constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
 
 // Whether some tokens are multiplied as int8 by what this format codes.
@@ -32,7 +32,9 @@ bool same_kind(Format a, Format b) {
 }
 
 uint32_t rows_at_once(Format format, bool is_many) {
-    return format >= Format::gptq ? kWordRowsAtOnce : is_many ? kManyRowsAtOnce : kRowsAtOnce;
+    if (format == Format::awq) return kAwqRowsAtOnce;
+    const bool has_words = format == Format::gptq || format == Format::gptq_v2;
+    return is_many || has_words ? kManyRowsAtOnce : kRowsAtOnce;
 }
 
 void *Scratch::reserve(size_t num_bytes) {

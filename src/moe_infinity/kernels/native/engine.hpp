@@ -76,7 +76,7 @@ struct LatentWork {
 // Whether tokens made ready for one format serve the other.
 bool same_kind(Format a, Format b);
 
-// Of what many rows a range of a product by few or many tokens is a multiple.
+// Ranges of a product's rows begin at multiples of this.
 uint32_t rows_at_once(Format format, bool is_many);
 
 class Engine {

@@ -65,9 +65,11 @@ void Engine::run_group(const Call *calls, size_t count) {
     for (size_t i = 0; i < count; ++i) {
         const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
         prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
-        inner_step = std::max(inner_step, rows_at_once(calls[i].up.format, works_[i]->x.tokens.is_many));
-        if (calls[i].has_gate)
-            inner_step = std::max(inner_step, rows_at_once(calls[i].gate.format, false));
+        const Work &work = *works_[i];
+        inner_step = std::max(inner_step, rows_at_once(calls[i].up.format, work.x.tokens.is_many));
+        if (work.gate_apart)
+            inner_step = std::max(
+                inner_step, rows_at_once(calls[i].gate.format, work.x_gate.tokens.is_many));
         rows_[i] = calls[i].up.rows;
     }
     share(count, rows_, inner_step, [&](size_t i, uint32_t first, uint32_t last) {

@@ -142,15 +142,20 @@ inline float scale_of(const Matrix &m, uint32_t row, uint32_t col) {
 // Where awq puts the eight rows of a word.
 constexpr int kAwqPlace[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
+// The zero point of one of the eight rows of a word.
+inline int zero_in_word(Format format, uint32_t word, uint32_t row) {
+    const int place = format == Format::awq ? kAwqPlace[row] : static_cast<int>(row);
+    const auto zero = static_cast<int>(word >> (4 * place) & 15);
+    return format == Format::gptq ? (zero + 1) & 15 : zero;
+}
+
 // What is taken from a code of int4 and later formats.
 inline int zero_at(const Matrix &m, uint32_t row, uint32_t group) {
     if (!m.zeros) return 8;
     uint32_t word;
     std::memcpy(&word, m.zeros + size_t(row / 8) * m.zero_row_bytes + size_t(group) * m.zero_col_bytes,
                 4);
-    const int place = m.format == Format::awq ? kAwqPlace[row % 8] : static_cast<int>(row % 8);
-    const auto zero = static_cast<int>(word >> (4 * place) & 15);
-    return m.format == Format::gptq ? (zero + 1) & 15 : zero;
+    return zero_in_word(m.format, word, row % 8);
 }
 
 // The scale, and the zero point, of the columns that a row has come to; columns only go up.
