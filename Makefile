@@ -54,6 +54,7 @@ bench: setup  ## every benchmark, results in benchmarks/results; kernel limits n
 	$(BIN)/python benchmarks/budget.py $(WORK)/widened16
 	$(BIN)/python benchmarks/budget.py $(WORK)/olmoe_random --accelerate $(WORK)/accelerate
 	$(BIN)/python benchmarks/prefill.py $(WORK)/widened16
+	$(BIN)/python benchmarks/kernel_speed.py
 	$(BIN)/python benchmarks/depth.py
 	$(BIN)/python benchmarks/latent_depth.py $(WORK)/dsv2lite8
 	$(BIN)/python benchmarks/plan_accuracy.py $(WORK)/widened8=1GiB $(WORK)/widened8=1536MiB \

@@ -32,6 +32,7 @@ LAYERS = (
     ("size_classes",),
     ("device_plan",),
     ("plan",),
+    ("needs",),
     ("planning",),
     ("forecast", "original_api", "reporting", "request", "learned", "speeds"),
     ("assembly", "device_forecast"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from moe_infinity import MoE, bundled_model_path, planning
+from moe_infinity import MoE, bundled_model_path, needs
 from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.packing import pack
 from moe_infinity.config import EngineConfig, format_bytes
@@ -46,7 +46,7 @@ def anatomy_of(path: Path, dtype: str | None = None) -> Anatomy:
 def _measured_once() -> Iterator[None]:
     """What a row of context costs is found by running the model on the meta device."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planning.KvShape, "of", functools.cache(planning.KvShape.of))
+        patch.setattr(needs.KvShape, "of", functools.cache(needs.KvShape.of))
         yield
 
 
@@ -108,8 +108,8 @@ class TestArithmetic:
     def test_the_smallest_budget_beside_a_device_is_one_that_works(
         self, bundled: Anatomy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(planning, "_dense_bytes", lambda anatomy: 3 * 2**30)
-        monkeypatch.setattr(planning, "resident_bytes", lambda: 2**29)
+        monkeypatch.setattr(needs, "dense_bytes", lambda anatomy: 3 * 2**30)
+        monkeypatch.setattr(needs, "resident_bytes", lambda: 2**29)
         facts = DeviceFacts("a device", 24 * 2**30, 24 * 2**30)
         smallest = make_plan(bundled, EngineConfig(ram="16GiB"), facts).smallest_budget_bytes
         assert smallest > 3 * 2**30, "dense weights pass through RAM"
@@ -127,7 +127,7 @@ class TestArithmetic:
     def test_contexts_grow_with_memory(
         self, bundled: Anatomy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(planning, "resident_bytes", lambda: 2**29)
+        monkeypatch.setattr(needs, "resident_bytes", lambda: 2**29)
         smallest = plan(bundled, max_batch=8).smallest_budget_bytes
         budgets = [smallest + number * 50 * MIB for number in range(12)]
         contexts = [plan(bundled, ram=budget, max_batch=8).max_context for budget in budgets]

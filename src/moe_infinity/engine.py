@@ -91,7 +91,7 @@ class MoE:
                 self.checkpoint, anatomy, self.plan, self.config, chosen
             )
             undo.callback(self._hierarchy.close)
-            self.model, modules = load(self.checkpoint, anatomy, self.device)
+            self.model, modules = load(self.checkpoint, anatomy, self.device, self.plan.looks_up)
             self._hierarchy.get_ready()
             parts = (self.model, modules, anatomy, self._hierarchy)
             self._wiring = Wiring(*parts, KeepRouting(), self.config, self.plan)

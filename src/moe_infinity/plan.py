@@ -33,6 +33,7 @@ class Plan:
     max_context: int
     max_batch: int
     smallest_budget_bytes: int
+    looked_up_bytes: int = 0  # of the embedding, left on disk
     device: DevicePlan | None = None  # where dense weights and KV cache are, if not in RAM
     others: tuple[DevicePlan, ...] = ()  # devices beside that one, with experts only
 
@@ -65,6 +66,11 @@ class Plan:
     @property
     def used_bytes(self) -> int:
         return self.cache_bytes + self.fixed_bytes
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the embedding stays on disk, and its rows are read as tokens want them."""
+        return self.looked_up_bytes > 0
 
     @property
     def fixed_bytes(self) -> int:
@@ -108,8 +114,9 @@ class Plan:
 
     def arithmetic(self) -> str:
         """One line per term, for people."""
+        on_disk = f" ({format_bytes(self.looked_up_bytes)} looked up)" if self.looks_up else ""
         dense = [
-            ("dense weights", self.dense_bytes),
+            (f"dense weights{on_disk}", self.dense_bytes),
             (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
             ("activations and logits", self.workspace_bytes),
             ("what the allocator keeps of them", self.kept_bytes),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
@@ -13,40 +12,28 @@ from moe_infinity.config import (
 from moe_infinity.device_plan import (
     NUM_SPARE,
     DeviceFacts,
-    DeviceNeeds,
     Fewest,
     Wish,
     device_budget,
     plan_devices,
 )
 from moe_infinity.errors import BudgetError
-from moe_infinity.heap import can_trim
 from moe_infinity.machine import available_bytes, resident_bytes
-from moe_infinity.mapped_code import code_bytes
 from moe_infinity.model.config_values import first_number
+from moe_infinity.model.dense_sizes import dense_bytes, embedding_bytes
 from moe_infinity.model.kv_shape import KvShape
 from moe_infinity.model.loading import Anatomy
-from moe_infinity.model.workspace import visit_bytes, workspace_bytes
+from moe_infinity.model.looked_up import is_only_looked_up
+from moe_infinity.needs import Needs
 from moe_infinity.plan import Plan
-from moe_infinity.predictors import AUTO_PREFETCH, find_predictor
-from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 from moe_infinity.size_classes import SizeClass, divide, size_classes, smallest_cache
 from moe_infinity.types import ExpertSpec
 
-# Beyond what is resident when planning starts: what the library imports later, thread stacks, the
-# allocator's and oneDNN's own buffers, Python objects of a long run. Measured: 26 MiB with
-# widened16 in 4 bit within 1.1 GB. More where the allocator cannot be asked to give back what it
-# keeps (heap.py).
-RUNTIME_MARGIN_BYTES = (48 if can_trim() else 112) * 1024**2
-# Of libraries' code, what a run uses: 36 to 38 MiB measured with widened16 in 4 bit, prompts and
-# sampling included. mapped_code.py lets go of the rest; a GPU's driver has code of its own.
-CODE_BYTES = 40 * 1024**2
-# A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
-# measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
-_TOKENIZER_BYTES_PER_ID = 3000
 # With "auto" the system keeps this much, or a tenth of what is available, whichever is more.
 _AUTO_RESERVE_BYTES = 1024**3
 _AUTO_RESERVE_SHARE = 0.1
+# Rows of an embedding are read from disk, token by token, if that leaves so much more to experts.
+_WORTH_LOOKING_UP_BYTES = 16 * 1024**2
 _KV_SHARE = 0.25
 _SHORTEST_CONTEXT = 512
 # Encoder-decoder models with relative positions name no limit; this is what T5's were trained with.
@@ -54,89 +41,42 @@ _ENCODER_CONTEXT = 512
 # `plan` and the run it is asked for are two processes, not resident with the same bytes: measured
 # 0.4 MB apart. The smallest budget that is printed has to work in both.
 _BUDGET_SLACK_BYTES = 8 * 1024**2
-# Between two looks of heap.py, a layer apart, the allocator keeps so much of a pass's workspace
-# that is in use no more. Measured: 80 MiB of 213 (widened16, 2,000 tokens, AVX2). No tensor of more
-# than 32 MiB is kept, which large workspaces mostly are of.
-_KEPT_SHARE, _MOST_KEPT_BYTES = 0.4, 256 * 1024**2
-# Scratch of the threads that read dense tensors while a model opens. What the allocator keeps of
-# it at the top of a thread's own arena cannot be given back.
-_TRANSFER_BYTES = 32 * 1024**2
-
-
-class _Needs:
-    """What a model takes beside its expert slots, as a function of the context."""
-
-    def __init__(
-        self, anatomy: Anatomy, config: EngineConfig, facts: Sequence[DeviceFacts]
-    ) -> None:
-        self._facts = facts
-        self._prediction_bytes = _prediction_bytes(anatomy, config)
-        self.dense_bytes = _dense_bytes(anatomy)
-        vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
-        self.runtime_bytes = resident_bytes() + CODE_BYTES + RUNTIME_MARGIN_BYTES
-        self.runtime_bytes -= 0 if facts else code_bytes()
-        self.runtime_bytes += vocab_size * _TOKENIZER_BYTES_PER_ID
-        self.runtime_bytes += sum(each.host_bytes for each in facts)
-        self.kv = KvShape.of(anatomy.meta)
-        self._anatomy = anatomy
-        self._rows = config.max_batch
-
-    def kv_bytes(self, context: int) -> int:
-        return self.kv.num_bytes(context, self._anatomy.dtype.itemsize) * self._rows
-
-    def workspace_bytes(self, context: int) -> int:
-        return workspace_bytes(self._anatomy.meta, context, self._rows, self._anatomy.dtype)
-
-    def kept_bytes(self, context: int) -> int:
-        if self._facts:
-            return 0
-        return min(_MOST_KEPT_BYTES, int(self.workspace_bytes(context) * _KEPT_SHARE))
-
-    def staging_bytes(self, context: int) -> int:
-        """For prediction, for what is read through, and beyond the workspace for measuring."""
-        passes = 0 if self._facts else self.workspace_bytes(context)
-        # Between requests: so much for the disk's buffers, then for products, then for reading.
-        return max(_TRANSFER_BYTES, BEYOND_CACHES_BYTES - passes) + self._prediction_bytes
-
-    def computing(self, context: int) -> DeviceNeeds:
-        """What lies where products are computed."""
-        growing = (self.kv_bytes(context), self.workspace_bytes(context))
-        return DeviceNeeds(self.dense_bytes, *growing)
-
-    def visiting(self, context: int) -> DeviceNeeds:
-        """What lies where experts are computed only."""
-        anatomy = self._anatomy
-        return DeviceNeeds(0, 0, visit_bytes(anatomy.meta, context, self._rows, anatomy.dtype))
-
-    def total(self, context: int) -> int:
-        """In RAM."""
-        beside = self.staging_bytes(context) + self.runtime_bytes
-        if self._facts:
-            return beside
-        return self.computing(context).total + self.kept_bytes(context) + beside
-
-    @property
-    def is_on_device(self) -> bool:
-        return bool(self._facts)
-
-    def beside_slots(self, context: int) -> int:
-        """In the memory that the context has to fit into."""
-        if not self._facts:
-            return self.total(context)
-        return self.computing(context).total + self._facts[0].runtime_bytes
-
-    def at_opening(self) -> int:
-        """In RAM, before slots are used: dense weights pass through it on their way to a device."""
-        return self.dense_bytes + _TRANSFER_BYTES + self._prediction_bytes + self.runtime_bytes
 
 
 def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Plan:
     """Divide the budget, and those of devices if there are any, the model's own first. Raises
     BudgetError with the arithmetic if it cannot work."""
     budget = config.ram_bytes or _auto_budget()
+    classes = size_classes(anatomy)
+    smallest = smallest_cache(anatomy, classes[0])
+    needs = Needs(anatomy, config, facts)
+    plan = _divide(anatomy, config, budget, needs, facts, classes)
+    if plan.num_slots < plan.experts_total and not facts and config.ram_slots is None:
+        needs = needs.looking_up(_saved_by_looking_up(anatomy))
+        plan = _divide(anatomy, config, budget, needs, facts, classes)
+    _refuse_too_small(plan, smallest, config, needs)
+    return plan
+
+
+def _saved_by_looking_up(anatomy: Anatomy) -> int:
+    """Bytes that an embedding on disk leaves to experts; 0 where it had better be in memory."""
+    if anatomy.looked_up is None:
+        return 0
+    saved = anatomy.looked_up.saved_bytes(anatomy.dtype)
+    is_worth_it = saved >= _WORTH_LOOKING_UP_BYTES
+    return saved if is_worth_it and is_only_looked_up(anatomy.meta, anatomy.looked_up) else 0
+
+
+def _divide(
+    anatomy: Anatomy,
+    config: EngineConfig,
+    budget: int,
+    needs: Needs,
+    facts: Sequence[DeviceFacts],
+    size_classes: tuple[list[SizeClass], tuple[int, ...]],
+) -> Plan:
     device_bytes = [*map(device_budget, facts, config.vram_bytes)]
-    needs = _Needs(anatomy, config, facts)
-    classes, class_of_layer = size_classes(anatomy)
+    classes, class_of_layer = size_classes
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
     contexts = _contexts(anatomy, config, needs, (device_bytes or [budget])[0], classes)
@@ -145,10 +85,11 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
     num_spare = 0 if sum(slots) >= anatomy.shape.num_total else NUM_SPARE
     wishes = _wishes(needs, contexts, list(zip(facts, device_bytes, strict=True)), smallest)
     devices = plan_devices(wishes, config.vram_slots, num_spare) if wishes else ()
-    plan = Plan(
+    return Plan(
         budget_bytes=budget,
         dense_bytes=needs.dense_bytes,
-        dense_read_bytes=needs.dense_bytes - _looked_up_bytes(anatomy),
+        looked_up_bytes=needs.looked_up_bytes,
+        dense_read_bytes=dense_bytes(anatomy) - embedding_bytes(anatomy),
         kv_bytes=needs.kv_bytes(context),
         workspace_bytes=needs.workspace_bytes(context),
         kept_bytes=needs.kept_bytes(context),
@@ -168,12 +109,10 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
         device=devices[0] if devices else None,
         others=devices[1:],
     )
-    _refuse_too_small(plan, smallest, config, needs)
-    return plan
 
 
 def _wishes(
-    needs: _Needs,
+    needs: Needs,
     contexts: tuple[int, int],
     devices: list[tuple[DeviceFacts, int]],
     smallest: list[tuple[int, SizeClass]],
@@ -191,7 +130,7 @@ def _wishes(
 def _contexts(
     anatomy: Anatomy,
     config: EngineConfig,
-    needs: _Needs,
+    needs: Needs,
     budget: int,
     classes: list[SizeClass],
 ) -> tuple[int, int]:
@@ -208,7 +147,7 @@ def _contexts(
 
 
 def _refuse_too_small(
-    plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig, needs: _Needs
+    plan: Plan, smallest: list[tuple[int, SizeClass]], config: EngineConfig, needs: Needs
 ) -> None:
     can_open = needs.at_opening() <= plan.budget_bytes
     for slots, (needed, _) in zip(plan.slots_per_class, smallest, strict=True):
@@ -229,7 +168,7 @@ def _refuse_too_small(
         )
 
 
-def _smallest(needs: _Needs, context: int, cache_bytes: int) -> int:
+def _smallest(needs: Needs, context: int, cache_bytes: int) -> int:
     return _round_up(max(needs.total(context) + cache_bytes, needs.at_opening()))
 
 
@@ -243,36 +182,6 @@ def _auto_budget() -> int:
     available = available_bytes()
     reserve = max(_AUTO_RESERVE_BYTES, int(available * _AUTO_RESERVE_SHARE))
     return max(available - reserve, available // 2) + resident_bytes()
-
-
-def _dense_bytes(anatomy: Anatomy) -> int:
-    """Dense weights in the computation's dtype or as they were packed, tied ones once."""
-    owned = {id(p) for module in anatomy.experts for p in module.module.parameters(recurse=False)}
-    plain = (
-        p.numel() * anatomy.dtype.itemsize
-        for name, p in anatomy.meta.named_parameters()
-        if id(p) not in owned and name not in anatomy.coded
-    )
-    total: int = sum(plain) + sum(linear.num_bytes for linear in anatomy.coded.values())
-    return total
-
-
-def _prediction_bytes(anatomy: Anatomy, config: EngineConfig) -> int:
-    """What the predictor learns and is shown; "auto" may turn out to need less."""
-    name = AUTO_PREFETCH if config.prefetch == "auto" else config.prefetch
-    hidden_size = first_number(anatomy.config.get_text_config(), "hidden_size", "d_model") or 0
-    return find_predictor(name).memory.num_bytes(anatomy.shape, hidden_size)
-
-
-def _looked_up_bytes(anatomy: Anatomy) -> int:
-    """The input embedding, unless it is the output's matrix as well. A packed copy may be that."""
-    meta: Any = anatomy.meta
-    table, head = meta.get_input_embeddings(), meta.get_output_embeddings()
-    weight = getattr(table, "weight", None)
-    has_copy = bool(anatomy.coded.keys() - dict(meta.named_parameters()).keys())
-    if weight is None or (getattr(head, "weight", None) is weight and not has_copy):
-        return 0
-    return int(weight.numel() * anatomy.dtype.itemsize)
 
 
 def _per_token(anatomy: Anatomy, size: Callable[[ExpertSpec], int]) -> int:

@@ -89,6 +89,17 @@ class Checkpoint(ABC):
         """Copy the tensor's bytes into memory the caller owns. Thread-safe. Raises ReadError."""
 
     @abstractmethod
+    def read_part(self, entry: TensorEntry, start_bytes: int, into: memoryview) -> None:
+        """Copy some of the tensor's bytes, as they are stored, from ``start_bytes`` on. No checksum
+        is compared. Thread-safe. Raises ReadError."""
+
+    def check_tensor(self, entry: TensorEntry) -> None:
+        """Read a tensor through and compare its checksum, where there is one.
+
+        Raises CorruptCheckpointError, ReadError.
+        """
+
+    @abstractmethod
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         """A store that reads the experts described by ``specs`` from this checkpoint."""
 

@@ -101,6 +101,9 @@ class GgufCheckpoint(Checkpoint):
             row_size, head = source.num_bytes // source.shape[0], source.shape[0] // num_heads
             _unite_halves(np.frombuffer(into, dtype=np.uint8).reshape(-1, row_size), head)
 
+    def read_part(self, entry: TensorEntry, start_bytes: int, into: memoryview) -> None:
+        read_through(self._opened[entry.file], entry.offset + start_bytes, into, self._scratch)
+
     def _numbers(self, entry: TensorEntry) -> np.ndarray[Any, np.dtype[np.float32]]:
         """A tensor as float32, in its shape."""
         stored = bytearray(entry.num_bytes)

@@ -79,6 +79,20 @@ class PackedCheckpoint(Checkpoint):
         read_through(self._opened[1], entry.offset, into, self._scratch)
         self._require_checksum(entry, zlib.crc32(into))
 
+    def read_part(self, entry: TensorEntry, start_bytes: int, into: memoryview) -> None:
+        read_through(self._opened[1], entry.offset + start_bytes, into, self._scratch)
+
+    def check_tensor(self, entry: TensorEntry) -> None:
+        self._check(entry, memoryview(allocate(CHECKED_BYTES)))
+
+    def _check(self, entry: TensorEntry, buffer: memoryview) -> None:
+        found = 0
+        for start in range(0, entry.num_bytes, CHECKED_BYTES):
+            piece = buffer[: min(CHECKED_BYTES, entry.num_bytes - start)]
+            self.read_part(entry, start, piece)
+            found = zlib.crc32(piece, found)
+        self._require_checksum(entry, found)
+
     def _require_checksum(self, entry: TensorEntry, found: int) -> None:
         expected = self.pack.dense[entry.name]
         if found != expected:
@@ -97,12 +111,7 @@ class PackedCheckpoint(Checkpoint):
         """
         buffer = memoryview(allocate(CHECKED_BYTES))  # the memory budget is filled already
         for entry in self.tensors.values():
-            found = 0
-            for start in range(0, entry.num_bytes, CHECKED_BYTES):
-                piece = buffer[: min(CHECKED_BYTES, entry.num_bytes - start)]
-                read_through(self._opened[1], entry.offset + start, piece, self._scratch)
-                found = zlib.crc32(piece, found)
-            self._require_checksum(entry, found)
+            self._check(entry, buffer)
             on_bytes(entry.num_bytes)
         store = self.expert_store(self.packed_specs)
         end = 0

@@ -109,6 +109,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
         read_through(self._opened[entry.file], entry.offset, into, self._scratch)
 
+    def read_part(self, entry: TensorEntry, start_bytes: int, into: memoryview) -> None:
+        read_through(self._opened[entry.file], entry.offset + start_bytes, into, self._scratch)
+
     def expert_store(self, specs: Mapping[ExpertKey, ExpertSpec]) -> ExpertStore:
         return FileStore(specs, self._opened)
 

@@ -1,4 +1,4 @@
-"""Which linear layers' weights a model computes with by itself, past the layers' own function."""
+"""Which weights a model computes with by itself, past the function of the layer they belong to."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moe_infinity.model.kv_shape import layers_after_one_token
 
 
 def weights_read_directly(meta: Any) -> set[str] | None:
-    """Names of such weights of a model on the meta device; such layers cannot be coded. None: the
-    model does not run there, and it cannot be told."""
+    """Names of such weights, of linear layers and embeddings, of a model on the meta device: they
+    have to be there as numbers. None: the model does not run there, and it cannot be told."""
     touched: set[str] = set()
     with _watched(meta, touched.add):
         layers = layers_after_one_token(meta)
@@ -40,9 +40,11 @@ class _Watched(torch.Tensor):
 
 @contextmanager
 def _watched(meta: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
-    """Linear layers of ``meta`` compute without their weights, which call ``note`` when used."""
+    """Layers of ``meta`` compute without their weights, which call ``note`` when used."""
     modules: list[tuple[str, Any]] = [
-        (f"{name}.weight", m) for name, m in meta.named_modules() if type(m) is nn.Linear
+        (f"{name}.weight", m)
+        for name, m in meta.named_modules()
+        if type(m) in (nn.Linear, nn.Embedding)
     ]
     kept = [(module, module._parameters.pop("weight")) for _, module in modules]
     try:
@@ -50,7 +52,7 @@ def _watched(meta: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
             watched = weight.detach().as_subclass(_Watched)
             watched.note = lambda name=name: note(name)
             module.__dict__["weight"] = watched
-            module.forward = _shaped(module.out_features)
+            module.forward = _shaped(module)
         yield
     finally:
         for module, weight in kept:
@@ -59,5 +61,8 @@ def _watched(meta: nn.Module, note: Callable[[str], None]) -> Iterator[None]:
             module._parameters["weight"] = weight
 
 
-def _shaped(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: x.new_empty(*x.shape[:-1], size)
+def _shaped(module: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    if type(module) is nn.Linear:
+        return lambda x: x.new_empty(*x.shape[:-1], module.out_features)
+    dtype = module.weight.dtype
+    return lambda ids: ids.new_empty(*ids.shape, module.embedding_dim, dtype=dtype)

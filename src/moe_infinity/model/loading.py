@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,9 @@ from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.coded_linears import CodedLinear, attach_coded, coded_linears
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.lazy_tensors import LazyTensor, Placeholder, lazy_tensor
+from moe_infinity.model.looked_up import LookedUp, attach_looked_up, find_looked_up
 from moe_infinity.model.packed_linears import move
+from moe_infinity.model.quiet import Quiet
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
 from moe_infinity.model.soundness import refuse_strays, require_complete, require_fitting
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
@@ -63,6 +65,7 @@ class Anatomy:
     specs: dict[ExpertKey, ExpertSpec]
     dtype: torch.dtype  # of the computation
     coded: Mapping[str, CodedLinear]  # linear layers whose weights stay coded, by the weight's name
+    looked_up: LookedUp | None = None  # an embedding that could stay on disk
 
 
 def read_config(path: Path) -> Any:
@@ -120,8 +123,10 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     shape = ExpertShape(len(experts), max(counts), top_k, counts)
     dense = [checkpoint.tensors[name] for name in found.dense]
     computed = _compute_dtype(config, dense, dtype)
-    coded = coded_linears(checkpoint, meta, naming(meta, adapter), dense)
-    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded)
+    rule = naming(meta, adapter)
+    coded = coded_linears(checkpoint, meta, rule, dense)
+    looked_up = find_looked_up(meta, rule, dense)
+    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded, looked_up)
 
 
 def are_coded(anatomy: Anatomy) -> bool:
@@ -146,24 +151,22 @@ def _specs(
 
 
 def load(
-    checkpoint: Checkpoint, anatomy: Anatomy, device: Device | None = None
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    device: Device | None = None,
+    looks_up: bool = False,
 ) -> tuple[nn.Module, list[nn.Module]]:
     """Build the model with its dense weights in owned memory, or on a device. Returns it and its
-    experts modules.
+    experts modules. looks_up: the embedding stays on disk; the checkpoint has to stay open.
 
     Raises CorruptCheckpointError if a dense tensor is missing, ReadError if one cannot be read.
     """
     _interface.register()
     failures: list[CheckpointError] = []
-    coded = {linear.entry.name for linear in anatomy.coded.values()}
-    plain = (entry for entry in anatomy.dense if entry.name not in coded)
-    lazy: dict[str, LazyTensor | Placeholder] = {
-        e.name: lazy_tensor(checkpoint, e, failures, anatomy.dtype) for e in plain
-    }
+    looked_up = anatomy.looked_up if looks_up else None
     own = dict(anatomy.meta.named_parameters())  # without those that are another one's
-    hidden = {name: linear.shape for name, linear in anatomy.coded.items() if name in own}
-    lazy |= {name: Placeholder(shape, anatomy.dtype) for name, shape in hidden.items()}
-    with without_expert_weights(anatomy.adapter, anatomy.experts), _quiet():
+    lazy = _lazy_tensors(checkpoint, anatomy, looked_up, own, failures)
+    with without_expert_weights(anatomy.adapter, anatomy.experts), Quiet():
         try:
             model, info = type(anatomy.meta).from_pretrained(
                 None,
@@ -182,12 +185,34 @@ def load(
         raise failures[0]
     require_complete(checkpoint, info)
     attach_coded(model, checkpoint, anatomy.coded, anatomy.dtype, own)
+    if looked_up is not None:
+        attach_looked_up(model, checkpoint, looked_up, anatomy.dtype)
     if device is not None:
         move(model, device.torch_device)
     # Of training, and some configs keep it: every pass would collect them and compute a loss.
     model.config.get_text_config().output_router_logits = False
     _set_generation_config(model, checkpoint.path)
     return model, [model.get_submodule(module.name) for module in anatomy.experts]
+
+
+def _lazy_tensors(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    looked_up: LookedUp | None,
+    own: Container[str],
+    failures: list[CheckpointError],
+) -> dict[str, LazyTensor | Placeholder]:
+    """By name: the checkpoint's of what becomes numbers, the model's of what does not."""
+    coded = {linear.entry.name for linear in anatomy.coded.values()}
+    left = coded | ({looked_up.entry.name} if looked_up else set())
+    plain = (entry for entry in anatomy.dense if entry.name not in left)
+    lazy: dict[str, LazyTensor | Placeholder] = {
+        e.name: lazy_tensor(checkpoint, e, failures, anatomy.dtype) for e in plain
+    }
+    hidden = {name: linear.shape for name, linear in anatomy.coded.items() if name in own}
+    if looked_up is not None:
+        hidden[looked_up.name] = looked_up.shape
+    return lazy | {name: Placeholder(shape, anatomy.dtype) for name, shape in hidden.items()}
 
 
 def _build(checkpoint: Checkpoint, config: Any) -> Any:
@@ -266,18 +291,3 @@ def _compute_dtype(config: Any, dense: list[TensorEntry], wanted: str | None) ->
 def _set_generation_config(model: Any, path: Path) -> None:
     if (path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(path)
-
-
-class _quiet:
-    """Silence the library's progress bar and load report; what is wrong is raised by name."""
-
-    def __enter__(self) -> None:
-        self._level = transformers.logging.get_verbosity()
-        self._bars = transformers.logging.is_progress_bar_enabled()
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        transformers.logging.set_verbosity(self._level)
-        if self._bars:
-            transformers.logging.enable_progress_bar()

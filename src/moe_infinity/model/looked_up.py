@@ -1,0 +1,150 @@
+"""An embedding that stays on disk: the rows of a token or two are all that a pass wants of it.
+
+In large vocabularies it is hundreds of megabytes, and so much room for experts. What decides
+whether it is worth the reads is the plan; this is how.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_infinity.checkpoint.base import Checkpoint, PackedShape, TensorEntry
+from moe_infinity.checkpoint.expert_layout import NameRule
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PACKED, PackedMatrix, row_bytes
+from moe_infinity.kernels.planes import PLANES
+from moe_infinity.model.direct_use import weights_read_directly
+from moe_infinity.model.lazy_tensors import Placeholder
+
+_KEPT_BYTES = 8 * 1024**2  # of rows that were asked for lately: text repeats itself
+# Of a prompt, read at once; each thread reads through memory of its own.
+_NUM_THREADS, _THREAD_BYTES = 4, 2 * 1024**2
+_FEW_ROWS = 8  # are not worth threads
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A model's input embedding, whose rows can be read one by one."""
+
+    name: str  # the model's, of the weight
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> PackedShape:
+        return PackedShape(self.entry.format, *self.entry.shape)
+
+    def num_kept(self, dtype: torch.dtype) -> int:
+        """Rows of ``dtype`` that are kept in memory."""
+        return min(self.shape.rows, max(1, _KEPT_BYTES // (self.shape.cols * dtype.itemsize)))
+
+    def memory_bytes(self, dtype: torch.dtype) -> int:
+        """What it takes nevertheless."""
+        kept = self.num_kept(dtype) * self.shape.cols * dtype.itemsize
+        return kept + _NUM_THREADS * _THREAD_BYTES
+
+    def saved_bytes(self, dtype: torch.dtype) -> int:
+        """How much less that is than all of it."""
+        whole = self.shape.rows * self.shape.cols * dtype.itemsize
+        return max(0, whole - self.memory_bytes(dtype))
+
+
+def find_looked_up(
+    meta: Any, rule: Callable[[str], NameRule], dense: Sequence[TensorEntry]
+) -> LookedUp | None:
+    """The input embedding of a model, if it is one tensor, nobody else's weight, and stored in rows
+    that mean something by themselves."""
+    table, head = meta.get_input_embeddings(), meta.get_output_embeddings()
+    if meta.config.is_encoder_decoder or type(table) is not nn.Embedding:
+        return None
+    if table.max_norm is not None or getattr(head, "weight", None) is table.weight:
+        return None
+    names = [n for n, p in meta.named_parameters(remove_duplicate=False) if p is table.weight]
+    found = [entry for entry in dense if rule(entry.name).parameter in names]
+    if len(names) != 1 or len(found) != 1 or rule(found[0].name).converter is not None:
+        return None
+    is_by_rows = found[0].format in {*DTYPES, *PACKED}.difference(PLANES)
+    if not is_by_rows or tuple(found[0].shape) != tuple(table.weight.shape):
+        return None
+    return LookedUp(names[0], found[0])
+
+
+def is_only_looked_up(meta: Any, embedding: LookedUp) -> bool:
+    """Whether the model asks its embedding for rows, and never for the weight."""
+    touched = weights_read_directly(meta)
+    return touched is not None and embedding.name not in touched
+
+
+def attach_looked_up(
+    model: nn.Module, checkpoint: Checkpoint, embedding: LookedUp, dtype: torch.dtype
+) -> None:
+    """Let a model's embedding read its rows from the checkpoint, which has to stay open.
+
+    Raises CorruptCheckpointError where the checkpoint has a checksum and it is wrong, ReadError.
+    """
+    checkpoint.check_tensor(embedding.entry)
+    module: Any = model.get_submodule(embedding.name.removesuffix(".weight"))
+    placeholder = Placeholder(embedding.shape, dtype)[...]  # the library may have made room for it
+    module.weight = nn.Parameter(placeholder, requires_grad=False)
+    module.forward = Rows(checkpoint, embedding, dtype).of
+
+
+class Rows:
+    """Rows of an embedding, those asked for lately in memory. One thread asks at a time."""
+
+    def __init__(self, checkpoint: Checkpoint, embedding: LookedUp, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._entry = embedding.entry
+        self._dtype = dtype
+        self._num_rows, self._cols = embedding.entry.shape
+        self._kept = torch.empty(embedding.num_kept(dtype), self._cols, dtype=dtype)
+        self._places: OrderedDict[int, int] = OrderedDict()  # row: where it lies, latest last
+
+    def of(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows [..., H] of ids [...]. Raises IndexError for one that does not exist, ReadError."""
+        flat = ids.reshape(-1).tolist()
+        out = torch.empty(len(flat), self._cols, dtype=self._dtype)
+        wanted: dict[int, list[int]] = {}  # not in memory, and where they go
+        for place, row in enumerate(flat):
+            if not 0 <= row < self._num_rows:
+                raise IndexError(f"token id: got {row}, expected 0 to {self._num_rows - 1}")
+            if row in self._places:
+                self._places.move_to_end(row)
+                out[place] = self._kept[self._places[row]]
+            else:
+                wanted.setdefault(row, []).append(place)
+        for row, numbers in zip(wanted, self._read_all(list(wanted)), strict=True):
+            out[wanted[row]] = numbers
+            self._keep(row, numbers)
+        return out.view(*ids.shape, self._cols)
+
+    def _read_all(self, rows: list[int]) -> list[torch.Tensor]:
+        if len(rows) <= _FEW_ROWS:
+            return [self._read(row) for row in rows]
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            return list(threads.map(self._read, rows))
+
+    def _read(self, row: int) -> torch.Tensor:
+        """One row [H]."""
+        number_format = self._entry.format
+        dtype = DTYPES.get(number_format)
+        size = self._cols * dtype.itemsize if dtype else row_bytes(number_format, self._cols)
+        raw = torch.empty(size, dtype=torch.uint8)
+        self._checkpoint.read_part(self._entry, row * size, memoryview(raw.numpy()))  # type: ignore[arg-type]
+        if dtype is not None:
+            return raw.view(dtype).to(self._dtype)
+        return PackedMatrix(number_format, 1, self._cols, raw).decode()[0].to(self._dtype)
+
+    def _keep(self, row: int, numbers: torch.Tensor) -> None:
+        if len(self._places) < len(self._kept):
+            place = len(self._places)
+        else:
+            _, place = self._places.popitem(last=False)
+        self._kept[place] = numbers
+        self._places[row] = place
