@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -108,43 +109,57 @@ class Rows:
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows [..., H] of ids [...]. Raises IndexError for one that does not exist, ReadError."""
-        flat = ids.reshape(-1).tolist()
-        out = torch.empty(len(flat), self._cols, dtype=self._dtype)
-        wanted: dict[int, list[int]] = {}  # not in memory, and where they go
-        for place, row in enumerate(flat):
-            if not 0 <= row < self._num_rows:
-                raise IndexError(f"token id: got {row}, expected 0 to {self._num_rows - 1}")
-            if row in self._places:
-                self._places.move_to_end(row)
-                out[place] = self._kept[self._places[row]]
-            else:
-                wanted.setdefault(row, []).append(place)
-        for row, numbers in zip(wanted, self._read_all(list(wanted)), strict=True):
-            out[wanted[row]] = numbers
-            self._keep(row, numbers)
-        return out.view(*ids.shape, self._cols)
+        if ids.numel() == 1 and 0 <= (row := int(ids)) < self._num_rows:
+            return self._find([row]).view(*ids.shape, self._cols)
+        rows, inverse = np.unique(ids.numpy(), return_inverse=True)
+        if rows.size and (rows[0] < 0 or rows[-1] >= self._num_rows):
+            wrong = rows[0] if rows[0] < 0 else rows[-1]
+            raise IndexError(f"token id: got {wrong}, expected 0 to {self._num_rows - 1}")
+        found = self._find(rows.tolist())
+        return found[torch.from_numpy(inverse.ravel())].view(*ids.shape, self._cols)
 
-    def _read_all(self, rows: list[int]) -> list[torch.Tensor]:
+    def _find(self, rows: list[int]) -> torch.Tensor:
+        """[rows, H], each of them asked for once."""
+        found = torch.empty(len(rows), self._cols, dtype=self._dtype)
+        here = [i for i, row in enumerate(rows) if row in self._places]
+        if here:
+            found[here] = self._kept[[self._places[rows[i]] for i in here]]
+        for i in here:
+            self._places.move_to_end(rows[i])
+        missing = [i for i, row in enumerate(rows) if row not in self._places]
+        if missing:
+            found[missing] = self._read([rows[i] for i in missing])
+            latest = missing[-len(self._kept) :]
+            self._kept[[self._place_for(rows[i]) for i in latest]] = found[latest]
+        return found
+
+    def _place_for(self, row: int) -> int:
+        """Where a row is kept from now on; the one that was asked for least lately goes."""
+        place = len(self._places)
+        if place == len(self._kept):
+            _, place = self._places.popitem(last=False)
+        self._places[row] = place
+        return place
+
+    def _read(self, rows: list[int]) -> torch.Tensor:
+        """[rows, H]"""
         if len(rows) <= _FEW_ROWS:
-            return [self._read(row) for row in rows]
+            return self._read_some(rows)
+        each = -(-len(rows) // _NUM_THREADS)
+        parts = [rows[start : start + each] for start in range(0, len(rows), each)]
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            return list(threads.map(self._read, rows))
+            return torch.cat(list(threads.map(self._read_some, parts)))
 
-    def _read(self, row: int) -> torch.Tensor:
-        """One row [H]."""
+    def _read_some(self, rows: list[int]) -> torch.Tensor:
         number_format = self._entry.format
         dtype = DTYPES.get(number_format)
         size = self._cols * dtype.itemsize if dtype else row_bytes(number_format, self._cols)
-        raw = torch.empty(size, dtype=torch.uint8)
-        self._checkpoint.read_part(self._entry, row * size, memoryview(raw.numpy()))  # type: ignore[arg-type]
+        raw = torch.empty(len(rows) * size, dtype=torch.uint8)
+        into = memoryview(raw.numpy())  # type: ignore[arg-type]
+        for number, row in enumerate(rows):
+            place = into[number * size : (number + 1) * size]
+            self._checkpoint.read_part(self._entry, row * size, place)
         if dtype is not None:
-            return raw.view(dtype).to(self._dtype)
-        return PackedMatrix(number_format, 1, self._cols, raw).decode()[0].to(self._dtype)
-
-    def _keep(self, row: int, numbers: torch.Tensor) -> None:
-        if len(self._places) < len(self._kept):
-            place = len(self._places)
-        else:
-            _, place = self._places.popitem(last=False)
-        self._kept[place] = numbers
-        self._places[row] = place
+            return raw.view(dtype).view(-1, self._cols).to(self._dtype)
+        matrix = PackedMatrix(number_format, len(rows), self._cols, raw)
+        return matrix.decode().to(self._dtype)
