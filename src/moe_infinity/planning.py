@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
@@ -51,9 +52,14 @@ def make_plan(anatomy: Anatomy, config: EngineConfig, *facts: DeviceFacts) -> Pl
     smallest = smallest_cache(anatomy, classes[0])
     needs = Needs(anatomy, config, facts)
     plan = _divide(anatomy, config, budget, needs, facts, classes)
-    if plan.num_slots < plan.experts_total and not facts and config.ram_slots is None:
-        needs = needs.looking_up(_saved_by_looking_up(anatomy))
-        plan = _divide(anatomy, config, budget, needs, facts, classes)
+    saved = 0 if facts or config.ram_slots is not None else _saved_by_looking_up(anatomy)
+    if saved:
+        less = needs.looking_up(saved)
+        with_less = _divide(anatomy, config, budget, less, facts, classes)
+        if plan.num_slots == plan.experts_total:
+            plan = replace(plan, smallest_budget_bytes=with_less.smallest_budget_bytes)
+        else:
+            plan, needs = with_less, less
     _refuse_too_small(plan, smallest, config, needs)
     return plan
 
@@ -73,10 +79,10 @@ def _divide(
     budget: int,
     needs: Needs,
     facts: Sequence[DeviceFacts],
-    size_classes: tuple[list[SizeClass], tuple[int, ...]],
+    sizes: tuple[list[SizeClass], tuple[int, ...]],
 ) -> Plan:
     device_bytes = [*map(device_budget, facts, config.vram_bytes)]
-    classes, class_of_layer = size_classes
+    classes, class_of_layer = sizes
     smallest = smallest_cache(anatomy, classes)
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
     contexts = _contexts(anatomy, config, needs, (device_bytes or [budget])[0], classes)

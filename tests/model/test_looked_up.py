@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from moe_infinity.assembly import open_checkpoint
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.checkpoint.packing import pack
 from moe_infinity.config import EngineConfig
-from moe_infinity.errors import CheckpointChangedError, CorruptCheckpointError
-from moe_infinity.kernels.packed import PACKED
+from moe_infinity.errors import CheckpointChangedError, CorruptCheckpointError, ReadError
+from moe_infinity.kernels.formats import DTYPES
+from moe_infinity.kernels.packed import PACKED, row_bytes
 from moe_infinity.kernels.planes import PLANES
 from moe_infinity.model import looked_up
 from moe_infinity.model.loading import Anatomy, examine
@@ -118,21 +121,66 @@ class TestRows:
             rows.of(torch.tensor([[1]]))
             assert read == [1]
 
-    @pytest.mark.parametrize("row", [-1, NUM_IDS])
-    def test_no_such_row(self, untied: Path, row: int) -> None:
+    def test_of_many_those_at_the_end_are_kept(
+        self, untied: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(looked_up, "_DECODED_AT_ONCE", 7 * NUM_COLS)
+        generator = torch.Generator().manual_seed(0)
+        text = torch.randperm(NUM_IDS, generator=generator)[:100]
+        text = torch.cat([text, text[:3], text[:50].flip(0)[40:]]).to(torch.int32)
         with opened(untied) as (checkpoint, anatomy):
             assert anatomy.looked_up is not None
-            with pytest.raises(IndexError, match=f"got {row}, expected 0 to {NUM_IDS - 1}"):
-                Rows(checkpoint, anatomy.looked_up, torch.bfloat16).of(torch.tensor([[5, row]]))
+            rows = Rows(checkpoint, anatomy.looked_up, torch.bfloat16)
+            found = rows.of(text[None])
+            alone = [rows.of(text[i : i + 1]) for i in range(len(text))]
+            assert torch.equal(found[0], torch.cat(alone))
+            rows.of(text[None])
+            at_the_end = list(dict.fromkeys(text.flip(0).tolist()))[:NUM_KEPT]
+            monkeypatch.setattr(type(checkpoint), "read_part", None)  # nothing is read
+            for row in at_the_end:
+                rows.of(torch.tensor(row))
+
+    @pytest.mark.parametrize("ids", [[[5, -1]], [[5, NUM_IDS]], [[-1]], [[NUM_IDS]]])
+    def test_no_such_row(self, untied: Path, ids: list[list[int]]) -> None:
+        with opened(untied) as (checkpoint, anatomy):
+            assert anatomy.looked_up is not None
+            wrong = f"got {ids[0][-1]}, expected 0 to {NUM_IDS - 1}"
+            with pytest.raises(IndexError, match=wrong):
+                Rows(checkpoint, anatomy.looked_up, torch.bfloat16).of(torch.tensor(ids))
+
+    def test_a_failing_read_leaves_nothing_behind(
+        self, untied: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with opened(untied) as (checkpoint, anatomy):
+            assert anatomy.looked_up is not None
+            rows = Rows(checkpoint, anatomy.looked_up, torch.bfloat16)
+            expected = rows.of(torch.arange(50)).clone()
+            rows = Rows(checkpoint, anatomy.looked_up, torch.bfloat16)
+            with monkeypatch.context() as patch:
+
+                def failing(self: Checkpoint, entry: object, start: int, into: object) -> None:
+                    raise ReadError("no disk")
+
+                patch.setattr(type(checkpoint), "read_part", failing)
+                for ids in (torch.arange(3), torch.arange(50)):
+                    with pytest.raises(ReadError, match="no disk"):
+                        rows.of(ids)
+            assert torch.equal(rows.of(torch.arange(50)), expected)
 
     def test_every_format_that_has_rows_is_taken(self, untied: Path) -> None:
         with opened(untied) as (_, anatomy):
             assert anatomy.looked_up is not None
-            for number_format in ("F16", "F32", *PACKED):
-                entry = dataclasses.replace(anatomy.looked_up.entry, format=number_format)
-                dense = [entry if e.name == entry.name else e for e in anatomy.dense]
-                found = find_looked_up(anatomy.meta, _same_names, dense)
-                assert (found is None) == (number_format in PLANES)
+            sizes = {name: NUM_COLS * each.itemsize for name, each in DTYPES.items()}
+            sizes |= {name: row_bytes(name, NUM_COLS) for name in PACKED}
+            for number_format, size in sizes.items():
+                for num_bytes in (NUM_IDS * size, NUM_IDS * size - 1):
+                    entry = dataclasses.replace(
+                        anatomy.looked_up.entry, format=number_format, num_bytes=num_bytes
+                    )
+                    dense = [entry if e.name == entry.name else e for e in anatomy.dense]
+                    found = find_looked_up(anatomy.meta, _same_names, dense)
+                    has_rows = number_format not in (*PLANES, "EXACT12")
+                    assert (found is not None) == (has_rows and num_bytes == NUM_IDS * size)
 
 
 class TestModels:
@@ -165,6 +213,9 @@ class TestModels:
             whole = make_plan(dataclasses.replace(anatomy, looked_up=None), config)
             assert made.dense_bytes + made.looked_up_bytes == whole.dense_bytes
             assert made.num_slots > whole.num_slots
+            with_all = make_plan(anatomy, EngineConfig(ram="8GiB", max_context=256))
+            assert not with_all.looks_up
+            assert with_all.smallest_budget_bytes == made.smallest_budget_bytes
             by_hand = make_plan(anatomy, EngineConfig(ram="8GiB", ram_slots=5))
             assert not by_hand.looks_up, "memory is not what is short"
 
@@ -209,12 +260,14 @@ class TestWhichModels:
             attention = meta.model.layers[0].self_attn
             real = attention.forward
 
-            def reading(*args: object, **kwargs: object) -> object:
-                out, *rest = real(*args, **kwargs)
-                return out + table.weight[0], *rest
+            for use in (lambda w: w[0], lambda w: w.T[:, 0], lambda w: w.data[0]):
 
-            attention.forward = reading
-            assert not is_only_looked_up(meta, embedding)
+                def reading(*args: object, use: Any = use, **kwargs: object) -> object:
+                    out, *rest = real(*args, **kwargs)
+                    return out + use(table.weight), *rest
+
+                attention.forward = reading
+                assert not is_only_looked_up(meta, embedding)
 
     @pytest.mark.parametrize("change", ["norm", "kind", "shared"])
     def test_unusual_tables(self, untied: Path, change: str) -> None:
@@ -239,6 +292,31 @@ def _same_names(name: str) -> object:
     from moe_infinity.checkpoint.expert_layout import NameRule
 
     return NameRule(name, None, None)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from moe_infinity.assembly import open_checkpoint
+from moe_infinity.machine import peak_resident_bytes
+from moe_infinity.model.loading import examine, load
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+load(checkpoint, examine(checkpoint, None), None, sys.argv[2] == "True")
+print(peak_resident_bytes())
+"""
+
+
+def test_the_table_is_never_in_memory(tmp_path: Path) -> None:
+    """Not even while the library loads the model."""
+    model = small_model("qwen3_moe", 64)
+    model.resize_token_embeddings(400_000)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    table_bytes = 400_000 * 64 * 2
+    whole, without = (
+        int(subprocess.check_output([sys.executable, "-c", PROGRAM, str(tmp_path), looks_up]))
+        for looks_up in ("False", "True")
+    )
+    assert whole - without > 0.8 * table_bytes
 
 
 def test_memory_is_that_of_kept_rows(untied: Path) -> None:

@@ -21,8 +21,13 @@ def weights_read_directly(meta: Any) -> set[str] | None:
     return None if layers is None else touched
 
 
+# What is asked of a tensor without computing with it; but for these attributes, which are numbers.
+_ASKED = ("__get__", "size", "dim", "stride", "numel")
+_NUMBERS = ("T", "H", "mT", "mH", "data", "real", "imag")
+
+
 class _Watched(torch.Tensor):
-    """A weight that tells who computes with it. To ask its dtype or shape is no computation."""
+    """A weight that tells who computes with it."""
 
     note: Callable[[], None]
 
@@ -30,7 +35,8 @@ class _Watched(torch.Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") not in ("__get__", "size", "dim", "stride", "numel"):
+        name, of = getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        if name not in _ASKED or getattr(of, "__name__", "") in _NUMBERS:
             for each in (*args, *(kwargs or {}).values()):
                 if isinstance(each, _Watched):
                     each.note()

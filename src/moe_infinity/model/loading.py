@@ -202,7 +202,7 @@ def _lazy_tensors(
     own: Container[str],
     failures: list[CheckpointError],
 ) -> dict[str, LazyTensor | Placeholder]:
-    """By name: the checkpoint's of what becomes numbers, the model's of what does not."""
+    """By the checkpoint's name; linear layers that stay coded by the model's."""
     coded = {linear.entry.name for linear in anatomy.coded.values()}
     left = coded | ({looked_up.entry.name} if looked_up else set())
     plain = (entry for entry in anatomy.dense if entry.name not in left)
@@ -211,7 +211,7 @@ def _lazy_tensors(
     }
     hidden = {name: linear.shape for name, linear in anatomy.coded.items() if name in own}
     if looked_up is not None:
-        hidden[looked_up.name] = looked_up.shape
+        hidden[looked_up.entry.name] = looked_up.shape
     return lazy | {name: Placeholder(shape, anatomy.dtype) for name, shape in hidden.items()}
 
 

@@ -7,7 +7,7 @@ whether it is worth the reads is the plan; this is how.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +25,10 @@ from moe_infinity.model.direct_use import weights_read_directly
 from moe_infinity.model.lazy_tensors import Placeholder
 
 _KEPT_BYTES = 8 * 1024**2  # of rows that were asked for lately: text repeats itself
-# Of a prompt, read at once; each thread reads through memory of its own.
+# Of a prompt, read at once; each thread, the caller's too, reads through memory of its own.
 _NUM_THREADS, _THREAD_BYTES = 4, 2 * 1024**2
 _FEW_ROWS = 8  # are not worth threads
+_DECODED_AT_ONCE = 1024**2  # numbers, in memory that the prompt's blocks will use later
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LookedUp:
     def memory_bytes(self, dtype: torch.dtype) -> int:
         """What it takes nevertheless."""
         kept = self.num_kept(dtype) * self.shape.cols * dtype.itemsize
-        return kept + _NUM_THREADS * _THREAD_BYTES
+        return kept + (_NUM_THREADS + 1) * _THREAD_BYTES
 
     def saved_bytes(self, dtype: torch.dtype) -> int:
         """How much less that is than all of it."""
@@ -70,10 +71,17 @@ def find_looked_up(
     found = [entry for entry in dense if rule(entry.name).parameter in names]
     if len(names) != 1 or len(found) != 1 or rule(found[0].name).converter is not None:
         return None
-    is_by_rows = found[0].format in {*DTYPES, *PACKED}.difference(PLANES)
-    if not is_by_rows or tuple(found[0].shape) != tuple(table.weight.shape):
+    entry = found[0]
+    is_by_rows = entry.format in {*DTYPES, *PACKED}.difference(PLANES, ("EXACT12",))
+    if not is_by_rows or tuple(entry.shape) != tuple(table.weight.shape):
         return None
-    return LookedUp(names[0], found[0])
+    is_whole = entry.num_bytes == entry.shape[0] * _row_bytes(entry)
+    return LookedUp(names[0], entry) if is_whole else None
+
+
+def _row_bytes(entry: TensorEntry) -> int:
+    dtype, cols = DTYPES.get(entry.format), entry.shape[-1]
+    return cols * dtype.itemsize if dtype else row_bytes(entry.format, cols)
 
 
 def is_only_looked_up(meta: Any, embedding: LookedUp) -> bool:
@@ -104,6 +112,7 @@ class Rows:
         self._entry = embedding.entry
         self._dtype = dtype
         self._num_rows, self._cols = embedding.entry.shape
+        self._row_bytes = _row_bytes(embedding.entry)
         self._kept = torch.empty(embedding.num_kept(dtype), self._cols, dtype=dtype)
         self._places: OrderedDict[int, int] = OrderedDict()  # row: where it lies, latest last
 
@@ -111,15 +120,19 @@ class Rows:
         """Rows [..., H] of ids [...]. Raises IndexError for one that does not exist, ReadError."""
         if ids.numel() == 1 and 0 <= (row := int(ids)) < self._num_rows:
             return self._find([row]).view(*ids.shape, self._cols)
-        rows, inverse = np.unique(ids.numpy(), return_inverse=True)
+        # From the last id on: where each row is asked for the last time.
+        backwards = ids.numpy().ravel()[::-1]
+        rows, lasts, places = np.unique(backwards, return_index=True, return_inverse=True)
         if rows.size and (rows[0] < 0 or rows[-1] >= self._num_rows):
             wrong = rows[0] if rows[0] < 0 else rows[-1]
             raise IndexError(f"token id: got {wrong}, expected 0 to {self._num_rows - 1}")
-        found = self._find(rows.tolist())
-        return found[torch.from_numpy(inverse.ravel())].view(*ids.shape, self._cols)
+        by_time = np.argsort(-lasts)
+        found = self._find(rows[by_time].tolist())
+        of_each = np.argsort(by_time)[places[::-1]]
+        return found[torch.from_numpy(of_each)].view(*ids.shape, self._cols)
 
     def _find(self, rows: list[int]) -> torch.Tensor:
-        """[rows, H], each of them asked for once."""
+        """[rows, H], all different, in the order in which they were asked for."""
         found = torch.empty(len(rows), self._cols, dtype=self._dtype)
         here = [i for i, row in enumerate(rows) if row in self._places]
         if here:
@@ -128,8 +141,8 @@ class Rows:
             self._places.move_to_end(rows[i])
         missing = [i for i, row in enumerate(rows) if row not in self._places]
         if missing:
-            found[missing] = self._read([rows[i] for i in missing])
-            latest = missing[-len(self._kept) :]
+            self._read([rows[i] for i in missing], missing, found)
+            latest = [i for i in missing if i >= len(rows) - len(self._kept)]
             self._kept[[self._place_for(rows[i]) for i in latest]] = found[latest]
         return found
 
@@ -141,25 +154,32 @@ class Rows:
         self._places[row] = place
         return place
 
-    def _read(self, rows: list[int]) -> torch.Tensor:
-        """[rows, H]"""
+    def _read(self, rows: list[int], places: list[int], found: torch.Tensor) -> None:
+        """Rows from the checkpoint to their places in found [.., H], some at a time."""
+        at_once = max(1, _DECODED_AT_ONCE // self._cols)
+        parts = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
         if len(rows) <= _FEW_ROWS:
-            return self._read_some(rows)
-        each = -(-len(rows) // _NUM_THREADS)
-        parts = [rows[start : start + each] for start in range(0, len(rows), each)]
+            for part in parts:
+                found[places[part]] = self._decoded(rows[part], map)
+            return
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
-            return torch.cat(list(threads.map(self._read_some, parts)))
+            for part in parts:
+                found[places[part]] = self._decoded(rows[part], threads.map)
 
-    def _read_some(self, rows: list[int]) -> torch.Tensor:
-        number_format = self._entry.format
-        dtype = DTYPES.get(number_format)
-        size = self._cols * dtype.itemsize if dtype else row_bytes(number_format, self._cols)
-        raw = torch.empty(len(rows) * size, dtype=torch.uint8)
+    def _decoded(self, rows: list[int], each: Callable[..., Iterable[None]]) -> torch.Tensor:
+        """[rows, H]. each: calls a function with each of some arguments, maybe by threads, which
+        only read: what an allocator keeps of theirs cannot be given back (heap.py)."""
+        raw = torch.empty(len(rows) * self._row_bytes, dtype=torch.uint8)
         into = memoryview(raw.numpy())  # type: ignore[arg-type]
-        for number, row in enumerate(rows):
-            place = into[number * size : (number + 1) * size]
-            self._checkpoint.read_part(self._entry, row * size, place)
+
+        def read(number: int) -> None:
+            place = into[number * self._row_bytes : (number + 1) * self._row_bytes]
+            self._checkpoint.read_part(self._entry, rows[number] * self._row_bytes, place)
+
+        for _ in each(read, range(len(rows))):
+            pass  # a thread's error is raised here
+        dtype = DTYPES.get(self._entry.format)
         if dtype is not None:
             return raw.view(dtype).view(-1, self._cols).to(self._dtype)
-        matrix = PackedMatrix(number_format, len(rows), self._cols, raw)
+        matrix = PackedMatrix(self._entry.format, len(rows), self._cols, raw)
         return matrix.decode().to(self._dtype)
