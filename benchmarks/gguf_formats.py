@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -24,6 +25,7 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 from limits import provenance, save  # noqa: E402
+from make_gguf import EXPERTS, NAMES  # noqa: E402
 from moe_infinity import MoE  # noqa: E402
 from moe_infinity.kernels.packed import PackedMatrix  # noqa: E402
 from support.families import stock_spread  # noqa: E402
@@ -33,6 +35,14 @@ PLAIN = {"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3, "Q5_0"
 PLAIN["MXFP4"] = 38
 IN_256 = {"Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # for rows of 256 weights
 NUM_TOKENS = 64
+# In another environment, which may have llama_cpp only.
+QUANTISE = """
+import sys, llama_cpp
+options = llama_cpp.llama_model_quantize_default_params()
+options.ftype = int(sys.argv[3])
+paths = [path.encode() for path in sys.argv[1:3]]
+assert llama_cpp.llama_model_quantize(*paths, options) == 0
+"""
 
 
 def main() -> None:
@@ -40,11 +50,7 @@ def main() -> None:
     parser.add_argument("plain", type=Path, help="checkpoint (the bundled one) for most formats")
     parser.add_argument("wide", type=Path, help="one whose rows are of 256, for those with a K")
     parser.add_argument("--peer-python", default=sys.executable, help="one that has llama_cpp")
-    parser.add_argument("--quantise", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.quantise:
-        quantise(*args.quantise)
-        return
     transformers.logging.set_verbosity_error()
     rows = []
     for checkpoint, forms in ((args.plain, PLAIN), (args.wide, IN_256)):
@@ -62,37 +68,18 @@ def measure(
     rows = []
     for form, number in forms.items():
         file = work / f"{form}.gguf"
-        worker = [
-            str(args.plain),
-            str(args.wide),
-            "--quantise",
-            str(source),
-            str(file),
-            str(number),
-        ]
-        command = [args.peer_python, __file__, *worker]
+        command = [args.peer_python, "-c", QUANTISE, str(source), str(file), str(number)]
         subprocess.run(command, check=True, capture_output=True)
-        rows.append({"checkpoint": checkpoint.name, "form": form, **examine(file)})
+        rows.append({"checkpoint": checkpoint.name, "form": form, **examine(file, checkpoint)})
         print(rows[-1], flush=True)
         file.unlink()
     return rows
 
 
-def quantise(source: str, to: str, number: str) -> None:
-    import llama_cpp
-
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype = int(number)
-    assert llama_cpp.llama_model_quantize(source.encode(), to.encode(), options) == 0
-
-
-def examine(file: Path) -> dict:
+def examine(file: Path, checkpoint: Path) -> dict:
     formats, num_different = decoded(file)
     ids = torch.arange(5, 5 + NUM_TOKENS)[None]
-    stock = transformers.AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.float32
-    )
-    stock.set_experts_implementation("eager")
+    stock = stock_of(file, checkpoint)
     with torch.no_grad():
         expected = stock(ids).logits
     spread = stock_spread(stock, ids)
@@ -108,6 +95,35 @@ def examine(file: Path) -> dict:
         "native_error": ((native - expected).norm() / expected.norm()).item(),
         "native_same_top_1": (native.argmax(-1) == expected.argmax(-1)).float().mean().item(),
     }
+
+
+def stock_of(file: Path, checkpoint: Path) -> Any:
+    """The library's model of a checkpoint, its weights those of a file by the gguf package."""
+    stock: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    stock.set_experts_implementation("eager")
+    stock.lm_head.weight = torch.nn.Parameter(stock.lm_head.weight.detach().clone())  # not tied
+    places = {
+        "token_embd.weight": stock.model.embed_tokens.weight,
+        "output_norm.weight": stock.model.norm.weight,
+        "output.weight": stock.lm_head.weight,
+    }
+    for number, layer in enumerate(stock.model.layers):
+        parameters = dict(layer.named_parameters())
+        for theirs, ours in NAMES.items():
+            if f"{theirs}.weight" in parameters:
+                places[f"blk.{number}.{ours}.weight"] = parameters[f"{theirs}.weight"]
+        experts = layer.mlp.experts
+        gate, up = experts.gate_up_proj.data.chunk(2, dim=1)
+        parts = {"gate_proj": gate, "up_proj": up, "down_proj": experts.down_proj.data}
+        for name, ours in EXPERTS.items():
+            places[f"blk.{number}.{ours}.weight"] = parts[name]
+    with torch.no_grad():
+        for tensor in gguf.GGUFReader(file).tensors:
+            numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            place = places.pop(tensor.name)
+            place.copy_(torch.from_numpy(numbers.copy()).view(place.shape))
+    assert not places, f"not in the file: {sorted(places)}"
+    return stock
 
 
 def logits(file: Path, ids: torch.Tensor, **options: str) -> torch.Tensor:

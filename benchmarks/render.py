@@ -74,6 +74,9 @@ _LIMITED = {
     "peers_widened16_q8_0": "widened16, Q8_0",
     "peers_widened16_f16": "widened16, 16 bit",
     "peers_olmoe_int4": "OLMoE, 4 bit",
+    "peers_olmoe_q4_k_m": "OLMoE, Q4_K_M",
+    "peers_olmoe_mxfp4": "OLMoE, MXFP4",
+    "peers_olmoe_q8_0": "OLMoE, Q8_0",
     "peers_olmoe_f16": "OLMoE, 16 bit",
 }
 _LIMITED_AVX2 = {
