@@ -279,6 +279,23 @@ def kernel_speed_table() -> str:
     return "\n".join(rows) + "\n\n" + _provenance(result) + "\n"
 
 
+def gguf_formats_note() -> str:
+    result = load("gguf_formats")
+    rows = result["rows"]
+    decoded = sum(not row["tensors_decoded_otherwise"] for row in rows)
+    within = sum(row["is_within"] for row in rows)
+    forms = ", ".join(row["form"] for row in rows)
+    least = min(row["native_same_top_1"] for row in rows)
+    text = (
+        f"One file of each form ({forms}) by llama.cpp's quantiser: in {decoded} of {len(rows)} "
+        f"every tensor is decoded to the gguf package's bits, and the logits of {within} are those "
+        f"of stock transformers on these weights up to the spread of its own implementations "
+        f"(float32). By the kernels of this machine at least {least:.0%} of the likeliest tokens "
+        f"are the same."
+    )
+    return f"{text}\n\n{_provenance(result)}\n"
+
+
 def plan_table() -> str:
     result = load("plan_accuracy")
     rows = [
@@ -357,6 +374,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "peers": peers_table,
     "avx2_limits": avx2_limits_table,
     "gguf_text": gguf_text_note,
+    "gguf_formats": gguf_formats_note,
     "gguf_families": gguf_families_note,
     "latent_depth": latent_depth_table,
     "resident": resident_table,
