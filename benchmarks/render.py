@@ -289,7 +289,7 @@ def gguf_formats_note() -> str:
     text = (
         f"One file of each form ({forms}) by llama.cpp's quantiser: in {decoded} of {len(rows)} "
         f"every tensor is decoded to the gguf package's bits, and the logits of {within} are those "
-        f"of stock transformers on these weights up to the spread of its own implementations "
+        f"of stock transformers on these weights up to twice the spread of its own implementations "
         f"(float32). By the kernels of this machine at least {least:.0%} of the likeliest tokens "
         f"are the same."
     )
