@@ -12,7 +12,7 @@ from moe_infinity.kernels.packed import PackedMatrix
 from moe_infinity.kernels.planes import PLANES, Scales
 from moe_infinity.kernels.reference import Kernel as Reference
 from support.planes import random_planes
-from support.products import matrix, product, tokens
+from support.products import matrix, one_by_one, product, tokens
 
 SETS = native.native.instruction_sets() if native.native is not None else []
 needs_compiler = pytest.mark.skipif(not SETS, reason="installed without a compiler")
@@ -142,8 +142,7 @@ class TestProducts:
         block = random_planes(number_format, 1304, 544)
         x = tokens(7, 544, torch.bfloat16)
         together = product(kernel, block, x)
-        for token in range(7):
-            assert torch.equal(product(kernel, block, x[token : token + 1])[0], together[token])
+        assert torch.equal(one_by_one(kernel, block, x), together)
         many = tokens(70, 544, torch.bfloat16)
         expected = product(kernel, block, many)
         for threads in (1, 3):

@@ -25,3 +25,8 @@ def tokens(count: int, cols: int, dtype: torch.dtype) -> torch.Tensor:
 
 def product(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
     return kernel.linear(describe(block), block.rows, x.contiguous())
+
+
+def one_by_one(kernel: native.Kernel, block: PackedMatrix, x: torch.Tensor) -> torch.Tensor:
+    """The product of each token by itself."""
+    return torch.cat([product(kernel, block, token[None]) for token in x])

@@ -95,7 +95,7 @@ class GgufCheckpoint(Checkpoint):
             whole = np.frombuffer(into, dtype=np.float32)
             whole[:] = unite_kv_b(*map(self._numbers, self._halves[entry.name])).ravel()
             return
-        read_through(self._opened[entry.file], entry.offset, into, self._scratch)
+        self.read_part(entry, 0, into)
         if num_heads := self._turned_heads(entry.name):
             source = self._sources[entry.name]
             row_size, head = source.num_bytes // source.shape[0], source.shape[0] // num_heads
@@ -107,7 +107,7 @@ class GgufCheckpoint(Checkpoint):
     def _numbers(self, entry: TensorEntry) -> np.ndarray[Any, np.dtype[np.float32]]:
         """A tensor as float32, in its shape."""
         stored = bytearray(entry.num_bytes)
-        read_through(self._opened[entry.file], entry.offset, memoryview(stored), self._scratch)
+        self.read_part(entry, 0, memoryview(stored))
         raw = torch.frombuffer(stored, dtype=torch.uint8)
         if entry.format in DTYPES:
             return raw.view(DTYPES[entry.format]).float().numpy().reshape(entry.shape)

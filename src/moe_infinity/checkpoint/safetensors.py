@@ -107,7 +107,7 @@ class SafetensorsCheckpoint(Checkpoint):
         return sampled(self.fingerprint, self._opened)
 
     def read_tensor(self, entry: TensorEntry, into: memoryview) -> None:
-        read_through(self._opened[entry.file], entry.offset, into, self._scratch)
+        self.read_part(entry, 0, into)
 
     def read_part(self, entry: TensorEntry, start_bytes: int, into: memoryview) -> None:
         read_through(self._opened[entry.file], entry.offset + start_bytes, into, self._scratch)

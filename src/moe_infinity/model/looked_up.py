@@ -68,12 +68,14 @@ def find_looked_up(
     if table.max_norm is not None or getattr(head, "weight", None) is table.weight:
         return None
     names = [n for n, p in meta.named_parameters(remove_duplicate=False) if p is table.weight]
-    found = [entry for entry in dense if rule(entry.name).parameter in names]
-    if len(names) != 1 or len(found) != 1 or rule(found[0].name).converter is not None:
+    # Only of what has its shape: to ask for a name takes long.
+    like_it = (entry for entry in dense if tuple(entry.shape) == tuple(table.weight.shape))
+    named = [(entry, rule(entry.name)) for entry in like_it]
+    found = [(entry, way) for entry, way in named if way.parameter in names]
+    if len(names) != 1 or len(found) != 1 or found[0][1].converter is not None:
         return None
-    entry = found[0]
-    is_by_rows = entry.format in {*DTYPES, *PACKED}.difference(PLANES, ("EXACT12",))
-    if not is_by_rows or tuple(entry.shape) != tuple(table.weight.shape):
+    entry = found[0][0]
+    if entry.format not in {*DTYPES, *PACKED}.difference(PLANES, ("EXACT12",)):
         return None
     is_whole = entry.num_bytes == entry.shape[0] * _row_bytes(entry)
     return LookedUp(names[0], entry) if is_whole else None

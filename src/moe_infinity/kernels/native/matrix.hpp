@@ -93,7 +93,8 @@ struct Tokens {
 };
 
 // out[t * out_stride + row] = row of m . token t, for rows first..last-1. A result depends on its
-// row and its token alone (first of gptq and awq is a multiple of 8): not on the range, the number of tokens, threads or addresses.
+// row and its token alone: not on the range, the number of tokens, threads or addresses. `first` of
+// gptq and awq is a multiple of 8, for their words hold so many rows' zero points or codes.
 using Product = void (*)(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last,
                          float *out, size_t out_stride);
 
