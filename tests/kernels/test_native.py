@@ -13,7 +13,7 @@ from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertMath, Job, Views
 from moe_infinity.kernels.choice import choose
 from moe_infinity.kernels.described import describe
-from moe_infinity.kernels.packed import PackedMatrix, encode
+from moe_infinity.kernels.packed import PackedMatrix, encode, row_bytes
 from moe_infinity.kernels.reference import Kernel as Reference
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
@@ -95,6 +95,22 @@ def test_columns_of_any_number(kernel: native.Kernel, number_format: str, cols: 
         for tokens in (2, 15):
             x = (random(tokens, cols, seed=1) * 20).to(dtype)
             close(product(kernel, block, x), x.float() @ plain(block).T, number_format)
+
+
+@pytest.mark.parametrize("number_format", ["Q8_0", "Q4_0"])
+def test_a_row_that_is_not_finite_leaves_others_alone(
+    kernel: native.Kernel, number_format: str
+) -> None:
+    """Five groups to a row: fewer than are read at once are left at its end."""
+    block = stored(random(10, 160), number_format)
+    assert isinstance(block, PackedMatrix)
+    x = random(MANY, 160, seed=1).bfloat16()
+    before = {count: product(kernel, block, x[:count]) for count in (1, FEW, MANY)}
+    rows = block.data.view(10, row_bytes(number_format, 160))
+    rows[1::2, :2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)  # a scale that is NaN
+    for count, expected in before.items():
+        found = product(kernel, block, x[:count])
+        assert torch.equal(found[:, ::2], expected[:, ::2]) and found[:, 1::2].isnan().all()
 
 
 @pytest.mark.parametrize("number_format", FORMATS)

@@ -27,7 +27,6 @@ from support.families import family, save_tiny, tiny_input_ids
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
 NUM_NEW = 12
-of = Tail.of
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +249,20 @@ def test_another_cache_in_between(
     assert torch.equal(ahead, run())
 
 
-def test_a_request_that_was_cancelled_leaves_nothing(small: Path) -> None:
+def test_a_request_that_was_cancelled_leaves_nothing(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    begin, settle = Tail.begin, Tail.settle
+    monkeypatch.setattr(Tail, "begin", lambda *args: calls.append("begin") or begin(*args))
+    monkeypatch.setattr(Tail, "settle", lambda *args: calls.append("settle") or settle(*args))
     with opened(small) as moe:
         expected = logits(moe)
+        calls.clear()
         ids = tiny_input_ids(rows=1, length=12)
         with pytest.raises(CancelledError):
             moe.generate(ids, max_new_tokens=9, streamer=_Canceller(moe))
+        assert calls and calls == ["begin", "settle"] * (len(calls) // 2)
         assert torch.equal(logits(moe), expected)
 
 
@@ -321,7 +328,8 @@ def test_families(
 ) -> None:
     save_tiny(family(name), tmp_path, torch.bfloat16)
     ended: list[torch.Tensor] = []
-    monkeypatch.setattr(Tail, "of", lambda *args: ended.append(of(*args)) or ended[-1])
+    begin = Tail.begin
+    monkeypatch.setattr(Tail, "begin", lambda *args: ended.append(begin(*args)) or ended[-1])
     with opened(tmp_path) as moe:
         found = logits(moe)
         assert num_whole(moe) == NUM_NEW - 1, "all but the one that is watched"

@@ -177,11 +177,19 @@ class Kernel(ExpertKernel):
         assert native is not None
         native.sum(self._engine, packed)
 
-    def finish(self, tail: bytes, x: torch.Tensor, out: torch.Tensor) -> None:
-        """What a packed tail says (kernels/blocks.py) of a token x [1, H], into out."""
+    def begin_tail(self, tail: bytes, x: torch.Tensor, out: torch.Tensor) -> None:
+        """What a packed tail says (kernels/blocks.py) of a token x [1, H], into out. It is there
+        behind ``settle``; until then other threads compute it, and both have to stay."""
         assert native is not None
         start = time.perf_counter()
-        native.finish(self._engine, _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail)
+        native.begin_tail(self._engine, _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail)
+        self.dense_s += time.perf_counter() - start
+
+    def settle(self) -> None:
+        """What was begun is done."""
+        assert native is not None
+        start = time.perf_counter()
+        native.settle(self._engine)
         self.dense_s += time.perf_counter() - start
 
     def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:

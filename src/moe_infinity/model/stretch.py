@@ -49,7 +49,7 @@ class Stretch:
         """blocks: that have routers; known: the hierarchy's, [L, E]. tail: follows them."""
         self.blocks = blocks
         self._tail = tail
-        self._logits: torch.Tensor | None = None  # by the tail, in the run that goes on
+        self._logits: torch.Tensor | None = None  # begun by the tail, in the run that goes on
         self._kernel = kernel
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
@@ -89,6 +89,19 @@ class Stretch:
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
         self._logits = None
+        try:
+            self._through(turns, place)
+            for block in self.blocks:
+                cache.layers[block.found.layer_index].keep(place.position + 1)
+                block.num_calls += 1
+            x, logits = self._rows[-1].clone(), self._logits
+        finally:
+            if self._tail is not None and self._logits is not None:
+                self._tail.settle()
+            self._logits = None
+        return x, logits
+
+    def _through(self, turns: tuple[torch.Tensor, torch.Tensor], place: Place) -> None:
         at = 0
         while at < len(self.blocks):
             done = self._run_ahead(at)
@@ -97,11 +110,6 @@ class Stretch:
             if at < len(self.blocks) and (done is None or not self.blocks[at].note_chosen()):
                 self._run_one(at, turns, place, is_chosen=done is not None)
                 at += 1
-        for block in self.blocks:
-            cache.layers[block.found.layer_index].keep(place.position + 1)
-            block.num_calls += 1
-        logits, self._logits = self._logits, None
-        return self._rows[-1].clone(), logits
 
     def _remember(self, memory: list[_Memory]) -> None:
         for stage, (keys, values) in enumerate(memory):
@@ -117,7 +125,8 @@ class Stretch:
             return None
         done = self._stages.run(self._kernel, first)
         if self._tail is not None and first + done == len(self.blocks):
-            self._logits = self._tail.of(self._rows[-1])  # at once: later the threads sleep
+            # At once, for later the threads sleep; they compute while events are told.
+            self._logits = self._tail.begin(self._rows[-1])
         if done:
             events = [block.told() for block in self.blocks[first : first + done]]
             self._hierarchy.run_hits(events, self._stages.experts_s(first, done))

@@ -57,9 +57,18 @@ class Tail:
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[1, 1, H] contiguous, of the norm's dtype, in RAM -> [1, 1, vocabulary]: every bit as
         norm and head say it."""
-        out = x.new_empty(1, 1, self._num_rows)
-        self._kernel.finish(self._packed, x, out)
+        out = self.begin(x)
+        self.settle()
         return out
+
+    def begin(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``of``, but only ``settle`` waits until it is done; x and the result have to stay."""
+        out = x.new_empty(1, 1, self._num_rows)
+        self._kernel.begin_tail(self._packed, x, out)
+        return out
+
+    def settle(self) -> None:
+        self._kernel.settle()
 
 
 class _LoneNorm:
@@ -86,7 +95,9 @@ class _LoneNorm:
 def _norm_alone(kernel: Kernel, packed: bytes, x: torch.Tensor) -> torch.Tensor:
     """Of one token."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    kernel.finish(packed, x.contiguous(), out)
+    x = x.contiguous()
+    kernel.begin_tail(packed, x, out)
+    kernel.settle()
     return out
 
 

@@ -44,7 +44,7 @@ void BlockWork::make_room(const Tail &t) {
 }
 
 void Engine::attend(const Block &b, const Token &token) {
-    std::lock_guard<std::mutex> turn(turn_);
+    const auto turn = take_turn();
     BlockWork &w = block_work_;
     w.make_room(b);
     const size_t hidden = b.q.cols;
@@ -201,7 +201,7 @@ void Engine::route(const Block &b, const Token &token, BlockWork &w) {
 }
 
 void Engine::sum(const Sum &s) {
-    std::lock_guard<std::mutex> turn(turn_);
+    const auto turn = take_turn();
     const size_t row_bytes = s.size * size_of(s.type);
     auto *total = static_cast<float *>(result_.reserve(size_t(s.size) * 8)), *one = total + s.size;
     std::fill(total, total + s.size, 0.0f);
@@ -217,8 +217,8 @@ void Engine::sum(const Sum &s) {
     kernels_.narrow(s.type, total, s.out, s.size);
 }
 
-void Engine::finish(const Tail &t) {
-    std::lock_guard<std::mutex> turn(turn_);
+void Engine::begin_tail(const Tail &t) {
+    const auto turn = take_turn();
     BlockWork &w = block_work_;
     w.make_room(t);
     kernels_.widen(t.type, t.x, w.x, t.norm.size);
@@ -227,11 +227,27 @@ void Engine::finish(const Tail &t) {
         kernels_.narrow(t.type, w.x, t.out, t.norm.size);
         return;
     }
-    const Matrix *head[] = {&t.head};
-    float *logits[] = {w.q};
-    products(head, &t.bias, logits, 1, t.type, w.x, w);
-    kernels_.narrow(t.type, w.q, t.out, t.head.rows);
+    void *narrow = w.narrow.reserve(t.norm.size * 4);
+    kernels_.narrow(t.type, w.x, narrow, t.norm.size);
+    prepare(prepared_[0], t.head.format, t.type, narrow, 1, t.head.cols);
+    const uint32_t rows = t.head.rows, item = size_of(t.type);
+    const uint64_t each = rows_of_task(rows, rows_at_once(t.head.format, false));
+    pool_.begin(static_cast<int>((rows + each - 1) / each), [this, t, rows, item, each](int task) {
+        const auto first = static_cast<uint32_t>(task * each);
+        const auto last = static_cast<uint32_t>(std::min<uint64_t>(rows, first + each));
+        float *logits = block_work_.q, *biases = block_work_.spare;
+        multiply(t.head, prepared_[0].tokens, first, last, logits, rows);
+        if (t.bias) {
+            const auto *from = static_cast<const uint8_t *>(t.bias) + size_t(first) * item;
+            kernels_.widen(t.type, from, biases + first, last - first);
+            for (uint32_t r = first; r < last; ++r) logits[r] += biases[r];
+        }
+        kernels_.narrow(t.type, logits + first, static_cast<uint8_t *>(t.out) + size_t(first) * item,
+                        last - first);
+    });
 }
+
+void Engine::settle() { take_turn(); }
 
 size_t Engine::run_ahead(Stage *stages, size_t count) {
     using Clock = std::chrono::steady_clock;

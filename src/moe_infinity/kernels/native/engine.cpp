@@ -12,7 +12,8 @@ namespace {
 
 // Of a tile, of a panel, and of a register of words for eight rows each.
 constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kAwqRowsAtOnce = 128;
-constexpr uint32_t kTasksPerThread = 4;  // so that a thread that was interrupted holds up little
+// Small enough that a thread that was interrupted, or came later, holds up little.
+constexpr uint32_t kTasksPerThread = 16;
 
 // Whether some tokens are multiplied as int8 by what this format codes.
 bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
@@ -113,12 +114,22 @@ void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t
     product(m, x, first, last, out, out_stride);
 }
 
+std::unique_lock<std::mutex> Engine::take_turn() {
+    std::unique_lock<std::mutex> turn(turn_);
+    pool_.end();
+    return turn;
+}
+
+uint64_t Engine::rows_of_task(uint64_t total, uint32_t step) const {
+    const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
+    const uint64_t each = std::max<uint64_t>(step, (total + wanted - 1) / wanted);
+    return (each + step - 1) / step * step;
+}
+
 void Engine::share(size_t count, const std::vector<uint32_t> &rows, uint32_t step, const Rows &body) {
     uint64_t total = 0;
     for (size_t i = 0; i < count; ++i) total += rows[i];
-    const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
-    uint64_t each = std::max<uint64_t>(step, (total + wanted - 1) / wanted);
-    each = (each + step - 1) / step * step;
+    const uint64_t each = rows_of_task(total, step);
     int num_tasks = 0;
     for (size_t i = 0; i < count; ++i) num_tasks += static_cast<int>((rows[i] + each - 1) / each);
     pool_.run(num_tasks, [&](int task) {
@@ -133,7 +144,7 @@ void Engine::share(size_t count, const std::vector<uint32_t> &rows, uint32_t ste
 
 void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                      const void *bias) {
-    std::lock_guard<std::mutex> turn(turn_);
+    const auto turn = take_turn();
     const size_t item = size_of(type);
     float *biases = nullptr;
     if (bias) {

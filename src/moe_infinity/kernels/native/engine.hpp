@@ -82,7 +82,7 @@ uint32_t rows_at_once(Format format, bool is_many);
 class Engine {
 public:
     Engine(int num_threads, const Kernels &kernels);
-    ~Engine();
+    ~Engine();  // what was begun is done first
 
     // All calls at once: their rows are shared out together. Callers take turns.
     void run(const Call *calls, size_t count);
@@ -95,7 +95,9 @@ public:
     void attend(const Block &block, const Token &token);
     void sum(const Sum &sum);
     void attend_latents(const Latent &latent);
-    void finish(const Tail &tail);
+    // Begun when begin_tail returns, done when anything else of the engine is called.
+    void begin_tail(const Tail &tail);
+    void settle();
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
     // after them, if there is one, is run up to the choice of its experts.
@@ -103,6 +105,9 @@ public:
 
 private:
     struct Work;
+
+    std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
+    uint64_t rows_of_task(uint64_t total, uint32_t step) const;
 
     void products(const Matrix *const *matrices, const void *const *biases, float *const *outs,
                   size_t count, Type type, const float *x, BlockWork &work);

@@ -45,10 +45,10 @@ struct Engine::Work {
 
 Engine::Engine(int num_threads, const Kernels &kernels) : kernels_(kernels), pool_(num_threads) {}
 
-Engine::~Engine() = default;
+Engine::~Engine() { settle(); }
 
 void Engine::run(const Call *calls, size_t count) {
-    std::lock_guard<std::mutex> turn(turn_);
+    const auto turn = take_turn();
     const std::vector<Call> parts = in_parts(calls, count);
     // Parts of one call one after the other, or scratch memory would grow with the prompt.
     if (parts.size() == count) {

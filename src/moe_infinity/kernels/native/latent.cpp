@@ -8,7 +8,7 @@
 namespace moe {
 
 void Engine::attend_latents(const Latent &l) {
-    std::lock_guard<std::mutex> turn(turn_);
+    const auto turn = take_turn();
     LatentWork &w = latent_work_;
     const size_t item = size_of(l.type), query_size = l.num_plain + l.num_rotary;
     const size_t head_bytes = size_t(l.num_plain + l.num_values) * l.rank * item;

@@ -175,8 +175,15 @@ PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return with_one(args, count, "sum(engine, sum)", &Engine::sum);
 }
 
-PyObject *finish(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    return with_one(args, count, "finish(engine, tail)", &Engine::finish);
+PyObject *begin_tail(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    return with_one(args, count, "begin_tail(engine, tail)", &Engine::begin_tail);
+}
+
+PyObject *settle(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arguments(count, 1, "settle(engine)")) return nullptr;
+    Engine *engine = engine_of(args[0]);
+    if (!engine) return nullptr;
+    return without_gil([&] { engine->settle(); });
 }
 
 PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -232,8 +239,9 @@ PyMethodDef methods[] = {
     {"attend", as_function(attend), METH_FASTCALL,
      "attend(engine, block, token): see block.hpp for their layout."},
     {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
-    {"finish", as_function(finish), METH_FASTCALL,
-     "finish(engine, tail): see block.hpp for its layout."},
+    {"begin_tail", as_function(begin_tail), METH_FASTCALL,
+     "begin_tail(engine, tail): see block.hpp for its layout. Done at the engine's next call."},
+    {"settle", as_function(settle), METH_FASTCALL, "settle(engine): what was begun is done."},
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,

@@ -30,7 +30,10 @@ Pool::Pool(int num_threads) {
     }
 }
 
-Pool::~Pool() { close(); }
+Pool::~Pool() {
+    end();
+    close();
+}
 
 void Pool::close() {
     {
@@ -42,7 +45,6 @@ void Pool::close() {
 }
 
 void Pool::run(int num_tasks, const std::function<void(int)> &task) {
-    constexpr int kMost = 65535;  // a round's tasks are counted in 16 bits
     for (int start = 0; start < num_tasks; start += kMost)
         run_round(std::min(kMost, num_tasks - start), [&](int i) { task(start + i); });
 }
@@ -52,6 +54,22 @@ void Pool::run_round(int num_tasks, const std::function<void(int)> &task) {
         for (int i = 0; i < num_tasks; ++i) task(i);
         return;
     }
+    start(num_tasks, task);
+    finish(num_tasks);
+}
+
+void Pool::begin(int num_tasks, std::function<void(int)> task) {
+    begun_ = std::move(task);
+    num_begun_ = num_tasks;
+    start(num_tasks, begun_);
+}
+
+void Pool::end() {
+    if (num_begun_ > 0) finish(num_begun_);
+    num_begun_ = 0;
+}
+
+void Pool::start(int num_tasks, const std::function<void(int)> &task) {
     task_ = &task;
     done_.store(0, std::memory_order_relaxed);
     const uint64_t round = round_.load(std::memory_order_relaxed) + 1;
@@ -62,7 +80,10 @@ void Pool::run_round(int num_tasks, const std::function<void(int)> &task) {
         { std::lock_guard<std::mutex> lock(mutex_); }
         wake_.notify_all();
     }
-    help(round);
+}
+
+void Pool::finish(int num_tasks) {
+    help(round_.load(std::memory_order_relaxed));
     for (int spins = 0; done_.load(std::memory_order_acquire) != num_tasks; ++spins) {
         // A worker may have been put aside in mid-task by whatever else the machine runs.
         if (spins < 20000) pause(); else std::this_thread::yield();

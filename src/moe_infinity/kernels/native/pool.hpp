@@ -24,8 +24,17 @@ public:
     // One caller at a time.
     void run(int num_tasks, const std::function<void(int)> &task);
 
+    // The same in two steps: other threads have begun when begin returns, and the caller of end takes
+    // what they have not come to. Nothing may be run between the two. At most kMost tasks.
+    void begin(int num_tasks, std::function<void(int)> task);
+    void end();  // nothing, if nothing was begun
+
+    static constexpr int kMost = 65535;  // a round's tasks are counted in 16 bits
+
 private:
     void run_round(int num_tasks, const std::function<void(int)> &task);
+    void start(int num_tasks, const std::function<void(int)> &task);
+    void finish(int num_tasks);
     void close();
     void work();
     void help(uint64_t round);
@@ -42,6 +51,8 @@ private:
     std::atomic<int> done_{0};
     std::atomic<int> sleeping_{0};
     const std::function<void(int)> *task_ = nullptr;
+    std::function<void(int)> begun_;
+    int num_begun_ = 0;
 };
 
 }  // namespace moe
