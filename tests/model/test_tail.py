@@ -74,14 +74,17 @@ def test_what_was_begun_is_done_at_the_next_call(num_threads: int) -> None:
     weight = torch.randn(VOCABULARY, HIDDEN).bfloat16()
     head, other = tail.of(x), kernel.linear(describe(weight), VOCABULARY, x[0])
     for _ in range(50):
-        begun = tail.begin(x)
+        packed, begun = tail.about(x)
+        kernel.begin_tail(packed)
         assert torch.equal(kernel.linear(describe(weight), VOCABULARY, x[0]), other)
         assert torch.equal(begun, head)
-        begun = tail.begin(x)
-        tail.settle()
-        tail.settle()  # nothing is left
+        packed, begun = tail.about(x)
+        kernel.begin_tail(packed)
+        kernel.settle()
+        kernel.settle()  # nothing is left
         assert torch.equal(begun, head)
-    begun = tail.begin(x)
+    packed, begun = tail.about(x)
+    kernel.begin_tail(packed)
     kernel.close()  # what was begun is done before its memory goes
     assert torch.equal(begun, head)
 

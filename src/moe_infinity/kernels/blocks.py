@@ -18,6 +18,7 @@ _NORM = struct.Struct("<QfI")
 _REST = struct.Struct("<fIIIIIIIII")
 _TOKEN = struct.Struct("<12Q")
 _SUM = struct.Struct("<4Q4I")
+_ENDS = struct.Struct("<2Q")  # of a tail: x, out
 _TAIL = struct.Struct("<QII")  # behind the head's matrix and the norm
 
 
@@ -179,6 +180,12 @@ def pack_tail(norm: Norm, head: Linear | None) -> bytes:
     matrix = NO_MATRIX if head is None else describe(head.weight)
     rest = _TAIL.pack(0 if bias is None else bias.data_ptr(), TYPES[norm.weight.dtype], 0)
     return matrix + _pack_norm(norm) + rest
+
+
+def tail_about(tail: bytes, x: torch.Tensor, out: torch.Tensor) -> bytes:
+    """A packed tail with its token x [1, H], or [1, 1, H], and where its word on that goes. Whoever
+    hands it to the compiled code keeps both until that is done."""
+    return _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail
 
 
 def _pack_norm(norm: Norm | None) -> bytes:

@@ -35,7 +35,6 @@ except ImportError:
 native: ModuleType | None = _native
 
 _HEAD = struct.Struct("<QQI")  # of a call: x, out, num_tokens
-_ENDS = struct.Struct("<2Q")  # of a tail: x, out
 _LATENT = struct.Struct("<5Qf7I")
 # In float32 the order of a sum shows: there stock's own results are kept, to its own spread.
 SHORT_TYPES = (torch.bfloat16, torch.float16)
@@ -177,12 +176,12 @@ class Kernel(ExpertKernel):
         assert native is not None
         native.sum(self._engine, packed)
 
-    def begin_tail(self, tail: bytes, x: torch.Tensor, out: torch.Tensor) -> None:
-        """What a packed tail says (kernels/blocks.py) of a token x [1, H], into out. It is there
-        behind ``settle``; until then other threads compute it, and both have to stay."""
+    def begin_tail(self, tail: bytes) -> None:
+        """What a packed tail says (kernels/blocks.py) of the token it is about. It is there behind
+        ``settle``; until then other threads compute it."""
         assert native is not None
         start = time.perf_counter()
-        native.begin_tail(self._engine, _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail)
+        native.begin_tail(self._engine, tail)
         self.dense_s += time.perf_counter() - start
 
     def settle(self) -> None:
@@ -198,10 +197,11 @@ class Kernel(ExpertKernel):
         call = self._call_of(math, views, x)
         return None if call is None else _HEAD.pack(0, 0, 1) + call
 
-    def run_ahead(self, stages_at: int, count: int) -> int:
-        """Stages (kernels/stages.py) at an address; returns how many were run whole."""
+    def run_ahead(self, stages_at: int, count: int, tail: bytes | None) -> int:
+        """Stages (kernels/stages.py) at an address; returns how many were run whole. Behind the
+        last of them the tail is begun."""
         assert native is not None
-        done: int = native.run_ahead(self._engine, stages_at, count)
+        done: int = native.run_ahead(self._engine, stages_at, count, tail)
         return done
 
     def close(self) -> None:

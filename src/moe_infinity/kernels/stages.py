@@ -30,6 +30,8 @@ class Stages:
     def __init__(self, rows: torch.Tensor, num_experts: int) -> None:
         num_stages = len(rows) - 1
         self._words = np.zeros((num_stages, _NUM_WORDS), dtype=np.uint64)
+        self._at = self._words.ctypes.data
+        self._seconds = self._words[:, _SECONDS].view(np.float64)
         self._calls = np.zeros((num_stages, num_experts, _CALL_BYTES), dtype=np.uint8)
         self._blocks: dict[int, NDArray[np.uint8]] = {}
         row_bytes = rows.stride(0) * rows.element_size()
@@ -71,16 +73,12 @@ class Stages:
         self._words[:, _COS : _SIN + 1] = [each.data_ptr() for each in positions]
         self._words[:, _POSITION] = position
 
-    def run(self, kernel: Kernel, first: int) -> int:
-        """The token, in its row, through the stages from ``first`` on. Returns how many were run
-        whole; the next one, if there is one, was run up to the choice of its experts."""
-        words = self._words[first:]
+    def run(self, kernel: Kernel, first: int, tail: bytes | None) -> list[float]:
+        """The token, in its row, through the stages from ``first`` on. Returns of each that was run
+        whole the seconds that its experts took; the next one, if there is one, was run up to the
+        choice of its experts. Behind the last one the tail (kernels/blocks.py) is begun."""
         start = time.perf_counter()
-        done = kernel.run_ahead(words.ctypes.data, len(words))
-        kernel.dense_s += time.perf_counter() - start - sum(self.experts_s(first, done))
-        return done
-
-    def experts_s(self, first: int, count: int) -> list[float]:
-        """Seconds that the experts of each of these stages took when it was run last."""
-        found: list[float] = self._words[first : first + count, _SECONDS].view(np.float64).tolist()
-        return found
+        done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
+        experts_s: list[float] = self._seconds[first : first + done].tolist()
+        kernel.dense_s += time.perf_counter() - start - sum(experts_s)
+        return experts_s

@@ -52,8 +52,9 @@ class Watch:
         self._functions = [kind.forward for kind in self._kinds]
         self._weights = [part for part in self._parts if isinstance(part, torch.Tensor)]
         self._addresses = [weight.data_ptr() for weight in self._weights]
-        self._hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
-        self._hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+        hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
+        hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
+        self._hooks = tuple(hooks)
 
     def is_unchanged(self) -> bool:
         assert native is not None, "who has no compiled code passes over nothing"
@@ -61,7 +62,7 @@ class Watch:
             native.are_kept(self._registries, self._names, self._parts)
             and all(map(is_, map(_FORWARD, self._kinds), self._functions))
             and list(map(torch.Tensor.data_ptr, self._weights)) == self._addresses
-            and not any(map(has_foreign, filter(None, self._hooks)))
+            and not any(map(has_foreign, native.filled(self._hooks)))
         )
 
 

@@ -49,7 +49,6 @@ class Stretch:
         """blocks: that have routers; known: the hierarchy's, [L, E]. tail: follows them."""
         self.blocks = blocks
         self._tail = tail
-        self._logits: torch.Tensor | None = None  # begun by the tail, in the run that goes on
         self._kernel = kernel
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
@@ -82,34 +81,39 @@ class Stretch:
 
     def run(
         self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], cache: Any, place: Place
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines. Then
-        the tail's logits, where it was run as well."""
+    ) -> tuple[torch.Tensor, bool]:
+        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines. With
+        True: the tail was run as well, and these are its logits."""
         self._rows[0] = x
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
-        self._logits = None
+        packed, logits = (None, None) if self._tail is None else self._tail.about(self._rows[-1])
         try:
-            self._through(turns, place)
+            is_ended = self._through(turns, place, packed)
             for block in self.blocks:
                 cache.layers[block.found.layer_index].keep(place.position + 1)
                 block.num_calls += 1
-            x, logits = self._rows[-1].clone(), self._logits
         finally:
-            if self._tail is not None and self._logits is not None:
-                self._tail.settle()
-            self._logits = None
-        return x, logits
+            self._kernel.settle()
+        if is_ended and logits is not None:
+            return logits, True
+        return self._rows[-1].clone(), False
 
-    def _through(self, turns: tuple[torch.Tensor, torch.Tensor], place: Place) -> None:
-        at = 0
+    def _through(
+        self, turns: tuple[torch.Tensor, torch.Tensor], place: Place, tail: bytes | None
+    ) -> bool:
+        """Whether the tail was begun behind the last block: other threads compute it while events
+        are told, which need it not."""
+        at, is_ended = 0, False
         while at < len(self.blocks):
-            done = self._run_ahead(at)
+            done = self._run_ahead(at, tail)
             at += done or 0
+            is_ended = at == len(self.blocks)
             # A choice that was not computed before, but lies in memory, only has to be told.
-            if at < len(self.blocks) and (done is None or not self.blocks[at].note_chosen()):
+            if not is_ended and (done is None or not self.blocks[at].note_chosen()):
                 self._run_one(at, turns, place, is_chosen=done is not None)
                 at += 1
+        return is_ended
 
     def _remember(self, memory: list[_Memory]) -> None:
         for stage, (keys, values) in enumerate(memory):
@@ -118,19 +122,16 @@ class Stretch:
                 self._stages.remember(stage, keys, values)
                 self._told[stage] = at
 
-    def _run_ahead(self, first: int) -> int | None:
+    def _run_ahead(self, first: int, tail: bytes | None) -> int | None:
         """How many blocks were run whole; None if nothing was, not even a choice of experts: who
         looks ahead wants to load while experts are computed, and some want to see routers."""
         if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
             return None
-        done = self._stages.run(self._kernel, first)
-        if self._tail is not None and first + done == len(self.blocks):
-            # At once, for later the threads sleep; they compute while events are told.
-            self._logits = self._tail.begin(self._rows[-1])
-        if done:
-            events = [block.told() for block in self.blocks[first : first + done]]
-            self._hierarchy.run_hits(events, self._stages.experts_s(first, done))
-        return done
+        spent_s = self._stages.run(self._kernel, first, tail)
+        if spent_s:
+            events = [block.told() for block in self.blocks[first : first + len(spent_s)]]
+            self._hierarchy.run_hits(events, spent_s)
+        return len(spent_s)
 
     def _run_one(
         self, at: int, turns: tuple[torch.Tensor, torch.Tensor], place: Place, is_chosen: bool

@@ -21,7 +21,8 @@ class Turns:
         self.bypassed: list[nn.Module] = [] if is_moving else list(rotary.modules())
         self._made: tuple[torch.Tensor, torch.Tensor] | None = None
         self._start = 0
-        self._versions: list[int] = []  # of the module's numbers, when they were made
+        self._numbers: list[torch.Tensor] = []  # the module's, when they were made
+        self._versions: list[int] = []  # of those, then
 
     def of(self, x: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of a position [1, 1], each [1, 1, rotary_dim], in the dtype of x."""
@@ -29,13 +30,15 @@ class Turns:
             made: tuple[torch.Tensor, torch.Tensor] = self._rotary(x, position)
             return made
         at = int(position) - self._start
-        versions = [0 if b.is_inference() else b._version for b in self._rotary.buffers()]
+        versions = [0 if b.is_inference() else b._version for b in self._numbers]
         is_there = self._made is not None and 0 <= at < _AT_ONCE and versions == self._versions
         if self._made is None or not is_there or self._made[0].dtype is not x.dtype:
             self._start = int(position) // _AT_ONCE * _AT_ONCE
             at = int(position) - self._start
             places = torch.arange(self._start, self._start + _AT_ONCE)
-            self._made, self._versions = self._rotary(x, places[None]), versions
+            self._made = self._rotary(x, places[None])
+            self._numbers = list(self._rotary.buffers())
+            self._versions = [0 if b.is_inference() else b._version for b in self._numbers]
         cos, sin = self._made
         return cos[:, at : at + 1], sin[:, at : at + 1]
 

@@ -161,10 +161,10 @@ class WholePass:
         x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
-        x, logits = self._through(x, position, turns, cache, iter(places))
+        logits, is_ended = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
-        if logits is None:
-            logits = self._end(x)
+        if not is_ended:
+            logits = self._end(logits)
         return self._kind(logits=logits, past_key_values=cache)
 
     def _begin(
@@ -185,18 +185,18 @@ class WholePass:
         turns: tuple[torch.Tensor, torch.Tensor],
         cache: Any,
         places: Iterator[Place | None],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the last block says, and the logits where it was run together with what follows."""
-        logits = None
+    ) -> tuple[torch.Tensor, bool]:
+        """What the last block says; with True what follows it was run as well: the logits."""
+        is_ended = False
         told = {"position_ids": position, "past_key_values": cache, "position_embeddings": turns}
         for step in self._steps:
             if isinstance(step, Stretch):
                 place = next(places)
                 assert place is not None, "asked for before"
-                x, logits = step.run(x, turns, cache, place)
+                x, is_ended = step.run(x, turns, cache, place)
             else:
-                x, logits = step(x, **self._settings, **told), None
-        return x, logits
+                x, is_ended = step(x, **self._settings, **told), False
+        return x, is_ended
 
     def _end(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, vocabulary] of the last block's [1, 1, H]."""

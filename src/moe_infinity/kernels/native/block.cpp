@@ -249,7 +249,7 @@ void Engine::begin_tail(const Tail &t) {
 
 void Engine::settle() { take_turn(); }
 
-size_t Engine::run_ahead(Stage *stages, size_t count) {
+size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
     using Clock = std::chrono::steady_clock;
     std::vector<Call> calls;
     for (size_t i = 0; i < count; ++i) {
@@ -269,6 +269,7 @@ size_t Engine::run_ahead(Stage *stages, size_t count) {
         s.experts_s = std::chrono::duration<double>(Clock::now() - start).count();
         sum(s.sum);
     }
+    if (tail) begin_tail(*tail);
     return count;
 }
 

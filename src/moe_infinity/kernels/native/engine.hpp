@@ -100,8 +100,9 @@ public:
     void settle();
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
-    // after them, if there is one, is run up to the choice of its experts.
-    size_t run_ahead(Stage *stages, size_t count);
+    // after them, if there is one, is run up to the choice of its experts. Behind the last one the
+    // tail is begun; null: there is none.
+    size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
 
 private:
     struct Work;

@@ -191,16 +191,54 @@ PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 PyObject *run_ahead(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!has_arguments(count, 3, "run_ahead(engine, stages, count)")) return nullptr;
+    if (!has_arguments(count, 4, "run_ahead(engine, stages, count, tail)")) return nullptr;
     Engine *engine = engine_of(args[0]);
     auto *stages = static_cast<moe::Stage *>(PyLong_AsVoidPtr(args[1]));
     const size_t num_stages = PyLong_AsSize_t(args[2]);
     if (!engine || PyErr_Occurred()) return nullptr;
+    moe::Tail tail;
+    const bool has_tail = args[3] != Py_None;
+    if (has_tail && !copy_one(args[3], tail)) return nullptr;
     size_t done = 0;
-    PyObject *none = without_gil([&] { done = engine->run_ahead(stages, num_stages); });
+    PyObject *none = without_gil(
+        [&] { done = engine->run_ahead(stages, num_stages, has_tail ? &tail : nullptr); });
     if (!none) return nullptr;
     Py_DECREF(none);
     return PyLong_FromSize_t(done);
+}
+
+// The weights that stream by push all else out of the processor's caches: dictionaries are on their
+// way together before one after the other is looked at.
+bool fetch_dictionaries(PyObject *all) {
+    const Py_ssize_t count = PyTuple_GET_SIZE(all);
+    for (Py_ssize_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GET_ITEM(all, i));
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        if (!PyDict_Check(PyTuple_GET_ITEM(all, i))) {
+            PyErr_SetString(PyExc_TypeError, "expected dictionaries");
+            return false;
+        }
+        const auto *dictionary = reinterpret_cast<PyDictObject *>(PyTuple_GET_ITEM(all, i));
+        if (dictionary->ma_used == 0) continue;
+        for (size_t line = 0; line < 4; ++line)
+            __builtin_prefetch(reinterpret_cast<const char *>(dictionary->ma_keys) + 64 * line);
+        __builtin_prefetch(dictionary->ma_values);
+    }
+    return true;
+}
+
+PyObject *filled(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!has_arguments(count, 1, "filled(dictionaries)")) return nullptr;
+    if (!PyTuple_Check(args[0])) {
+        PyErr_SetString(PyExc_TypeError, "filled: expected a tuple");
+        return nullptr;
+    }
+    if (!fetch_dictionaries(args[0])) return nullptr;
+    PyObject *found = PyList_New(0);
+    for (Py_ssize_t i = 0; found && i < PyTuple_GET_SIZE(args[0]); ++i) {
+        PyObject *dictionary = PyTuple_GET_ITEM(args[0], i);
+        if (PyDict_Size(dictionary) > 0 && PyList_Append(found, dictionary) < 0) Py_CLEAR(found);
+    }
+    return found;
 }
 
 // Asked at every token of hundreds of values: what Python takes for each adds up.
@@ -211,12 +249,9 @@ PyObject *are_kept(PyObject *, PyObject *const *args, Py_ssize_t count) {
         PyErr_SetString(PyExc_TypeError, "are_kept: expected three tuples of one length");
         return nullptr;
     }
+    if (!fetch_dictionaries(args[0])) return nullptr;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[0]); ++i) {
         PyObject *dictionary = PyTuple_GET_ITEM(args[0], i);
-        if (!PyDict_Check(dictionary)) {
-            PyErr_SetString(PyExc_TypeError, "are_kept: expected dictionaries");
-            return nullptr;
-        }
         PyObject *now = PyDict_GetItemWithError(dictionary, PyTuple_GET_ITEM(args[1], i));
         if (!now && PyErr_Occurred()) return nullptr;
         if ((now ? now : Py_None) != PyTuple_GET_ITEM(args[2], i)) Py_RETURN_FALSE;
@@ -245,10 +280,12 @@ PyMethodDef methods[] = {
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,
-     "run_ahead(engine, stages, count): an address, see block.hpp; how many were run whole."},
+     "run_ahead(engine, stages, count, tail): stages at an address, see block.hpp; how many were run"
+     " whole. A tail that is not None is begun behind the last."},
     {"are_kept", as_function(are_kept), METH_FASTCALL,
      "are_kept(dictionaries, names, values): whether each holds that very object under its name;"
      " None: or nothing."},
+    {"filled", as_function(filled), METH_FASTCALL, "filled(dictionaries): those that are not empty."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", nullptr, 0, methods,
