@@ -182,10 +182,16 @@ def pack_tail(norm: Norm, head: Linear | None) -> bytes:
     return matrix + _pack_norm(norm) + rest
 
 
-def tail_about(tail: bytes, x: torch.Tensor, out: torch.Tensor) -> bytes:
-    """A packed tail with its token x [1, H], or [1, 1, H], and where its word on that goes. Whoever
-    hands it to the compiled code keeps both until that is done."""
-    return _ENDS.pack(x.data_ptr(), out.data_ptr()) + tail
+class TailCall(NamedTuple):
+    """A packed tail about a token, and where its word on that goes."""
+
+    packed: bytes
+    out: torch.Tensor
+
+
+def tail_call(tail: bytes, x: torch.Tensor, out: torch.Tensor) -> TailCall:
+    """x: [H] in all, contiguous as out is; it has to stay until the call."""
+    return TailCall(_ENDS.pack(x.data_ptr(), out.data_ptr()) + tail, out)
 
 
 def _pack_norm(norm: Norm | None) -> bytes:

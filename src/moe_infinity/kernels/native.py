@@ -17,6 +17,7 @@ import torch
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.activations import recognise
 from moe_infinity.kernels.base import ExpertKernel, ExpertMath, Job, Views
+from moe_infinity.kernels.blocks import TailCall
 from moe_infinity.kernels.described import (
     TYPES,
     Blocks,
@@ -69,6 +70,7 @@ class Kernel(ExpertKernel):
         self._engine: Any = native.open(num_threads, self.instruction_set)
         self._reference = Reference()
         self._kinds: dict[int, tuple[ExpertMath, Kind]] = {}  # by id of the first
+        self._begun: list[TailCall] = []  # whose memory other threads may write to
 
     def forward(self, math: ExpertMath, views: Views, x: torch.Tensor) -> torch.Tensor:
         expert = self._expert(math, views, x)
@@ -176,19 +178,19 @@ class Kernel(ExpertKernel):
         assert native is not None
         native.sum(self._engine, packed)
 
-    def begin_tail(self, tail: bytes) -> None:
-        """What a packed tail says (kernels/blocks.py) of the token it is about. It is there behind
-        ``settle``; until then other threads compute it."""
+    def finish(self, tail: TailCall) -> None:
+        """What a packed tail says of a token, into its ``out``."""
         assert native is not None
         start = time.perf_counter()
-        native.begin_tail(self._engine, tail)
+        native.finish(self._engine, tail.packed)
         self.dense_s += time.perf_counter() - start
 
     def settle(self) -> None:
-        """What was begun is done."""
+        """What ``run_ahead`` has begun is done."""
         assert native is not None
         start = time.perf_counter()
         native.settle(self._engine)
+        self._begun.clear()
         self.dense_s += time.perf_counter() - start
 
     def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
@@ -197,11 +199,15 @@ class Kernel(ExpertKernel):
         call = self._call_of(math, views, x)
         return None if call is None else _HEAD.pack(0, 0, 1) + call
 
-    def run_ahead(self, stages_at: int, count: int, tail: bytes | None) -> int:
+    def run_ahead(self, stages_at: int, count: int, tail: TailCall | None) -> int:
         """Stages (kernels/stages.py) at an address; returns how many were run whole. Behind the
-        last of them the tail is begun."""
+        last of them the tail is begun; ``settle`` waits for what it says, and helps. Until then
+        its memory stays, whatever interrupts the caller."""
         assert native is not None
-        done: int = native.run_ahead(self._engine, stages_at, count, tail)
+        if tail is not None:
+            self._begun.append(tail)
+        packed = None if tail is None else tail.packed
+        done: int = native.run_ahead(self._engine, stages_at, count, packed)
         return done
 
     def close(self) -> None:

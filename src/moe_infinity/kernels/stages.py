@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moe_infinity.kernels.blocks import Choice
+from moe_infinity.kernels.blocks import Choice, TailCall
 from moe_infinity.kernels.described import TYPES
 from moe_infinity.kernels.native import Kernel
 
@@ -73,10 +73,10 @@ class Stages:
         self._words[:, _COS : _SIN + 1] = [each.data_ptr() for each in positions]
         self._words[:, _POSITION] = position
 
-    def run(self, kernel: Kernel, first: int, tail: bytes | None) -> list[float]:
+    def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
-        choice of its experts. Behind the last one the tail (kernels/blocks.py) is begun."""
+        choice of its experts. Behind the last one the tail is begun."""
         start = time.perf_counter()
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
         experts_s: list[float] = self._seconds[first : first + done].tolist()

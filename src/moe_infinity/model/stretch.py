@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from moe_infinity.cache.base import Hierarchy
+from moe_infinity.kernels.blocks import TailCall
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.blocks import CompiledBlock
@@ -87,23 +88,24 @@ class Stretch:
         self._rows[0] = x
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
-        packed, logits = (None, None) if self._tail is None else self._tail.about(self._rows[-1])
+        tail = None if self._tail is None else self._tail.call(self._rows[-1])
         try:
-            is_ended = self._through(turns, place, packed)
+            is_ended = self._through(turns, place, tail)
             for block in self.blocks:
                 cache.layers[block.found.layer_index].keep(place.position + 1)
                 block.num_calls += 1
         finally:
-            self._kernel.settle()
-        if is_ended and logits is not None:
-            return logits, True
+            if tail is not None:
+                self._kernel.settle()
+        if is_ended and tail is not None:
+            return tail.out, True
         return self._rows[-1].clone(), False
 
     def _through(
-        self, turns: tuple[torch.Tensor, torch.Tensor], place: Place, tail: bytes | None
+        self, turns: tuple[torch.Tensor, torch.Tensor], place: Place, tail: TailCall | None
     ) -> bool:
-        """Whether the tail was begun behind the last block: other threads compute it while events
-        are told, which need it not."""
+        """Whether the last block was run ahead, and the tail begun behind it: other threads compute
+        it while events are told."""
         at, is_ended = 0, False
         while at < len(self.blocks):
             done = self._run_ahead(at, tail)
@@ -122,7 +124,7 @@ class Stretch:
                 self._stages.remember(stage, keys, values)
                 self._told[stage] = at
 
-    def _run_ahead(self, first: int, tail: bytes | None) -> int | None:
+    def _run_ahead(self, first: int, tail: TailCall | None) -> int | None:
         """How many blocks were run whole; None if nothing was, not even a choice of experts: who
         looks ahead wants to load while experts are computed, and some want to see routers."""
         if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:

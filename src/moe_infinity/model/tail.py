@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moe_infinity.kernels.blocks import Linear, Norm, pack_tail, tail_about
+from moe_infinity.kernels.blocks import Linear, Norm, TailCall, pack_tail, tail_call
 from moe_infinity.kernels.described import num_rows
 from moe_infinity.kernels.native import SHORT_TYPES, Kernel
 from moe_infinity.model.block_kind import SCALES, linear_of, norm_of
@@ -57,16 +57,13 @@ class Tail:
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[1, 1, H] contiguous, of the norm's dtype, in RAM -> [1, 1, vocabulary]: every bit as
         norm and head say it."""
-        packed, out = self.about(x)
-        self._kernel.begin_tail(packed)
-        self._kernel.settle()
-        return out
+        call = self.call(x)
+        self._kernel.finish(call)
+        return call.out
 
-    def about(self, x: torch.Tensor) -> tuple[bytes, torch.Tensor]:
-        """As ``of``, but only what the compiled code is to be told, and where the logits will be;
-        x and they have to stay until then."""
-        out = x.new_empty(1, 1, self._num_rows)
-        return tail_about(self._packed, x, out), out
+    def call(self, x: torch.Tensor) -> TailCall:
+        """What the compiled code is to be told for ``of``."""
+        return tail_call(self._packed, x, x.new_empty(1, 1, self._num_rows))
 
 
 class _LoneNorm:
@@ -94,8 +91,7 @@ def _norm_alone(kernel: Kernel, packed: bytes, x: torch.Tensor) -> torch.Tensor:
     """Of one token."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     x = x.contiguous()
-    kernel.begin_tail(tail_about(packed, x, out))
-    kernel.settle()
+    kernel.finish(tail_call(packed, x, out))
     return out
 
 

@@ -161,10 +161,9 @@ class WholePass:
         x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
-        logits, is_ended = self._through(x, position, turns, cache, iter(places))
+        said, is_ended = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
-        if not is_ended:
-            logits = self._end(logits)
+        logits = said if is_ended else self._end(said)
         return self._kind(logits=logits, past_key_values=cache)
 
     def _begin(

@@ -247,6 +247,11 @@ void Engine::begin_tail(const Tail &t) {
     });
 }
 
+void Engine::finish(const Tail &t) {
+    begin_tail(t);
+    settle();
+}
+
 void Engine::settle() { take_turn(); }
 
 size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {

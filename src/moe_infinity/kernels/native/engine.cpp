@@ -12,7 +12,7 @@ namespace {
 
 // Of a tile, of a panel, and of a register of words for eight rows each.
 constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kAwqRowsAtOnce = 128;
-// Small enough that a thread that was interrupted, or came later, holds up little.
+// So many that a thread that was interrupted, or came later, holds up little.
 constexpr uint32_t kTasksPerThread = 16;
 
 // Whether some tokens are multiplied as int8 by what this format codes.

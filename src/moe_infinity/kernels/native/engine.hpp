@@ -95,18 +95,19 @@ public:
     void attend(const Block &block, const Token &token);
     void sum(const Sum &sum);
     void attend_latents(const Latent &latent);
-    // Begun when begin_tail returns, done when anything else of the engine is called.
-    void begin_tail(const Tail &tail);
+    void finish(const Tail &tail);
+    // What was begun is done. Anything else that is asked of the engine does that first.
     void settle();
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
     // after them, if there is one, is run up to the choice of its experts. Behind the last one the
-    // tail is begun; null: there is none.
+    // tail is begun, and out has to stay until that is done; null: there is none.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
 
 private:
     struct Work;
 
+    void begin_tail(const Tail &tail);
     std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
     uint64_t rows_of_task(uint64_t total, uint32_t step) const;
 

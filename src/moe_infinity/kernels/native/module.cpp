@@ -175,8 +175,8 @@ PyObject *sum(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return with_one(args, count, "sum(engine, sum)", &Engine::sum);
 }
 
-PyObject *begin_tail(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    return with_one(args, count, "begin_tail(engine, tail)", &Engine::begin_tail);
+PyObject *finish(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    return with_one(args, count, "finish(engine, tail)", &Engine::finish);
 }
 
 PyObject *settle(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -214,7 +214,7 @@ bool fetch_dictionaries(PyObject *all) {
     for (Py_ssize_t i = 0; i < count; ++i) __builtin_prefetch(PyTuple_GET_ITEM(all, i));
     for (Py_ssize_t i = 0; i < count; ++i) {
         if (!PyDict_Check(PyTuple_GET_ITEM(all, i))) {
-            PyErr_SetString(PyExc_TypeError, "expected dictionaries");
+            PyErr_SetString(PyExc_TypeError, "expected a tuple of dictionaries");
             return false;
         }
         const auto *dictionary = reinterpret_cast<PyDictObject *>(PyTuple_GET_ITEM(all, i));
@@ -229,7 +229,7 @@ bool fetch_dictionaries(PyObject *all) {
 PyObject *filled(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arguments(count, 1, "filled(dictionaries)")) return nullptr;
     if (!PyTuple_Check(args[0])) {
-        PyErr_SetString(PyExc_TypeError, "filled: expected a tuple");
+        PyErr_SetString(PyExc_TypeError, "expected a tuple of dictionaries");
         return nullptr;
     }
     if (!fetch_dictionaries(args[0])) return nullptr;
@@ -274,14 +274,14 @@ PyMethodDef methods[] = {
     {"attend", as_function(attend), METH_FASTCALL,
      "attend(engine, block, token): see block.hpp for their layout."},
     {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
-    {"begin_tail", as_function(begin_tail), METH_FASTCALL,
-     "begin_tail(engine, tail): see block.hpp for its layout. Done at the engine's next call."},
+    {"finish", as_function(finish), METH_FASTCALL,
+     "finish(engine, tail): see block.hpp for its layout."},
     {"settle", as_function(settle), METH_FASTCALL, "settle(engine): what was begun is done."},
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,
      "run_ahead(engine, stages, count, tail): stages at an address, see block.hpp; how many were run"
-     " whole. A tail that is not None is begun behind the last."},
+     " whole. A tail that is not None is begun behind the last, and done at the engine's next call."},
     {"are_kept", as_function(are_kept), METH_FASTCALL,
      "are_kept(dictionaries, names, values): whether each holds that very object under its name;"
      " None: or nothing."},

@@ -24,7 +24,7 @@ public:
     // One caller at a time.
     void run(int num_tasks, const std::function<void(int)> &task);
 
-    // The same in two steps: other threads have begun when begin returns, and the caller of end takes
+    // The same in two steps: other threads are called when begin returns, and the caller of end takes
     // what they have not come to. Nothing may be run between the two. At most kMost tasks.
     void begin(int num_tasks, std::function<void(int)> task);
     void end();  // nothing, if nothing was begun
@@ -43,7 +43,7 @@ private:
     std::vector<std::thread> workers_;
     std::mutex mutex_;
     std::condition_variable wake_;
-    std::atomic<uint64_t> round_{0};   // counts calls of run
+    std::atomic<uint64_t> round_{0};   // counts rounds
     std::atomic<bool> closing_{false};
     // Round (32 bits), its tasks (16) and the next of them (16) in one word: a late worker can
     // neither take a task of another round nor one too many of its own.
