@@ -80,6 +80,7 @@ _LIMITED = {
     "peers_olmoe_q4_k_m": "OLMoE, Q4_K_M",
     "peers_olmoe_mxfp4": "OLMoE, MXFP4",
     "peers_olmoe_q8_0": "OLMoE, Q8_0",
+    "peers_olmoe_q8_0_again": "OLMoE, Q8_0, again",
     "peers_olmoe_f16": "OLMoE, 16 bit",
 }
 _LIMITED_AVX2 = {

@@ -29,6 +29,7 @@ from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.learned import Learned
 from moe_infinity.live import Live
 from moe_infinity.machine import Bandwidths
+from moe_infinity.model.cache_name import CACHE, name_cache
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.decoding import own_loop
 from moe_infinity.model.inputs import (
@@ -38,8 +39,8 @@ from moe_infinity.model.inputs import (
     may_be_padded,
     num_rows,
     placed,
+    take_cache,
     tokens_left,
-    wants_our_cache,
 )
 from moe_infinity.model.kv_cache import new_cache
 from moe_infinity.model.loading import examine, load
@@ -124,6 +125,7 @@ class MoE:
 
         Raises PlanExceededError beyond the planned rows, context or room for logits.
         """
+        name_cache(kwargs)
         ids = scored = as_batch(input_ids, self._num_ids)
         config = self.model.config
         self.plan.require(ids.shape[0], ids.shape[1], "input_ids")
@@ -135,9 +137,9 @@ class MoE:
         self._require_room(ids, scored.shape[0] * positions)
         ids, kwargs = placed((ids, kwargs), self.model.device)
         with self._requesting(generates=False), torch.inference_mode():
-            if not (config.is_encoder_decoder and "past_key_values" in kwargs):
+            if not (config.is_encoder_decoder and CACHE in kwargs):
                 # Their encoders refuse to be told to use a cache.
-                kwargs.setdefault("use_cache", "past_key_values" in kwargs)
+                kwargs.setdefault("use_cache", CACHE in kwargs)
             return self.model(input_ids=ids, **kwargs)
 
     def generate(self, input_ids: Any, max_new_tokens: int = 32, **kwargs: Any) -> torch.Tensor:
@@ -153,9 +155,7 @@ class MoE:
         self.plan.require(rows, length, "prompt and new tokens")
         if not may_be_padded(self.model.generation_config, ids):
             kwargs.setdefault("attention_mask", torch.ones_like(ids))
-        if wants_our_cache(self.model.generation_config, kwargs):
-            kwargs.setdefault("past_key_values", self.new_cache())
-        cache = kwargs.get("past_key_values")
+        cache = take_cache(self.model.generation_config, kwargs, self.new_cache)
         if ids.shape[1] > PREFILL_CHUNK_TOKENS and not config.is_encoder_decoder:
             if cache is not None:
                 kwargs.setdefault("prefill_chunk_size", PREFILL_CHUNK_TOKENS)
@@ -168,8 +168,8 @@ class MoE:
         return placed(tokens, torch.device("cpu"))  # type: ignore[no-any-return]
 
     def new_cache(self) -> Any:
-        """An empty KV cache of the planned context, for ``past_key_values``; None for families that
-        must begin every prompt with a cache the library makes."""
+        """An empty KV cache of the planned context, for ``past_key_values``, or ``cache`` as newer
+        libraries say; None for families that must begin every prompt with one the library makes."""
         return new_cache(self.model.config, self.plan.max_context)
 
     def cancel(self) -> None:

@@ -167,11 +167,17 @@ def _refuse_too_small(
         raise BudgetError(
             f"the model will not fit into ram={format_bytes(plan.budget_bytes)}:\n"
             f"{plan.arithmetic()}\n"
-            f"at least {needed} expert slots are needed (one token's experts of one layer)"
+            f"{_what_is_needed(smallest) if slots < needed else 'opening it takes more'}"
             f"{', and dense weights pass through RAM' if plan.device else ''}; the "
             f"smallest budget that works is {format_bytes(plan.smallest_budget_bytes)}"
             + ("" if config.max_context is None else "; a smaller max_context needs less")
         )
+
+
+def _what_is_needed(smallest: list[tuple[int, SizeClass]]) -> str:
+    sizes = "" if len(smallest) == 1 else f", in each of {len(smallest)} sizes of experts"
+    slots = sum(needed for needed, _ in smallest)
+    return f"at least {slots} expert slots are needed (one token's experts of one layer{sizes})"
 
 
 def _smallest(needs: Needs, context: int, cache_bytes: int) -> int:

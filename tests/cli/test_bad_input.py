@@ -230,7 +230,7 @@ class TestUsage:
     def test_doctor_needs_something_to_read(self, tmp_path: Path) -> None:
         for folder in (tmp_path, tmp_path / "nosuch"):
             message = refused("doctor", folder)
-            assert "got no file to read, expected a folder with *.safetensors" in message
+            assert "expected a folder or file on the disk that is to be measured" in message
 
 
 class TestInterpreter:

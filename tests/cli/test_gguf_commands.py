@@ -32,4 +32,13 @@ def test_what_is_wrong_is_said(small: Path, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert "expected GGUF; is it another kind of file?" in refused("plan", tmp_path / "text.gguf")
     assert "has no tokenizer in its metadata" in refused("run", small, "hello")
-    assert "no such file, expected" in refused("run", tmp_path / "none.gguf", *IDS)
+    (tmp_path / "empty.gguf").touch()
+    assert "is empty, expected a GGUF file" in refused("plan", tmp_path / "empty.gguf")
+    missing = refused("run", tmp_path / "none.gguf", *IDS)
+    assert "no such file, expected a GGUF file; beside it are cut.gguf, empty.gguf" in missing
+
+
+def test_files_of_another_name(small: Path, tmp_path: Path) -> None:
+    for name in ("model.GGUF", "sha256-00ff"):
+        (tmp_path / name).write_bytes(small.read_bytes())
+        assert "experts: 12 in 2 layers" in run("plan", tmp_path / name).out

@@ -356,6 +356,24 @@ def test_many_short_rounds_lose_nothing(kernel: native.Kernel) -> None:
         assert torch.equal(product(many, block, x), expected)
 
 
+def test_second_products_wait_for_the_first(kernel: native.Kernel) -> None:
+    """Nothing that an earlier run left is multiplied: tokens differ from run to run."""
+    many = native.Kernel(4, kernel.instruction_set)
+    views = [
+        Views(
+            gate_up_proj=[stored(random(96, 64, seed), name), stored(random(96, 64, 9), name)],
+            down_proj=[stored(random(64, 96, seed), name)],
+        )
+        for seed, name in enumerate(["Q8_0", "BF16", "Q4_0", "Q8_0", "F16"])
+    ]
+    for number in range(100):
+        x = (random(1 + number % 3, 64, seed=number) * 20).bfloat16()
+        jobs = [Job(each, x, torch.empty_like(x)) for each in views]
+        many.run(GATED, jobs)
+        for job in jobs:
+            assert torch.equal(job.out, kernel.forward(GATED, job.views, x))
+
+
 class TestWithoutCompiler:
     @pytest.fixture(autouse=True)
     def _none(self, monkeypatch: pytest.MonkeyPatch) -> None:

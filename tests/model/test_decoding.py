@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from moe_infinity import MoE
+from moe_infinity.errors import CorruptCheckpointError
 from moe_infinity.model import decoding
 
 PROMPT = [list(range(5, 25))]
@@ -188,3 +189,10 @@ def test_a_model_with_a_way_of_its_own_keeps_it(moe: MoE, monkeypatch: pytest.Mo
     monkeypatch.setattr(type(moe.model), "prepare_inputs_for_generation", prepare)
     moe.generate(PROMPT, max_new_tokens=4)
     assert len(asked) == 4
+
+
+def test_a_model_that_says_no_numbers_is_refused(moe: MoE) -> None:
+    with torch.no_grad():
+        moe.model.model.norm.weight[3] = torch.nan
+    with pytest.raises(CorruptCheckpointError, match="got NaN, expected numbers"):
+        moe.generate(PROMPT, max_new_tokens=2)

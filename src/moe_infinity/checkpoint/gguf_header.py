@@ -97,6 +97,8 @@ class _Reader:
 
     def header(self) -> GgufHeader:
         magic = self._file.read(4)
+        if not magic:
+            raise self._wrong("is empty", "a GGUF file; download it again")
         if magic != _MAGIC:
             raise self._wrong(f"begins with {magic!r}", "GGUF; is it another kind of file?")
         version = self._number("<I")
@@ -200,7 +202,11 @@ class _Reader:
     def _count(self, count: int, fewest_bytes: int, what: str) -> int:
         """As claimed, if the rest of the file can hold as many."""
         if count * fewest_bytes > self._file_bytes - self._file.tell():
-            raise self._wrong(f"claims {count} {what}", "no more than it has room for")
+            raise self._wrong(
+                f"claims {count} {what}",
+                f"no more than its {self._file_bytes} bytes have room for; if it was cut off, "
+                f"download it again",
+            )
         return count
 
     def _bytes(self, count: int) -> bytes:

@@ -41,7 +41,16 @@ def is_gguf(path: Path) -> bool:
     """Whether a path names a GGUF file, or a folder of one model in no other form."""
     if path.is_dir():
         return not (path / "config.json").exists() and any(path.glob("*.gguf"))
-    return path.suffix == ".gguf"
+    return path.suffix.lower() == ".gguf" or _begins_as_gguf(path)
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Some keep such files under another name."""
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def is_hub_id(model: str | Path) -> bool:
@@ -72,13 +81,21 @@ def parse_id(model: str | Path) -> tuple[str, str | None]:
         )
     match = _HUB_ID.fullmatch(str(model))
     if str(model).endswith(".gguf"):
-        raise CheckpointNotFoundError(f"{model}: no such file, expected a GGUF file that is here")
+        raise CheckpointNotFoundError(
+            f"{model}: no such file, expected a GGUF file{_others_beside(Path(model))}"
+        )
     if match is None:
         raise CheckpointNotFoundError(
             f"{model}: got neither an existing folder nor a hub id, expected a checkpoint's folder "
             f"or an id such as Qwen/Qwen3-30B-A3B or Qwen/Qwen3-30B-A3B@revision"
         )
     return match[1], match[2]
+
+
+def _others_beside(path: Path) -> str:
+    names = sorted(each.name for each in path.expanduser().parent.glob("*.gguf"))
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"; beside it are {', '.join(names[:3])}{more}" if names else ""
 
 
 def ask(repo: str, revision: str | None) -> Listing | Path:

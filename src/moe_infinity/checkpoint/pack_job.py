@@ -146,8 +146,8 @@ def _require_packable(spec: ExpertSpec, experts_format: str, number_format: str)
         if number_format == "EXACT12" and part.format not in ("BF16", *PACKED):
             raise UnsupportedModelError(
                 f"layer {spec.key.layer} expert {spec.key.expert} {part.name}: got {part.format} "
-                f"weights, expected BF16 for exact12; choose bf16, which keeps them as they are, "
-                f"int8 or int4"
+                f"weights, expected BF16 for exact12; choose bf16, which keeps weights of any "
+                f"other number as they are, int8 or int4"
             )
         if not can_pack(number_format, part.shape):
             raise UnsupportedModelError(

@@ -22,8 +22,8 @@ from moe_infinity.cli import (
 )
 
 _HELP = """Run Mixture-of-Experts models that do not fit into memory: exact, under a hard memory
-budget, experts streamed from disk. MODEL is a checkpoint's folder or a Hugging Face id; without
-one the small bundled model is used."""
+budget, experts streamed from disk. MODEL is a checkpoint's folder, a .gguf file or a Hugging Face
+id; without one the small bundled model is used."""
 
 
 def build_app() -> typer.Typer:

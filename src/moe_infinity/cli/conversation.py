@@ -18,7 +18,7 @@ class Conversation:
         if not getattr(moe.tokenizer, "chat_template", None):
             raise ConfigError(
                 f"{moe.path}: its tokenizer has no chat template; use 'run', or add a "
-                f"chat_template.jinja to the folder"
+                f"chat_template.jinja to its folder and name that folder"
             )
         self._moe = moe
         self._system = system

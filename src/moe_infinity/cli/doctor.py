@@ -83,9 +83,11 @@ def _readable_files(folder: Path) -> list[Path]:
         f for f in folder.glob("*") if f.is_file() and f.stat().st_size > _PROBE_BYTES
     ]
     if not files:
+        got = "no file so large" if folder.exists() else "no such folder or file"
         raise CheckpointNotFoundError(
-            f"{folder}: got no file to read, expected a folder with *.safetensors files or any "
-            f"file of more than {format_bytes(_PROBE_BYTES)}"
+            f"{folder}: {got}, expected a folder or file on the disk that is to be measured, with "
+            f"at least {format_bytes(_PROBE_BYTES)} to read; whether a checkpoint is sound is seen "
+            f"by 'plan' and 'run --verify'"
         )
     return files
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_infinity.kernels import native
 from moe_infinity.kernels.blocks import BlockSpec, Choice, Linear, Norm, Router, pack_token
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.found_block import Found
 from moe_infinity.model.kv_cache import PreallocatedLayer, new_cache
 from moe_infinity.model.loading import Anatomy
@@ -169,9 +170,9 @@ def _call(model: Any, block: Any, x: torch.Tensor, start: int, cache: Any) -> An
         x,
         attention_mask=None,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         position_embeddings=_rotary(model, x, positions),
+        **{CACHE: cache},
     )
 
 

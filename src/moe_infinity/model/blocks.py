@@ -19,6 +19,7 @@ from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.block_kind import recognise
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.experts import ExpertsLayer
 from moe_infinity.model.found_block import Found
 from moe_infinity.model.kv_cache import one_row_layer
@@ -80,7 +81,7 @@ class CompiledBlock:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """[1, 1, H] -> [1, 1, H] where the call is of the usual kind too, else as it was."""
-        index, caches = self.found.layer_index, kwargs.get("past_key_values")
+        index, caches = self.found.layer_index, kwargs.get(CACHE)
         cache = one_row_layer(caches, index, self._dtype)
         if args or cache is None or not self._fits(hidden_states, kwargs):
             return self._stock(hidden_states, *args, **kwargs)

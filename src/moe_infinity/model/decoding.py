@@ -14,17 +14,20 @@ from typing import Any
 
 import torch
 
+from moe_infinity.errors import CorruptCheckpointError
+from moe_infinity.model.cache_name import CACHE
+
 # Of ``generate``: what changes neither how its tokens are found nor what it returns. Not
 # stop_strings, whose tokenizer the library forgets where the loop is not its own.
 _USUAL_OPTIONS = frozenset(
-    {"attention_mask", "past_key_values", "prefill_chunk_size"}
+    {"attention_mask", CACHE, "prefill_chunk_size"}
     | {"logits_processor", "stopping_criteria", "streamer"}
     | {"do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p"}
     | {"repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens"}
     | {"eos_token_id", "pad_token_id", "min_length", "min_new_tokens", "max_time"}
 )
 # Of a pass of such a request.
-_TOLD = frozenset({"past_key_values", "position_ids", "use_cache"})
+_TOLD = frozenset({CACHE, "position_ids", "use_cache"})
 _MAY_BE_TOLD = _TOLD | {"logits_to_keep"}
 _OWN_STEPS = (
     "generate",
@@ -68,12 +71,15 @@ def decode(
     streamer: Any = None,
     **told: Any,
 ) -> torch.Tensor:
-    """Token ids [rows, length + new], as the library's loop returns them for the same arguments."""
+    """Token ids [rows, length + new], as the library's loop returns them for the same arguments.
+    Raises CorruptCheckpointError where the likeliest token of a prompt is none: the library would
+    go on with token 0."""
     is_one_row = input_ids.shape[0] == 1 and input_ids.device.type == "cpu"
     is_plain = not synced_gpus and not generation_config.return_dict_in_generate
     if is_one_row and is_plain and _is_usual(told) and _are_plain(logits_processor):
         is_end = _Ends(stopping_criteria)
         said = model._prefill(input_ids, generation_config, told)
+        _require_numbers(said.logits[:, -1])
         told = {name: value for name, value in told.items() if name in _MAY_BE_TOLD}
         samples = generation_config.do_sample
         return _go_on(model, input_ids, said, told, logits_processor, samples, is_end, streamer)
@@ -121,6 +127,14 @@ def _go_on(
     return input_ids
 
 
+def _require_numbers(logits: torch.Tensor) -> None:
+    if bool(logits.isnan().any()):
+        raise CorruptCheckpointError(
+            "logits of the prompt: got NaN, expected numbers; weights are damaged (most formats "
+            "have no checksums: compare with the source), or values too large for the dtype"
+        )
+
+
 def _choose(scores: torch.Tensor, samples: bool) -> torch.Tensor:
     """One id of [1, V]; of the same random numbers the library's."""
     if not samples:
@@ -137,7 +151,7 @@ def _is_usual(told: dict[str, Any]) -> bool:
         and told["use_cache"] is True
         and isinstance(position, torch.Tensor)
         and position.dim() == 2
-        and not getattr(told["past_key_values"], "is_compileable", True)
+        and not getattr(told[CACHE], "is_compileable", True)
     )
 
 

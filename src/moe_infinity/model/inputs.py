@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from moe_infinity.checkpoint.base import Checkpoint
 from moe_infinity.errors import CheckpointNotFoundError, ConfigError
+from moe_infinity.model.cache_name import CACHE, name_cache
 from moe_infinity.model.gguf_tokenizer import gguf_tokenizer
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
@@ -56,8 +58,17 @@ def may_be_padded(defaults: Any, ids: torch.Tensor) -> bool:
     return pad is not None and bool((ids == pad).any())
 
 
-def wants_our_cache(defaults: Any, options: Any) -> bool:
-    """Whether ``generate`` is to run with the cache of the plan; both at once would be wrong."""
+def take_cache(defaults: Any, options: dict[str, Any], new: Callable[[], Any]) -> Any:
+    """The cache that ``generate`` is to run with, by its name among the options; a new one, of the
+    plan, where none is given and the library is to make none. Returns it, or None."""
+    name_cache(options)
+    if CACHE not in options and _wants_our_cache(defaults, options):
+        options[CACHE] = new()
+    return options.get(CACHE)
+
+
+def _wants_our_cache(defaults: Any, options: Any) -> bool:
+    """Both at once would be wrong."""
     config = options.get("generation_config") or defaults
     uses_cache = options.get("use_cache", getattr(config, "use_cache", True))
     named = options.get("cache_implementation") or getattr(config, "cache_implementation", None)
@@ -110,8 +121,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     values = checkpoint.tokenizer_values
     if values is None and path.is_file():
         raise CheckpointNotFoundError(
-            f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; pass token ids "
-            f"instead (run --ids)"
+            f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; put it into a "
+            f"folder with a tokenizer.json and name that, or pass token ids (run --ids)"
         )
     # Without any file the library makes up an empty tokenizer of the model's type.
     if values is None and not any(f for p in _TOKENIZER_FILES for f in path.glob(p)):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache
 
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.config_values import first_number
 from moe_infinity.model.skeleton import find_experts
 
@@ -68,10 +69,10 @@ def _layers_without(meta: Any, modules: list[nn.Module]) -> list[Any] | None:
     token = torch.zeros((1, 1), dtype=torch.long, device="meta")
     if meta.config.is_encoder_decoder:
         caches = [DynamicCache(), DynamicCache()]
-        inputs = {"decoder_input_ids": token, "past_key_values": EncoderDecoderCache(*caches)}
+        inputs = {"decoder_input_ids": token, CACHE: EncoderDecoderCache(*caches)}
     else:
         caches = [DynamicCache(config=meta.config)]
-        inputs = {"past_key_values": caches[0], "use_cache": True}
+        inputs = {CACHE: caches[0], "use_cache": True}
     try:
         with torch.no_grad(), _passed_over(modules):
             meta(input_ids=token, **inputs)

@@ -6,14 +6,16 @@ from typing import Any
 
 import torch
 
-_KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+from moe_infinity.model.cache_name import CACHE
+
+_KNOWN = {"input_ids", "attention_mask", "position_ids", CACHE, "cache_position"}
 _HARMLESS = {"use_cache", "logits_to_keep", "return_dict"}
 
 
 def is_lone_token(kwargs: dict[str, Any]) -> bool:
     """Whether a call is for one token, and says no more of it than the library's own loop does.
     Masks are looked at by their shape alone."""
-    ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids, cache = kwargs.get("input_ids"), kwargs.get(CACHE)
     if ids is None or ids.shape != (1, 1) or cache is None:
         return False
     if any(kwargs[name] is not None for name in kwargs.keys() - _KNOWN - _HARMLESS):

@@ -10,6 +10,7 @@ import torch
 
 from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.errors import BudgetError
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.elsewhere import FullElsewhereError
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.standing import stand_aside, stand_before
@@ -36,7 +37,7 @@ class UnderPressure:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Raises BudgetError where a pass cannot be done again or nothing is left to give."""
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         length = cache.get_seq_length() if cache is not None else 0
         while True:
             try:

@@ -16,6 +16,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moe_infinity.devices.base import Device
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.directed import DirectedExperts
 from moe_infinity.model.kv_cache import FixedPlace, PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
@@ -59,7 +60,7 @@ class StaticDecode:
         """Whether a call is a pass of one token that can go this way."""
         if not is_lone_token(kwargs):
             return False
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         layers = getattr(cache, "layers", ())
         begun = all(type(each) is PreallocatedLayer and each.has_begun for each in layers)
         return bool(layers) and begun and 0 < cache.get_seq_length() < self._max_context
@@ -68,7 +69,7 @@ class StaticDecode:
         args = by_name(args, kwargs)
         if args or not self.can(kwargs) or self._is_masked(kwargs):
             return self._stock(*args, **kwargs)
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         if cache is not self._cache:
             self.forget()
             self._cache = cache
@@ -82,7 +83,7 @@ class StaticDecode:
             layer.keep(position + 1)
         if kwargs.get("return_dict") is False:
             return (self._logits[length].clone(), cache)
-        return CausalLMOutputWithPast(logits=self._logits[length].clone(), past_key_values=cache)
+        return CausalLMOutputWithPast(logits=self._logits[length].clone(), **{CACHE: cache})
 
     def _run(self, length: int) -> None:
         """Without the device's own direction there is a host in a pass: nothing to record. With it
@@ -119,8 +120,8 @@ class StaticDecode:
                 input_ids=self._token,
                 position_ids=self._turn,
                 attention_mask=seen,
-                past_key_values=self._cache,
                 use_cache=True,
+                **{CACHE: self._cache},
             )
         if length not in self._logits:
             self._logits[length] = torch.empty_like(said.logits)
@@ -140,7 +141,7 @@ class StaticDecode:
     def _is_masked(self, kwargs: dict[str, Any]) -> bool:
         """Whether padding is in the way. Asked of every new cache, for padding comes first."""
         mask = kwargs.get("attention_mask")
-        if mask is None or kwargs["past_key_values"] is self._cache:
+        if mask is None or kwargs[CACHE] is self._cache:
             return False
         return not bool(mask.all())
 

@@ -25,6 +25,7 @@ from moe_infinity.cache.base import Hierarchy
 from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.model.blocks import CompiledBlock
+from moe_infinity.model.cache_name import CACHE
 from moe_infinity.model.found_block import Watch
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
@@ -35,7 +36,7 @@ from moe_infinity.model.turns import Turns, has_moving_rope
 
 _log = logging.getLogger(__name__)
 # What a block is told that is another thing at every token.
-_CHANGING = {"position_ids", "past_key_values", "position_embeddings"}
+_CHANGING = {"position_ids", CACHE, "position_embeddings"}
 _PLAIN = (type(None), bool, int, float, str)  # a mask is not among them
 
 
@@ -136,7 +137,7 @@ class WholePass:
         trust = self._trust[kwargs.get("position_ids") is None]
         if args or trust is _Trust.OTHER or not self._can(kwargs):
             return self._stock(*args, **kwargs)
-        places = [stretch.place_in(kwargs["past_key_values"]) for stretch in self._stretches]
+        places = [stretch.place_in(kwargs[CACHE]) for stretch in self._stretches]
         if None in places or not self._watch.is_unchanged():
             return self._stock(**kwargs)
         if trust is _Trust.UNKNOWN:
@@ -149,7 +150,7 @@ class WholePass:
             return False
         if kwargs.get("use_cache") is False or torch.is_grad_enabled():
             return False
-        layers = getattr(kwargs["past_key_values"], "layers", ())
+        layers = getattr(kwargs[CACHE], "layers", ())
         if not all(type(layer) is PreallocatedLayer for layer in layers):
             return False  # a window's mask changes as it fills
         mask = kwargs.get("attention_mask")
@@ -157,14 +158,14 @@ class WholePass:
 
     def _run(self, kwargs: dict[str, Any], places: list[Place | None]) -> Any:
         """The model's output; None, and nothing was done, where a token cannot go this way."""
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
         said, is_ended = self._through(x, position, turns, cache, iter(places))
         self.num_passes += 1
         logits = said if is_ended else self._end(said)
-        return self._kind(logits=logits, past_key_values=cache)
+        return self._kind(logits=logits, **{CACHE: cache})
 
     def _begin(
         self, kwargs: dict[str, Any], length: int
@@ -187,7 +188,7 @@ class WholePass:
     ) -> tuple[torch.Tensor, bool]:
         """What the last block says; with True what follows it was run as well: the logits."""
         is_ended = False
-        told = {"position_ids": position, "past_key_values": cache, "position_embeddings": turns}
+        told = {"position_ids": position, CACHE: cache, "position_embeddings": turns}
         for step in self._steps:
             if isinstance(step, Stretch):
                 place = next(places)
@@ -222,14 +223,14 @@ class WholePass:
         if len(calls) != len(self._blocks) or not _are_alike(calls):
             return False
         values = dict(said) if isinstance(said, dict) else {}
-        if values.keys() != {"logits", "past_key_values"}:
+        if values.keys() != {"logits", CACHE}:
             return False
-        cache, first = kwargs["past_key_values"], calls[0]
+        cache, first = kwargs[CACHE], calls[0]
         length = cache.get_seq_length() - 1  # as it was
         x, position, turns = self._begin(kwargs, length)
         asked, last = self._end(calls[-1].out), calls[-1].out.contiguous()
         return (
-            values["past_key_values"] is first.kwargs["past_key_values"] is cache
+            values[CACHE] is first.kwargs[CACHE] is cache
             and _are_same_bits(x, first.args[0])
             and _are_same_bits(position, first.kwargs["position_ids"])
             and all(map(_are_same_bits, turns, first.kwargs["position_embeddings"]))

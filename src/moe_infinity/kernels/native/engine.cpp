@@ -13,7 +13,7 @@ namespace {
 // Of a tile, of a panel, and of a register of words for eight rows each.
 constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kAwqRowsAtOnce = 128;
 // So many that a thread that was interrupted, or came later, holds up little.
-constexpr uint32_t kTasksPerThread = 16;
+constexpr uint32_t kTasksPerThread = 8;
 
 // Whether some tokens are multiplied as int8 by what this format codes.
 bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
@@ -24,6 +24,14 @@ bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
 }
 
 bool is_bf16(Format format) { return format == Format::bf16 || format == Format::exact12; }
+
+// Whether tokens are multiplied as the bf16 that they are.
+bool stays_bf16(const Kernels &kernels, Format format, Type type, bool is_many) {
+    return kernels.dots_bf16 && type == Type::bf16 &&
+           (is_bf16(format) || is_super(format) || (is_decoded(format) && is_many));
+}
+
+size_t stride_of(uint32_t cols, bool is_many) { return padded(cols) + (is_many ? kSkew : 0); }
 
 }  // namespace
 
@@ -49,29 +57,46 @@ void *Scratch::reserve(size_t num_bytes) {
     return data_;
 }
 
+bool Engine::are_many(Format weights, uint32_t num_tokens) const {
+    return kernels_.floating_many &&
+           num_tokens >= (takes_int8(kernels_, weights, true) ? kManyGrouped : kManyFloating);
+}
+
+void Engine::reserve(Prepared &room, Format weights, Type type, uint32_t num_tokens,
+                     uint32_t cols) const {
+    const bool is_many = are_many(weights, num_tokens);
+    const size_t stride = stride_of(cols, is_many), count = num_tokens * stride;
+    if (takes_int8(kernels_, weights, is_many)) {
+        room.values.reserve(count + stride * 4);  // one token's floats lie behind all the int8
+        room.scales.reserve(count / kGroup * 4);
+        room.sums.reserve(count);
+    } else {
+        room.values.reserve(count * (stays_bf16(kernels_, weights, type, is_many) ? 2 : 4));
+    }
+}
+
 void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                      uint32_t cols) {
-    const bool is_many = kernels_.floating_many &&
-                         num_tokens >= (takes_int8(kernels_, weights, true) ? kManyGrouped : kManyFloating);
-    const size_t stride = padded(cols) + (is_many ? kSkew : 0), rest = stride - cols;
+    const bool is_many = are_many(weights, num_tokens);
+    const size_t stride = stride_of(cols, is_many), rest = stride - cols;
     const size_t token_bytes = cols * size_of(type);
     const auto *from = static_cast<const uint8_t *>(x);
+    reserve(room, weights, type, num_tokens, cols);
     room.tokens = Tokens();
     room.tokens.num_tokens = static_cast<int>(num_tokens);
     room.tokens.stride = stride;
     room.tokens.is_many = is_many;
     if (takes_int8(kernels_, weights, is_many)) {
         prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
-    } else if (kernels_.dots_bf16 && type == Type::bf16 &&
-               (is_bf16(weights) || is_super(weights) || (is_decoded(weights) && is_many))) {
-        auto *to = static_cast<uint16_t *>(room.values.reserve(num_tokens * stride * 2));
+    } else if (stays_bf16(kernels_, weights, type, is_many)) {
+        auto *to = static_cast<uint16_t *>(room.values.data());
         for (uint32_t t = 0; t < num_tokens; ++t) {
             std::memcpy(to + t * stride, from + t * token_bytes, token_bytes);
             std::memset(to + t * stride + cols, 0, rest * 2);
         }
         room.tokens.bf16 = to;
     } else {
-        auto *to = static_cast<float *>(room.values.reserve(num_tokens * stride * 4));
+        auto *to = static_cast<float *>(room.values.data());
         for (uint32_t t = 0; t < num_tokens; ++t) {
             kernels_.widen(type, from + t * token_bytes, to + t * stride, cols);
             std::memset(to + t * stride + cols, 0, rest * 4);
@@ -86,11 +111,10 @@ void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const vo
     const size_t stride = room.tokens.stride, token_bytes = cols * size_of(type);
     const auto num_tokens = static_cast<size_t>(room.tokens.num_tokens);
     const auto *from = static_cast<const uint8_t *>(x);
-    // One token's floats lie behind all the int8.
-    auto *to = static_cast<int8_t *>(room.values.reserve(num_tokens * stride + stride * 4));
+    auto *to = static_cast<int8_t *>(room.values.data());
     auto *floats = reinterpret_cast<float *>(to + num_tokens * stride);
-    auto *scales = static_cast<float *>(room.scales.reserve(num_tokens * stride / kGroup * 4));
-    auto *sums = static_cast<int32_t *>(room.sums.reserve(num_tokens * stride));
+    auto *scales = static_cast<float *>(room.scales.data());
+    auto *sums = static_cast<int32_t *>(room.sums.data());
     for (size_t t = 0; t < num_tokens; ++t) {
         int32_t *sum = sums + t * stride / 4;
         kernels_.widen(type, from + t * token_bytes, floats, cols);

@@ -45,6 +45,7 @@ public:
     ~Scratch() { std::free(data_); }
 
     void *reserve(size_t num_bytes);  // what was there before is lost
+    void *data() const { return data_; }
 
 private:
     void *data_ = nullptr;
@@ -107,6 +108,12 @@ public:
 private:
     struct Work;
 
+    // Of a call, rows of what lies between its products, or of its result.
+    struct Piece {
+        uint32_t call, first, last;
+        bool is_outer;
+    };
+
     void begin_tail(const Tail &tail);
     std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
     uint64_t rows_of_task(uint64_t total, uint32_t step) const;
@@ -120,6 +127,11 @@ private:
     void look_back(const Latent &latent, uint32_t part, uint32_t parts, LatentWork &work) const;
 
     void run_group(const Call *calls, size_t count);
+    void run_piece(const Piece &piece, const Call &call, Work &work);
+    void cut(const Call *calls, size_t count);
+    bool are_many(Format weights, uint32_t num_tokens) const;
+    // Room for what prepare makes of so many tokens: it asks for none then, on whichever thread.
+    void reserve(Prepared &room, Format weights, Type type, uint32_t num_tokens, uint32_t cols) const;
     void prepare_call(const Call &call, const Work *same, Work &work);
     void prepare(Prepared &room, Format weights, Type type, const void *x, uint32_t num_tokens,
                  uint32_t cols);
@@ -138,6 +150,7 @@ private:
     Pool pool_;
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
+    std::vector<Piece> pieces_;  // of the calls that run together
     BlockWork block_work_;
     LatentWork latent_work_;
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v

@@ -1,5 +1,6 @@
 // Whole experts: two products, and what is done to values between them.
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "engine.hpp"
@@ -34,9 +35,12 @@ bool share_tokens(const Call &a, const Call &b) {
 
 }  // namespace
 
-// What one call holds between its two products.
+// What one call holds between its two products. inner is made ready by the thread that was the last
+// to compute rows of it.
 struct Engine::Work {
     Prepared x, x_gate, inner;
+    std::atomic<uint32_t> num_left{0};  // pieces of the first product
+    std::atomic<bool> is_ready{false};
     Scratch gate, up, narrow, out;
     float *gate_values, *up_values, *out_values;  // [T, I] twice, [T, H]
     size_t stride;
@@ -58,32 +62,61 @@ void Engine::run(const Call *calls, size_t count) {
     }
 }
 
+// Threads go from the first products to the second ones without meeting: each call's own waits only
+// for what it multiplies.
 void Engine::run_group(const Call *calls, size_t count) {
-    uint32_t inner_step = 1, outer_step = 1;
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
-    rows_.resize(count);
     for (size_t i = 0; i < count; ++i) {
         const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
         prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
-        const Work &work = *works_[i];
-        inner_step = std::max(inner_step, rows_at_once(calls[i].up.format, work.x.tokens.is_many));
-        if (work.gate_apart)
-            inner_step = std::max(
-                inner_step, rows_at_once(calls[i].gate.format, work.x_gate.tokens.is_many));
-        rows_[i] = calls[i].up.rows;
     }
-    share(count, rows_, inner_step, [&](size_t i, uint32_t first, uint32_t last) {
-        inner(calls[i], *works_[i], first, last);
+    cut(calls, count);
+    pool_.run(static_cast<int>(pieces_.size()), [&](int task) {
+        const Piece &piece = pieces_[task];
+        run_piece(piece, calls[piece.call], *works_[piece.call]);
     });
+}
+
+void Engine::run_piece(const Piece &piece, const Call &call, Work &work) {
+    if (!piece.is_outer) {
+        inner(call, work, piece.first, piece.last);
+        if (work.num_left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+        prepare_inner(call, work);
+        work.is_ready.store(true, std::memory_order_release);
+        return;
+    }
+    spin_until([&] { return work.is_ready.load(std::memory_order_acquire); });
+    outer(call, work, piece.first, piece.last);
+}
+
+// All pieces of first products come before those of second ones: these wait for the others.
+void Engine::cut(const Call *calls, size_t count) {
+    uint64_t num_inner = 0, num_outer = 0;
+    uint32_t inner_step = 1, outer_step = 1;
     for (size_t i = 0; i < count; ++i) {
-        prepare_inner(calls[i], *works_[i]);
-        outer_step =
-            std::max(outer_step, rows_at_once(calls[i].down.format, works_[i]->inner.tokens.is_many));
-        rows_[i] = calls[i].down.rows;
+        const Call &call = calls[i];
+        const auto step = [&](const Matrix &m) {
+            return rows_at_once(m.format, are_many(m.format, call.num_tokens));
+        };
+        num_inner += call.up.rows, num_outer += call.down.rows;
+        inner_step = std::max(inner_step, step(call.up));
+        if (works_[i]->gate_apart) inner_step = std::max(inner_step, step(call.gate));
+        outer_step = std::max(outer_step, step(call.down));
     }
-    share(count, rows_, outer_step, [&](size_t i, uint32_t first, uint32_t last) {
-        outer(calls[i], *works_[i], first, last);
-    });
+    pieces_.clear();
+    const auto add = [this](size_t call, uint64_t rows, uint64_t each, bool is_outer) {
+        for (uint64_t first = 0; first < rows; first += each)
+            pieces_.push_back({static_cast<uint32_t>(call), static_cast<uint32_t>(first),
+                               static_cast<uint32_t>(std::min(rows, first + each)), is_outer});
+    };
+    for (size_t i = 0; i < count; ++i) {
+        const size_t before = pieces_.size();
+        add(i, calls[i].up.rows, rows_of_task(num_inner, inner_step), false);
+        works_[i]->num_left = static_cast<uint32_t>(pieces_.size() - before);
+        works_[i]->is_ready = pieces_.size() == before;  // there is nothing to wait for
+    }
+    for (size_t i = 0; i < count; ++i)
+        add(i, calls[i].down.rows, rows_of_task(num_outer, outer_step), true);
 }
 
 // What the first product needs, and room for what comes after it. same: who has these tokens ready.
@@ -101,6 +134,8 @@ void Engine::prepare_call(const Call &call, const Work *same, Work &work) {
     work.gate_values = call.has_gate ? static_cast<float *>(work.gate.reserve(bytes)) : nullptr;
     work.out_values =
         static_cast<float *>(work.out.reserve(size_t(call.num_tokens) * call.down.rows * 4));
+    if (call.type != Type::f32) work.narrow.reserve(bytes / 2);
+    reserve(work.inner, call.down.format, call.type, call.num_tokens, call.down.cols);
 }
 
 // After a product's own rounding; the sum is rounded, too.
@@ -168,6 +203,7 @@ void Engine::inner(const Call &call, Work &work, uint32_t first, uint32_t last) 
     }
 }
 
+// On whichever thread: room for it is there.
 void Engine::prepare_inner(const Call &call, Work &work) {
     const size_t count = call.num_tokens * work.stride;
     if (call.type == Type::f32) {
@@ -176,7 +212,7 @@ void Engine::prepare_inner(const Call &call, Work &work) {
         return;
     }
     // They are rounded to the model's type already: narrowing them loses nothing.
-    auto *narrow = static_cast<uint16_t *>(work.narrow.reserve(count * 2));
+    auto *narrow = static_cast<uint16_t *>(work.narrow.data());
     kernels_.narrow(call.type, work.up_values, narrow, count);
     prepare(work.inner, call.down.format, call.type, narrow, call.num_tokens, call.down.cols);
 }

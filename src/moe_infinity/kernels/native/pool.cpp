@@ -11,14 +11,6 @@ namespace {
 // Longer pauses mean that the caller waits for the disk, and its readers need the processor.
 constexpr auto kSpin = std::chrono::microseconds(120);
 
-inline void pause() {
-#if defined(__x86_64__) || defined(__i386__)
-    __builtin_ia32_pause();
-#else
-    std::this_thread::yield();
-#endif
-}
-
 }  // namespace
 
 Pool::Pool(int num_threads) {
@@ -84,10 +76,7 @@ void Pool::start(int num_tasks, const std::function<void(int)> &task) {
 
 void Pool::finish(int num_tasks) {
     help(round_.load(std::memory_order_relaxed));
-    for (int spins = 0; done_.load(std::memory_order_acquire) != num_tasks; ++spins) {
-        // A worker may have been put aside in mid-task by whatever else the machine runs.
-        if (spins < 20000) pause(); else std::this_thread::yield();
-    }
+    spin_until([&] { return done_.load(std::memory_order_acquire) == num_tasks; });
 }
 
 void Pool::help(uint64_t round) {

@@ -11,6 +11,23 @@
 
 namespace moe {
 
+inline void pause() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#else
+    std::this_thread::yield();
+#endif
+}
+
+// For what other threads are about to finish.
+template <class Done>
+void spin_until(const Done &is_done) {
+    for (int spins = 0; !is_done(); ++spins) {
+        // One may have been put aside in mid-task by whatever else the machine runs.
+        if (spins < 20000) pause(); else std::this_thread::yield();
+    }
+}
+
 class Pool {
 public:
     explicit Pool(int num_threads);  // the caller of run is one of them
@@ -20,8 +37,8 @@ public:
 
     int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-    // task(i) for every i below num_tasks, each once, on any thread; returns when all are done.
-    // One caller at a time.
+    // task(i) for every i below num_tasks, each once, on any thread; returns when all are done. They
+    // are begun in their order, so that one may wait for those before it. One caller at a time.
     void run(int num_tasks, const std::function<void(int)> &task);
 
     // The same in two steps: other threads are called when begin returns, and the caller of end takes
