@@ -17,7 +17,7 @@ def test_older_libraries(version: str) -> None:
     assert _name_in(version) == "past_key_values"
 
 
-@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "5.100.1", "6.0.0"])
+@pytest.mark.parametrize("version", ["5.24.0", "5.24.0.dev0", "5.100.1", "6.0rc1"])
 def test_newer_libraries(version: str) -> None:
     assert _name_in(version) == "cache"
 

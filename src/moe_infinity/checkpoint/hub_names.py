@@ -47,6 +47,8 @@ def is_gguf(path: Path) -> bool:
 def _begins_as_gguf(path: Path) -> bool:
     """Some keep such files under another name."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            return False
         with path.open("rb") as file:
             return file.read(4) == b"GGUF"
     except OSError:
@@ -80,7 +82,7 @@ def parse_id(model: str | Path) -> tuple[str, str | None]:
             f"folder it is in"
         )
     match = _HUB_ID.fullmatch(str(model))
-    if str(model).endswith(".gguf"):
+    if str(model).lower().endswith(".gguf"):
         raise CheckpointNotFoundError(
             f"{model}: no such file, expected a GGUF file{_others_beside(Path(model))}"
         )
@@ -93,7 +95,10 @@ def parse_id(model: str | Path) -> tuple[str, str | None]:
 
 
 def _others_beside(path: Path) -> str:
-    names = sorted(each.name for each in path.expanduser().parent.glob("*.gguf"))
+    try:
+        names = sorted(each.name for each in path.expanduser().parent.glob("*.gguf"))
+    except (OSError, RuntimeError):  # a name too long, or of nobody's home
+        return ""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"; beside it are {', '.join(names[:3])}{more}" if names else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import transformers
@@ -10,8 +11,9 @@ _RENAMED_IN = (5, 24)
 
 
 def _name_in(version: str) -> str:
-    major, minor = version.split(".")[:2]
-    return "cache" if (int(major), int(minor)) >= _RENAMED_IN else "past_key_values"
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    is_renamed = numbers is None or (int(numbers[1]), int(numbers[2])) >= _RENAMED_IN
+    return "cache" if is_renamed else "past_key_values"
 
 
 CACHE = _name_in(transformers.__version__)

@@ -71,15 +71,13 @@ def decode(
     streamer: Any = None,
     **told: Any,
 ) -> torch.Tensor:
-    """Token ids [rows, length + new], as the library's loop returns them for the same arguments.
-    Raises CorruptCheckpointError where the likeliest token of a prompt is none: the library would
-    go on with token 0."""
+    """Token ids [rows, length + new], as the library's loop returns them for the same arguments. In
+    our own loop raises CorruptCheckpointError where a prompt's scores are no numbers."""
     is_one_row = input_ids.shape[0] == 1 and input_ids.device.type == "cpu"
     is_plain = not synced_gpus and not generation_config.return_dict_in_generate
     if is_one_row and is_plain and _is_usual(told) and _are_plain(logits_processor):
         is_end = _Ends(stopping_criteria)
         said = model._prefill(input_ids, generation_config, told)
-        _require_numbers(said.logits[:, -1])
         told = {name: value for name, value in told.items() if name in _MAY_BE_TOLD}
         samples = generation_config.do_sample
         return _go_on(model, input_ids, said, told, logits_processor, samples, is_end, streamer)
@@ -106,12 +104,16 @@ def _go_on(
 ) -> torch.Tensor:
     """From what the model said to a prompt [1, length] to the end. told: its options then."""
     position = told["position_ids"][..., -1:]
+    is_first = True
     while True:
         # A copy: processors write to it, and a long prompt's logits need not stay.
         scores = said.logits[:, -1].to(copy=True, dtype=torch.float32)
         del said
         for process in processors:
             scores = process(input_ids, scores)
+        if is_first:
+            _require_numbers(scores)
+            is_first = False
         token = _choose(scores, samples)
         input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
         is_over = is_end(input_ids, int(token))
@@ -127,8 +129,9 @@ def _go_on(
     return input_ids
 
 
-def _require_numbers(logits: torch.Tensor) -> None:
-    if bool(logits.isnan().any()):
+def _require_numbers(scores: torch.Tensor) -> None:
+    """Or the first of those that are none would be taken for the likeliest, pass after pass."""
+    if bool(scores.isnan().any()):
         raise CorruptCheckpointError(
             "logits of the prompt: got NaN, expected numbers; weights are damaged (most formats "
             "have no checksums: compare with the source), or values too large for the dtype"
