@@ -30,18 +30,22 @@ class Turns:
             made: tuple[torch.Tensor, torch.Tensor] = self._rotary(x, position)
             return made
         at = int(position) - self._start
-        versions = [0 if b.is_inference() else b._version for b in self._numbers]
-        is_there = self._made is not None and 0 <= at < _AT_ONCE and versions == self._versions
+        is_same = _versions_of(self._numbers) == self._versions
+        is_there = self._made is not None and 0 <= at < _AT_ONCE and is_same
         if self._made is None or not is_there or self._made[0].dtype is not x.dtype:
             self._made = None  # until all of it is there, whatever interrupts
             self._start = int(position) // _AT_ONCE * _AT_ONCE
             at = int(position) - self._start
             self._numbers = list(self._rotary.buffers())
-            self._versions = [0 if b.is_inference() else b._version for b in self._numbers]
+            self._versions = _versions_of(self._numbers)
             places = torch.arange(self._start, self._start + _AT_ONCE)
             self._made = self._rotary(x, places[None])
         cos, sin = self._made
         return cos[:, at : at + 1], sin[:, at : at + 1]
+
+
+def _versions_of(numbers: list[torch.Tensor]) -> list[int]:
+    return [0 if each.is_inference() else each._version for each in numbers]
 
 
 def has_moving_rope(text: Any) -> bool:
