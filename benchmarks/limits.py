@@ -35,16 +35,21 @@ class MemoryLimit:
         limit = "memory.limit_in_bytes" if self._is_v1 else "memory.max"
         (self._folder / limit).write_text(str(limit_bytes))
 
-    def run(self, command: list[str], env: dict[str, str] | None = None) -> tuple[int, str, Usage]:
-        """Exit code, standard output and usage of a command run inside the limit."""
+    def start(self, command: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """A command inside the limit, its standard input and output pipes of text."""
 
         def enter() -> None:
             (self._folder / "cgroup.procs").write_text(str(os.getpid()))
 
-        cached = 0
-        child = subprocess.Popen(
-            command, preexec_fn=enter, stdout=subprocess.PIPE, env=env, text=True
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            command, preexec_fn=enter, stdin=pipe, stdout=pipe, env=env, text=True
         )
+
+    def run(self, command: list[str], env: dict[str, str] | None = None) -> tuple[int, str, Usage]:
+        """Exit code, standard output and usage of a command run inside the limit."""
+        cached = 0
+        child = self.start(command, env)
         try:
             while child.poll() is None:
                 cached = max(cached, self._stat("cache" if self._is_v1 else "file"))
@@ -54,7 +59,7 @@ class MemoryLimit:
         finally:
             child.kill()
             child.wait()
-        return child.returncode, out, Usage(self._peak(), cached, self._failures())
+        return child.returncode, out, Usage(self.peak_bytes(), cached, self._failures())
 
     def close(self) -> None:
         for _ in range(50):
@@ -64,7 +69,7 @@ class MemoryLimit:
             except OSError:
                 time.sleep(0.1)
 
-    def _peak(self) -> int:
+    def peak_bytes(self) -> int:
         name = "memory.max_usage_in_bytes" if self._is_v1 else "memory.peak"
         return int((self._folder / name).read_text())
 

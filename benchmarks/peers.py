@@ -1,16 +1,18 @@
 """The same weights, the same tokens, the same kernel memory limit: llama.cpp beside this project.
 
-Every system decodes the same forced token ids after a prompt, warmed up on other ones (without a
-limit on these too: everything resident), inside a control group whose limit is a share of
-llama.cpp's file, A B A B. Pairs are compared within one
-trial; medians of ratios are reported, with hit rates and bytes. make_gguf.py makes llama.cpp's file
-of the same weights; llama.cpp runs in its better setting there: memory-mapped, without repacking
-(repacking copies what does not fit).
+Every system decodes the same forced token ids after a prompt, warmed up on other ones, inside a
+control group whose limit is a share of llama.cpp's file. Without a limit all systems are open at
+once and take turns (A B A B, a turn is one request of a second or two): a machine whose memory is
+slow for minutes is slow for both halves of a pair. Under a limit each trial is a process of its
+own. Pairs are compared within one trial; medians of ratios are reported, with hit rates and bytes.
+make_gguf.py makes llama.cpp's file of the same weights; llama.cpp runs in its better setting there:
+memory-mapped, without repacking (repacking copies what does not fit).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -18,6 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -25,6 +30,8 @@ from limits import MemoryLimit, decode_figures, long_prompt_ids, provenance, sav
 
 NO_LIMIT = 10.0  # a share that never binds
 BATCH_TOKENS = 512  # of a prompt, at once: llama.cpp's own choice
+FORWARDS, BACKWARDS = 1, -1  # in which a text is run: measured; to warm up
+PAUSE_S = 0.2  # in which threads of the system before fall asleep
 
 
 def main() -> None:
@@ -39,11 +46,10 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--peer-python", default=sys.executable, help="one that has llama_cpp")
     parser.add_argument("--name", help="of the result file")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(WORKERS[args.worker](json.loads(args.job))))
+    if args.job:
+        work(json.loads(args.job))
         return
     rows = [row for share in args.shares.split(",") for row in at_limit(args, float(share))]
     save(args.name or f"peers_{args.gguf.stem}", {**provenance(), "rows": rows})
@@ -55,21 +61,52 @@ def at_limit(args: argparse.Namespace, share: float) -> list[dict]:
     systems = {path.name: ("ours", path) for path in args.ours}
     systems["llama.cpp"] = ("llama_cpp", args.gguf)
     ids = forced_ids(args)
-    trials: dict[str, list[dict]] = {name: [] for name in systems}
-    for _ in range(args.trials):
-        for name, (worker, path) in systems.items():
-            job = {
-                "path": str(path),
-                "prompt": ids[: args.prompt_tokens],
-                "forced": ids[args.prompt_tokens :][: args.few_tokens if share < 1 else None],
-                "limit": limit if share < NO_LIMIT else None,
-                "context": args.prompt_tokens + args.new_tokens + 32,
-            }
-            python = args.peer_python if worker == "llama_cpp" else sys.executable
-            found = run_limited(python, worker, job, limit)
-            trials[name].append(found)
-            print(share, name, json.dumps(found)[:300], flush=True)
+    jobs = {
+        name: {
+            "worker": worker,
+            "path": str(path),
+            "prompt": ids[: args.prompt_tokens],
+            "forced": ids[args.prompt_tokens :][: args.few_tokens if share < 1 else None],
+            "limit": limit if share < NO_LIMIT else None,
+            "context": args.prompt_tokens + args.new_tokens + 32,
+        }
+        for name, (worker, path) in systems.items()
+    }
+    pythons = {"ours": sys.executable, "llama_cpp": args.peer_python}
+    run = by_processes if share < NO_LIMIT else in_turns
+    opened = {name: partial(Peer, pythons[job["worker"]], job, limit) for name, job in jobs.items()}
+    trials = run(opened, args.trials)
     return [summary(name, share, limit, trials) for name in systems]
+
+
+def by_processes(opened: dict[str, Callable[[], Peer]], num_trials: int) -> dict[str, list[dict]]:
+    """A process per system and trial, one at a time."""
+    trials: dict[str, list[dict]] = {name: [] for name in opened}
+    for _ in range(num_trials):
+        for name, start in opened.items():
+            with closing(start()) as peer:
+                peer.turn(BACKWARDS)
+                trials[name].append(shown(name, peer.turn(FORWARDS)))
+    return trials
+
+
+def in_turns(opened: dict[str, Callable[[], Peer]], num_trials: int) -> dict[str, list[dict]]:
+    """A process per system, all of them open; one of them works."""
+    trials: dict[str, list[dict]] = {name: [] for name in opened}
+    with ExitStack() as stack:
+        peers = {name: stack.enter_context(closing(start())) for name, start in opened.items()}
+        for peer in peers.values():
+            peer.turn(BACKWARDS)
+            peer.turn(FORWARDS)
+        for _ in range(num_trials):
+            for name, peer in peers.items():
+                trials[name].append(shown(name, peer.turn(FORWARDS)))
+    return trials
+
+
+def shown(name: str, found: dict) -> dict:
+    print(name, json.dumps(found)[:300], flush=True)
+    return found
 
 
 def forced_ids(args: argparse.Namespace) -> list[int]:
@@ -78,19 +115,37 @@ def forced_ids(args: argparse.Namespace) -> list[int]:
     return long_prompt_ids(args.tokens or args.ours[0], wanted)
 
 
-def run_limited(python: str, worker: str, job: dict, limit_bytes: int) -> dict:
-    limit = MemoryLimit(f"moe-infinity-peers-{worker}", limit_bytes)
-    subprocess.run(["sync"], check=True)
-    drop_page_cache(Path(job["path"]))
-    command = [python, __file__, "--worker", worker, "--job", json.dumps(job)]
-    with tempfile.TemporaryDirectory() as state:  # nothing learned in an earlier trial
-        env = {"PYTHONDONTWRITEBYTECODE": "1", "MOE_INFINITY_STATE_DIR": state}
-        code, out, usage = limit.run(command, os.environ | env)
-    limit.close()
-    lines = out.strip().splitlines()
-    if code != 0 or not lines:
-        return {"failed": f"exit code {code}"}
-    return json.loads(lines[-1]) | {"group_peak_bytes": usage.peak_bytes}
+class Peer:
+    """One system in a process inside its limit; a turn is one request. Close it."""
+
+    def __init__(self, python: str, job: dict, limit_bytes: int) -> None:
+        self._limit = MemoryLimit(f"moe-infinity-peers-{job['worker']}-{id(job)}", limit_bytes)
+        self._state = tempfile.TemporaryDirectory()  # nothing learned in an earlier trial
+        subprocess.run(["sync"], check=True)
+        drop_page_cache(Path(job["path"]))
+        env = {"PYTHONDONTWRITEBYTECODE": "1", "MOE_INFINITY_STATE_DIR": self._state.name}
+        command = [python, __file__, "--job", json.dumps(job)]
+        self._child = self._limit.start(command, os.environ | env)
+
+    def turn(self, direction: int) -> dict:
+        """Figures of the text run in this direction, or what the process failed with."""
+        stdin, stdout = self._child.stdin, self._child.stdout
+        assert stdin is not None
+        assert stdout is not None
+        time.sleep(PAUSE_S)
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write(f"{direction}\n")
+            stdin.flush()
+        line = stdout.readline()
+        if not line:
+            return {"failed": f"exit code {self._child.wait()}"}
+        return json.loads(line) | {"group_peak_bytes": self._limit.peak_bytes()}
+
+    def close(self) -> None:
+        self._child.kill()
+        self._child.communicate()
+        self._limit.close()
+        self._state.cleanup()
 
 
 def drop_page_cache(path: Path) -> None:
@@ -119,12 +174,21 @@ def summary(name: str, share: float, limit: int, trials: dict[str, list[dict]]) 
         **medians,
         "speeds": [row.get("tokens_per_s") for row in trials[name]],
         "ratio": statistics.median(ratios) if ratios else None,
+        "ratios": ratios,
         "prompt_ratio": statistics.median(prompt_ratios) if ratios else None,
         "failed": [row["failed"] for row in trials[name] if "failed" in row],
     }
 
 
-def ours(job: dict) -> dict:
+def work(job: dict) -> None:
+    """The other side of a Peer: a direction a line, an answer a line."""
+    with WORKERS[job["worker"]](job) as turn:
+        for line in sys.stdin:
+            print(json.dumps(turn(int(line))), flush=True)
+
+
+@contextmanager
+def ours(job: dict) -> Iterator[Callable[[int], dict]]:
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -134,23 +198,28 @@ def ours(job: dict) -> dict:
         """Makes the next token of the text the likeliest. Cheaply: llama.cpp is not even asked
         which one that is."""
 
+        def __init__(self, num_before: int, forced: list[int]) -> None:
+            self._num_before, self._forced = num_before, forced
+
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            scores[0, forced[ids.shape[1] - len(prompt)]] = torch.inf
+            scores[0, self._forced[ids.shape[1] - self._num_before]] = torch.inf
             return scores
 
-    prompt, forced = [], []
     with MoE(job["path"], ram=job["limit"] or "auto", max_context=job["context"]) as moe:
-        for turn in turns(job):
-            prompt, forced = job["prompt"][::turn], job["forced"][::turn]
+
+        def turn(direction: int) -> dict:
+            prompt, forced = job["prompt"][::direction], job["forced"][::direction]
             wait_until_idle()
             said = moe.generate(
                 [prompt],
                 max_new_tokens=len(forced),
                 do_sample=False,
-                logits_processor=LogitsProcessorList([Forced()]),
+                logits_processor=LogitsProcessorList([Forced(len(prompt), forced)]),
             )
             assert said[0].tolist() == prompt + forced, "the text holds an end"
-        return decode_figures(moe.stats())
+            return decode_figures(moe.stats())
+
+        yield turn
 
 
 def wait_until_idle() -> None:
@@ -163,12 +232,8 @@ def wait_until_idle() -> None:
             return
 
 
-def turns(job: dict) -> tuple[int, ...]:
-    """Directions in which the text is run; the last is measured."""
-    return (-1, 1) if job["limit"] else (-1, 1, 1)
-
-
-def llama_cpp(job: dict) -> dict:
+@contextmanager
+def llama_cpp(job: dict) -> Iterator[Callable[[int], dict]]:
     import llama_cpp
 
     threads = len(os.sched_getaffinity(0))
@@ -192,18 +257,18 @@ def llama_cpp(job: dict) -> dict:
             if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(part))):
                 raise SystemExit("llama_decode failed")
 
-    result = {}
-    for turn in turns(job):
+    def turn(direction: int) -> dict:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+        forced = job["forced"][::direction]
         start = time.perf_counter()
-        decode(job["prompt"][::turn])
+        decode(job["prompt"][::direction])
         first = time.perf_counter()
-        for token in job["forced"][::turn][:-1]:
+        for token in forced[:-1]:
             decode([token])
-        end = time.perf_counter()
-        rate = (len(job["forced"]) - 1) / (end - first)
-        result = {"tokens_per_s": rate, "ttft_s": first - start}
-    return result
+        rate = (len(forced) - 1) / (time.perf_counter() - first)
+        return {"tokens_per_s": rate, "ttft_s": first - start}
+
+    yield turn
 
 
 WORKERS = {"ours": ours, "llama_cpp": llama_cpp}
