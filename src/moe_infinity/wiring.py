@@ -202,7 +202,8 @@ class Wiring:
         )
 
     def _begin_step(self, step: Step) -> None:
-        step = self._runtime.step = replace(step, phase=self.request.phase_of(step))
+        phase = self.request.phase_of(step)
+        self._runtime.step = step = step if phase == step.phase else replace(step, phase=phase)
         self.recorded_before_step = self.recorder.num_recorded
         self._threads.begin(step)
         is_directed = self._device is not None and self._device.begin_step(step)

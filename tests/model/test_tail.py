@@ -10,7 +10,6 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
 from moe_infinity.kernels import native
-from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.packed import PackedMatrix, encode
 from moe_infinity.model.linears import speed_up
 from moe_infinity.model.packed_linears import attach_packed, run_packed
@@ -61,37 +60,6 @@ def test_together_and_apart_say_every_bit_alike(
         assert torch.equal(tail.of(x), apart)
         torch.testing.assert_close(apart, plain.head(plain.norm(x)), atol=0.03, rtol=0.03)
         torch.testing.assert_close(fast.norm(x), plain.norm(x), atol=0, rtol=2**-6)
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3])
-@torch.no_grad()
-def test_what_was_begun_is_done_at_the_next_call(num_threads: int) -> None:
-    model = ends(torch.bfloat16, bias=True)
-    kernel = native.Kernel(num_threads)
-    tail = speed_up_tail(kernel, model.norm, model.head)
-    assert tail is not None
-    x = torch.randn(1, 1, HIDDEN).bfloat16()
-    weight = torch.randn(VOCABULARY, HIDDEN).bfloat16()
-    head, other = tail.of(x), kernel.linear(describe(weight), VOCABULARY, x[0])
-    for _ in range(50):
-        begun = begin(kernel, tail, x)
-        assert torch.equal(kernel.linear(describe(weight), VOCABULARY, x[0]), other)
-        assert torch.equal(begun, head)
-        begun = begin(kernel, tail, x)
-        kernel.settle()
-        kernel.settle()  # nothing is left
-        assert torch.equal(begun, head)
-    begun = begin(kernel, tail, x)
-    kernel.close()  # what was begun is done before its memory goes
-    assert torch.equal(begun, head)
-
-
-def begin(kernel: native.Kernel, tail: Tail, x: torch.Tensor) -> torch.Tensor:
-    """Behind no blocks at all."""
-    call = tail.call(x)
-    call.out.fill_(torch.nan)
-    assert kernel.run_ahead(0, 0, call) == 0
-    return call.out
 
 
 OTHERS = ["gemma", "layer_norm", "no_bias", "cohere", "float32", "odd_sizes", "strided"]

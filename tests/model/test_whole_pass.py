@@ -18,6 +18,7 @@ from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.errors import CancelledError, PlanExceededError
 from moe_infinity.kernels import native
 from moe_infinity.kernels.blocks import TailCall
+from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.routers import RouterTaps
@@ -130,6 +131,50 @@ def test_told_together_or_one_by_one_is_the_same(
     assert slots is not None or max(told) == 3, "all layers of a pass at once"
     monkeypatch.setattr(RamHierarchy, "run_hits", Hierarchy.run_hits)
     assert run() == together
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_what_was_begun_is_done_at_the_next_call(
+    small: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last block's experts and the head are under way while events are told."""
+    before, weight = torch.get_num_threads(), torch.randn(96, 64).bfloat16()
+    x, run_hits = torch.randn(1, 64).bfloat16(), RamHierarchy.run_hits
+    torch.set_num_threads(num_threads)
+    try:
+        with opened(small) as moe:
+            found, kernel = logits(moe, 40), moe._wiring.kernel
+            assert isinstance(kernel, native.Kernel) and num_whole(moe) > 0
+            product, counts = kernel.linear(describe(weight), 96, x), []
+
+            def run_between(*args: Any) -> bool:
+                counts.append(len(kernel._begun))
+                assert torch.equal(kernel.linear(describe(weight), 96, x), product)
+                return run_hits(*args)
+
+            monkeypatch.setattr(RamHierarchy, "run_hits", run_between)
+            assert torch.equal(logits(moe, 40), found)
+            assert sum(counts) > 20 and max(counts) == 1 and not kernel._begun
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_was_begun_is_done_before_its_memory_goes(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[torch.Tensor] = []
+    with opened(small) as moe:
+        found, kernel = logits(moe, 40), moe._wiring.kernel
+
+        def interrupt(*args: Any) -> bool:
+            begun.extend(call.out for call in kernel._begun)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(RamHierarchy, "run_hits", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            logits(moe, 40)
+        assert len(begun) == 1 and not kernel._begun
+        assert any(torch.equal(begun[0][0], each[None]) for each in found)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -57,12 +57,21 @@ class Hierarchy(ABC):
         Raises what a load failed with; nothing stays pinned or in flight then.
         """
 
-    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> None:
-        """Tell of events of a decode pass, in their order, whose experts were computed before from
-        where they lay, and how long each took. Raises what ``run_event`` does."""
+    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> bool:
+        """Tell of events of a decode pass, in their order, whose experts are computed from where
+        they lay, or were before, and how long each took. No expert moves. False: nothing was done,
+        ``run_computed`` has to. Raises what ``run_event`` does."""
+        return False
+
+    def run_computed(self, events: Sequence[Event], spent_s: Sequence[float]) -> None:
+        """The same of experts that were all computed before, and may have moved behind that."""
         for event, seconds in zip(events, spent_s, strict=True):
             left = iter((seconds,))  # told once, however often asked
             self.run_event(event, lambda keys, views, left=left: next(left, 0.0))  # type: ignore[misc]
+
+    @abstractmethod
+    def count_compute(self, seconds: float) -> None:
+        """Experts that were told of took so much more."""
 
     def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
         """Of experts, where all of them can be computed from right away; changes nothing."""

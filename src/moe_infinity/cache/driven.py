@@ -124,7 +124,7 @@ class DrivenHierarchy(Hierarchy, Carrier):
             self.count_activity()
             self._count_stall(event.phase)
 
-    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> None:
+    def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> bool:
         if self.cancelled.is_set():
             raise CancelledError("the request was cancelled")
         with self._undone_if_interrupted():
@@ -135,8 +135,10 @@ class DrivenHierarchy(Hierarchy, Carrier):
                 now.computed_bytes += sum(map(self._event_bytes, events))
                 self.count_activity()
                 self._count_stall("decode", len(events))
-        if not were_hits:
-            super().run_hits(events, spent_s)
+        return were_hits
+
+    def count_compute(self, seconds: float) -> None:
+        self.counters.now.compute_s += seconds
 
     def _event_bytes(self, event: Event) -> int:
         """Of its members' weights."""

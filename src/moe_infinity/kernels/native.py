@@ -185,13 +185,14 @@ class Kernel(ExpertKernel):
         native.finish(self._engine, tail.packed)
         self.dense_s += time.perf_counter() - start
 
-    def settle(self) -> None:
-        """What ``run_ahead`` has begun is done."""
+    def settle(self) -> float:
+        """What ``run_ahead`` has begun is done. Returns the seconds that experts took of it."""
         assert native is not None
         start = time.perf_counter()
-        native.settle(self._engine)
+        experts_s: float = native.settle(self._engine)
         self._begun.clear()
-        self.dense_s += time.perf_counter() - start
+        self.dense_s += time.perf_counter() - start - experts_s
+        return experts_s
 
     def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
         """An expert on one token like x [1, H], where from and to left open; None where it is not
@@ -200,9 +201,9 @@ class Kernel(ExpertKernel):
         return None if call is None else _HEAD.pack(0, 0, 1) + call
 
     def run_ahead(self, stages_at: int, count: int, tail: TailCall | None) -> int:
-        """Stages (kernels/stages.py) at an address; returns how many were run whole. Behind the
-        last of them the tail is begun; ``settle`` waits for what it says, and helps. Until then
-        its memory stays, whatever interrupts the caller."""
+        """Stages (kernels/stages.py) at an address; returns how many were run whole. With a tail,
+        which follows, the last one's experts are only begun: ``settle`` helps with them and does
+        the rest. Until then the tail's memory stays, whatever interrupts the caller."""
         assert native is not None
         if tail is not None:
             self._begun.append(tail)

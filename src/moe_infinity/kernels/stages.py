@@ -76,7 +76,7 @@ class Stages:
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
-        choice of its experts. Behind the last one the tail is begun."""
+        choice of its experts. With a tail the last one's experts, and it behind them, are begun."""
         start = time.perf_counter()
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
         experts_s: list[float] = self._seconds[first : first + done].tolist()

@@ -107,7 +107,7 @@ def _go_on(
     is_first = True
     while True:
         # A copy: processors write to it, and a long prompt's logits need not stay.
-        scores = said.logits[:, -1].to(copy=True, dtype=torch.float32)
+        scores = said.logits.select(1, -1).to(copy=True, dtype=torch.float32)
         del said
         for process in processors:
             scores = process(input_ids, scores)
@@ -115,15 +115,15 @@ def _go_on(
             _require_numbers(scores)
             is_first = False
         token = _choose(scores, samples)
-        input_ids = torch.cat([input_ids, token[:, None]], dim=-1)
+        input_ids = torch.cat([input_ids, token], dim=-1)
         is_over = is_end(input_ids, int(token))
         if streamer is not None:
-            streamer.put(token)
+            streamer.put(token[0])
         if is_over:
             break
         position = position + 1
         told["position_ids"] = position
-        said = model(input_ids=input_ids[:, -1:], return_dict=True, **told)
+        said = model(input_ids=token, return_dict=True, **told)
     if streamer is not None:
         streamer.end()
     return input_ids
@@ -139,11 +139,10 @@ def _require_numbers(scores: torch.Tensor) -> None:
 
 
 def _choose(scores: torch.Tensor, samples: bool) -> torch.Tensor:
-    """One id of [1, V]; of the same random numbers the library's."""
+    """One id [1, 1] by scores [1, V]; of the same random numbers the library's."""
     if not samples:
-        return torch.argmax(scores, dim=-1)
-    chances = torch.nn.functional.softmax(scores, dim=-1)
-    return torch.multinomial(chances, num_samples=1).squeeze(1)
+        return torch.argmax(scores, dim=-1, keepdim=True)
+    return torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)
 
 
 def _is_usual(told: dict[str, Any]) -> bool:
@@ -184,7 +183,6 @@ class _Ends:
 
     def __call__(self, ids: torch.Tensor, token: int) -> bool:
         """ids: [1, length] with the token; every criterion is asked, for some of them count."""
-        is_over = torch.zeros(1, dtype=torch.bool)
-        for each in self._others:
-            is_over = is_over | each(ids, None)
-        return bool(is_over) or token in self._ends or ids.shape[1] >= self._most
+        others = [each(ids, None) for each in self._others]
+        is_over = any(map(bool, others))
+        return is_over or token in self._ends or ids.shape[1] >= self._most

@@ -13,6 +13,7 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.kernels.described import describe
 from moe_infinity.model.packed_linears import packed_of
+from moe_infinity.model.spinning import end_idle_threads
 from moe_infinity.model.taps import Step
 
 _LONG_CONTEXT = 4096  # tokens whose attention is worth torch's threads
@@ -63,6 +64,7 @@ class FewThreads:
                 FewThreads._before = torch.get_num_threads()
             FewThreads._num_steps += 1
         self._is_on = True
+        end_idle_threads()
         torch.set_num_threads(1)
 
     def end(self) -> None:

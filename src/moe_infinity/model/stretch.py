@@ -53,6 +53,7 @@ class Stretch:
         self._kernel = kernel
         self._hierarchy = hierarchy
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
+        self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
         self._told: list[tuple[int, int]] = [(0, 0)] * len(blocks)  # where keys and values lie
         for stage, block in enumerate(blocks):
@@ -84,28 +85,28 @@ class Stretch:
         self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], cache: Any, place: Place
     ) -> tuple[torch.Tensor, bool]:
         """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines. With
-        True: the tail was run as well, and these are its logits."""
-        self._rows[0] = x
+        True: the tail follows, and this will be its logits; ``settle`` in any case."""
+        self._first.copy_(x)
         self._remember(place.memory)
         self._stages.begin(turns, place.position)
         tail = None if self._tail is None else self._tail.call(self._rows[-1])
-        try:
-            is_ended = self._through(turns, place, tail)
-            for block in self.blocks:
-                cache.layers[block.found.layer_index].keep(place.position + 1)
-                block.num_calls += 1
-        finally:
-            if tail is not None:
-                self._kernel.settle()
+        is_ended = self._through(turns, place, tail)
+        for block in self.blocks:
+            cache.layers[block.found.layer_index].keep(place.position + 1)
+            block.num_calls += 1
         if is_ended and tail is not None:
             return tail.out, True
         return self._rows[-1].clone(), False
 
+    def settle(self) -> None:
+        """What ``run`` has begun is done, whether it returned or not."""
+        self._hierarchy.count_compute(self._kernel.settle())
+
     def _through(
         self, turns: tuple[torch.Tensor, torch.Tensor], place: Place, tail: TailCall | None
     ) -> bool:
-        """Whether the last block was run ahead, and the tail begun behind it: other threads compute
-        it while events are told."""
+        """Whether the last block was run ahead with the tail behind it: other threads compute its
+        experts while events are told."""
         at, is_ended = 0, False
         while at < len(self.blocks):
             done = self._run_ahead(at, tail)
@@ -132,7 +133,9 @@ class Stretch:
         spent_s = self._stages.run(self._kernel, first, tail)
         if spent_s:
             events = [block.told() for block in self.blocks[first : first + len(spent_s)]]
-            self._hierarchy.run_hits(events, spent_s)
+            if not self._hierarchy.run_hits(events, spent_s):
+                self.settle()  # what moves must not be read
+                self._hierarchy.run_computed(events, spent_s)
         return len(spent_s)
 
     def _run_one(

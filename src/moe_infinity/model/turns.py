@@ -41,7 +41,7 @@ class Turns:
             places = torch.arange(self._start, self._start + _AT_ONCE)
             self._made = self._rotary(x, places[None])
         cos, sin = self._made
-        return cos[:, at : at + 1], sin[:, at : at + 1]
+        return cos.narrow(1, at, 1), sin.narrow(1, at, 1)
 
 
 def _versions_of(numbers: list[torch.Tensor]) -> list[int]:

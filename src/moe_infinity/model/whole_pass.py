@@ -11,11 +11,10 @@ long as nothing about it is exchanged.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from enum import Enum
-from itertools import groupby, pairwise
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -31,13 +30,12 @@ from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
+from moe_infinity.model.table import Table
 from moe_infinity.model.tail import Tail, speed_up_tail
 from moe_infinity.model.turns import Turns, has_moving_rope
+from moe_infinity.model.watched_calls import CHANGING, PLAIN, Call, are_alike, watched
 
 _log = logging.getLogger(__name__)
-# What a block is told that is another thing at every token.
-_CHANGING = {"position_ids", CACHE, "position_embeddings"}
-_PLAIN = (type(None), bool, int, float, str)  # a mask is not among them
 
 
 class _Trust(Enum):
@@ -56,12 +54,6 @@ class _Around(NamedTuple):
     rotary: Any
     norm: Any
     head: Any
-
-
-class _Call(NamedTuple):  # of a block, as the library made it
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
 
 
 def speed_up_passes(
@@ -120,6 +112,7 @@ class WholePass:
         self.num_passes = 0  # that went this way
         self._model = model
         self._around = around
+        self._table = Table(around.embed)
         self._turns = Turns(around.rotary, has_moving_rope(model.config.get_text_config()))
         self._blocks = blocks
         self._steps = steps
@@ -162,10 +155,13 @@ class WholePass:
         x, position, turns = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(x, turns):
             return None
-        said, is_ended = self._through(x, position, turns, cache, iter(places))
-        self.num_passes += 1
-        logits = said if is_ended else self._end(said)
-        return self._kind(logits=logits, **{CACHE: cache})
+        try:
+            said, is_ended = self._through(x, position, turns, cache, iter(places))
+            self.num_passes += 1
+            logits = said if is_ended else self._end(said)
+            return self._kind(logits=logits, **{CACHE: cache})
+        finally:
+            self._stretches[-1].settle()
 
     def _begin(
         self, kwargs: dict[str, Any], length: int
@@ -175,7 +171,7 @@ class WholePass:
         position = kwargs.get("position_ids")
         if position is None:
             position = torch.tensor([[length]])
-        x = self._around.embed(kwargs["input_ids"])
+        x = self._table.of(kwargs["input_ids"])
         return x, position, self._turns.of(x, position)
 
     def _through(
@@ -186,7 +182,7 @@ class WholePass:
         cache: Any,
         places: Iterator[Place | None],
     ) -> tuple[torch.Tensor, bool]:
-        """What the last block says; with True what follows it was run as well: the logits."""
+        """What the last block says; with True what follows it is under way: the logits."""
         is_ended = False
         told = {"position_ids": position, CACHE: cache, "position_embeddings": turns}
         for step in self._steps:
@@ -205,7 +201,7 @@ class WholePass:
 
     def _compare(self, kwargs: dict[str, Any]) -> Any:
         """A pass that goes the library's way, and whether it does what this one would."""
-        with _watched(self._blocks) as calls:
+        with watched(self._blocks) as calls:
             said = self._stock(**kwargs)
         try:
             is_same = self._would_say(said, calls, kwargs)
@@ -215,12 +211,12 @@ class WholePass:
         self._trust[kwargs.get("position_ids") is None] = _Trust.SAME if is_same else _Trust.OTHER
         if is_same:
             first = calls[0].kwargs
-            self._settings = {name: first[name] for name in first.keys() - _CHANGING}
+            self._settings = {name: first[name] for name in first.keys() - CHANGING}
             self._kind = type(said)
         return said
 
-    def _would_say(self, said: Any, calls: list[_Call], kwargs: dict[str, Any]) -> bool:
-        if len(calls) != len(self._blocks) or not _are_alike(calls):
+    def _would_say(self, said: Any, calls: list[Call], kwargs: dict[str, Any]) -> bool:
+        if len(calls) != len(self._blocks) or not are_alike(calls):
             return False
         values = dict(said) if isinstance(said, dict) else {}
         if values.keys() != {"logits", CACHE}:
@@ -241,9 +237,9 @@ class WholePass:
     def _new_watch(self) -> Watch:
         """Over everything that is passed over, and the values that say how the library goes."""
         compiled = [block for stretch in self._stretches for block in stretch.blocks]
-        rotary = self._turns.bypassed
+        rotary, table = self._turns.bypassed, self._table.bypassed
         ends = [] if self._tail is None else [self._around.norm, self._around.head]
-        bypassed = [self._around.decoder, self._around.decoder.layers, *rotary, *ends]
+        bypassed = [self._around.decoder, self._around.decoder.layers, *table, *rotary, *ends]
         for block in compiled:
             bypassed += [block.found.block, *block.found.bypassed]
         configs = (self._model.config, self._model.config.get_text_config())
@@ -252,7 +248,7 @@ class WholePass:
             (each, name)
             for each in settings.values()
             for name, value in each.items()
-            if isinstance(value, _PLAIN)
+            if isinstance(value, PLAIN)
         ]
         values += [(each._buffers, name) for each in rotary for name in each._buffers]
         values += [value for block in compiled for value in block.found.values]
@@ -264,37 +260,3 @@ def _are_same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype is not other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
-
-
-def _are_alike(calls: list[_Call]) -> bool:
-    """Whether each block is shown what the one before returned, and all are told the same."""
-    first = calls[0].kwargs
-    if not first.keys() >= _CHANGING or first["position_ids"] is None:
-        return False
-    if first.get("attention_mask") is not None or not isinstance(
-        first["position_embeddings"], tuple
-    ):
-        return False
-    if not all(isinstance(first[name], _PLAIN) for name in first.keys() - _CHANGING):
-        return False
-    is_one_thing = all(len(call.args) == 1 for call in calls) and all(
-        call.kwargs.keys() == first.keys() and all(call.kwargs[n] is first[n] for n in first)
-        for call in calls
-    )
-    return is_one_thing and all(one.out is other.args[0] for one, other in pairwise(calls))
-
-
-@contextlib.contextmanager
-def _watched(blocks: Sequence[nn.Module]) -> Iterator[list[_Call]]:
-    """Calls of blocks, in their order."""
-    calls: list[_Call] = []
-
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        calls.append(_Call(args, kwargs, out))
-
-    handles = [block.register_forward_hook(note, with_kwargs=True) for block in blocks]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,7 +1,6 @@
 #include "block.hpp"
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -202,6 +201,10 @@ void Engine::route(const Block &b, const Token &token, BlockWork &w) {
 
 void Engine::sum(const Sum &s) {
     const auto turn = take_turn();
+    add_up(s);
+}
+
+void Engine::add_up(const Sum &s) {
     const size_t row_bytes = s.size * size_of(s.type);
     auto *total = static_cast<float *>(result_.reserve(size_t(s.size) * 8)), *one = total + s.size;
     std::fill(total, total + s.size, 0.0f);
@@ -217,8 +220,12 @@ void Engine::sum(const Sum &s) {
     kernels_.narrow(s.type, total, s.out, s.size);
 }
 
-void Engine::begin_tail(const Tail &t) {
+void Engine::finish(const Tail &t) {
     const auto turn = take_turn();
+    run_tail(t);
+}
+
+void Engine::run_tail(const Tail &t) {
     BlockWork &w = block_work_;
     w.make_room(t);
     kernels_.widen(t.type, t.x, w.x, t.norm.size);
@@ -232,10 +239,10 @@ void Engine::begin_tail(const Tail &t) {
     prepare(prepared_[0], t.head.format, t.type, narrow, 1, t.head.cols);
     const uint32_t rows = t.head.rows, item = size_of(t.type);
     const uint64_t each = rows_of_task(rows, rows_at_once(t.head.format, false));
-    pool_.begin(static_cast<int>((rows + each - 1) / each), [this, t, rows, item, each](int task) {
+    pool_.run(static_cast<int>((rows + each - 1) / each), [&](int task) {
         const auto first = static_cast<uint32_t>(task * each);
         const auto last = static_cast<uint32_t>(std::min<uint64_t>(rows, first + each));
-        float *logits = block_work_.q, *biases = block_work_.spare;
+        float *logits = w.q, *biases = w.spare;
         multiply(t.head, prepared_[0].tokens, first, last, logits, rows);
         if (t.bias) {
             const auto *from = static_cast<const uint8_t *>(t.bias) + size_t(first) * item;
@@ -245,37 +252,6 @@ void Engine::begin_tail(const Tail &t) {
         kernels_.narrow(t.type, logits + first, static_cast<uint8_t *>(t.out) + size_t(first) * item,
                         last - first);
     });
-}
-
-void Engine::finish(const Tail &t) {
-    begin_tail(t);
-    settle();
-}
-
-void Engine::settle() { take_turn(); }
-
-size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
-    using Clock = std::chrono::steady_clock;
-    std::vector<Call> calls;
-    for (size_t i = 0; i < count; ++i) {
-        Stage &s = stages[i];
-        attend(*s.block, s.token);
-        const Clock::time_point start = Clock::now();
-        calls.clear();
-        for (uint32_t k = 0; k < s.sum.top_k; ++k) {
-            const auto id = static_cast<uint64_t>(s.token.ids[k]);
-            if (id >= s.num_experts || !s.known[id]) return i;
-            const size_t row_bytes = s.sum.size * size_of(s.sum.type);
-            calls.push_back(s.calls[id]);
-            calls.back().x = s.token.normed;
-            calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
-        }
-        run(calls.data(), calls.size());
-        s.experts_s = std::chrono::duration<double>(Clock::now() - start).count();
-        sum(s.sum);
-    }
-    if (tail) begin_tail(*tail);
-    return count;
 }
 
 }  // namespace moe

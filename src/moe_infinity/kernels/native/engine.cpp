@@ -138,12 +138,6 @@ void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t
     product(m, x, first, last, out, out_stride);
 }
 
-std::unique_lock<std::mutex> Engine::take_turn() {
-    std::unique_lock<std::mutex> turn(turn_);
-    pool_.end();
-    return turn;
-}
-
 uint64_t Engine::rows_of_task(uint64_t total, uint32_t step) const {
     const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
     const uint64_t each = std::max<uint64_t>(step, (total + wanted - 1) / wanted);

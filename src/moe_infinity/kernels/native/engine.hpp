@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "block.hpp"
@@ -97,13 +98,14 @@ public:
     void sum(const Sum &sum);
     void attend_latents(const Latent &latent);
     void finish(const Tail &tail);
-    // What was begun is done. Anything else that is asked of the engine does that first.
-    void settle();
 
     // As many stages as have all of their chosen experts in memory; returns how many. The one
-    // after them, if there is one, is run up to the choice of its experts. Behind the last one the
-    // tail is begun, and out has to stay until that is done; null: there is none.
+    // after them, if there is one, is run up to the choice of its experts. With a tail, which
+    // follows the last one, that one's experts are only begun: other threads compute them.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
+    // What was begun is done, and what follows it; until then all memory of it has to stay. Whatever
+    // else is asked of the engine does that first. Returns the seconds it took to the experts' end.
+    double settle();
 
 private:
     struct Work;
@@ -114,7 +116,16 @@ private:
         bool is_outer;
     };
 
-    void begin_tail(const Tail &tail);
+    // What comes behind experts that were begun.
+    struct Ending {
+        Sum sum;
+        Tail tail;
+    };
+
+    void begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail);
+    double end_begun();
+    void run_tail(const Tail &tail);
+    void add_up(const Sum &sum);
     std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
     uint64_t rows_of_task(uint64_t total, uint32_t step) const;
 
@@ -127,7 +138,8 @@ private:
     void look_back(const Latent &latent, uint32_t part, uint32_t parts, LatentWork &work) const;
 
     void run_group(const Call *calls, size_t count);
-    void run_piece(const Piece &piece, const Call &call, Work &work);
+    void prepare_group(const Call *calls, size_t count);
+    void run_piece(int index, const Call *calls);
     void cut(const Call *calls, size_t count);
     bool are_many(Format weights, uint32_t num_tokens) const;
     // Room for what prepare makes of so many tokens: it asks for none then, on whichever thread.
@@ -151,6 +163,8 @@ private:
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
     std::vector<Piece> pieces_;  // of the calls that run together
+    std::optional<Ending> ending_;
+    std::vector<Call> last_calls_;  // that were begun
     BlockWork block_work_;
     LatentWork latent_work_;
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v

@@ -65,19 +65,23 @@ void Engine::run(const Call *calls, size_t count) {
 // Threads go from the first products to the second ones without meeting: each call's own waits only
 // for what it multiplies.
 void Engine::run_group(const Call *calls, size_t count) {
+    prepare_group(calls, count);
+    pool_.run(static_cast<int>(pieces_.size()), [&](int task) { run_piece(task, calls); });
+}
+
+void Engine::prepare_group(const Call *calls, size_t count) {
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     for (size_t i = 0; i < count; ++i) {
         const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
         prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
     }
     cut(calls, count);
-    pool_.run(static_cast<int>(pieces_.size()), [&](int task) {
-        const Piece &piece = pieces_[task];
-        run_piece(piece, calls[piece.call], *works_[piece.call]);
-    });
 }
 
-void Engine::run_piece(const Piece &piece, const Call &call, Work &work) {
+void Engine::run_piece(int index, const Call *calls) {
+    const Piece &piece = pieces_[index];
+    const Call &call = calls[piece.call];
+    Work &work = *works_[piece.call];
     if (!piece.is_outer) {
         inner(call, work, piece.first, piece.last);
         if (work.num_left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;

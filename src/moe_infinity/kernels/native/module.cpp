@@ -74,9 +74,9 @@ bool has_arguments(Py_ssize_t got, Py_ssize_t expected, const char *signature) {
     return got == expected;
 }
 
-// Runs without the GIL; a C++ exception becomes a Python one.
+// Runs without the GIL; a C++ exception becomes a Python one. Whether there was none.
 template <class Body>
-PyObject *without_gil(const Body &body) {
+bool is_run(const Body &body) {
     std::string error;
     Py_BEGIN_ALLOW_THREADS
     try {
@@ -85,10 +85,13 @@ PyObject *without_gil(const Body &body) {
         error = caught.what();
     }
     Py_END_ALLOW_THREADS
-    if (!error.empty()) {
-        PyErr_SetString(PyExc_MemoryError, error.c_str());
-        return nullptr;
-    }
+    if (!error.empty()) PyErr_SetString(PyExc_MemoryError, error.c_str());
+    return error.empty();
+}
+
+template <class Body>
+PyObject *without_gil(const Body &body) {
+    if (!is_run(body)) return nullptr;
     Py_RETURN_NONE;
 }
 
@@ -183,7 +186,8 @@ PyObject *settle(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arguments(count, 1, "settle(engine)")) return nullptr;
     Engine *engine = engine_of(args[0]);
     if (!engine) return nullptr;
-    return without_gil([&] { engine->settle(); });
+    double experts_s = 0;
+    return is_run([&] { experts_s = engine->settle(); }) ? PyFloat_FromDouble(experts_s) : nullptr;
 }
 
 PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -200,11 +204,9 @@ PyObject *run_ahead(PyObject *, PyObject *const *args, Py_ssize_t count) {
     const bool has_tail = args[3] != Py_None;
     if (has_tail && !copy_one(args[3], tail)) return nullptr;
     size_t done = 0;
-    PyObject *none = without_gil(
-        [&] { done = engine->run_ahead(stages, num_stages, has_tail ? &tail : nullptr); });
-    if (!none) return nullptr;
-    Py_DECREF(none);
-    return PyLong_FromSize_t(done);
+    const bool is_well =
+        is_run([&] { done = engine->run_ahead(stages, num_stages, has_tail ? &tail : nullptr); });
+    return is_well ? PyLong_FromSize_t(done) : nullptr;
 }
 
 // The weights that stream by push all else out of the processor's caches: dictionaries are on their
@@ -276,12 +278,14 @@ PyMethodDef methods[] = {
     {"sum", as_function(sum), METH_FASTCALL, "sum(engine, sum): see block.hpp for its layout."},
     {"finish", as_function(finish), METH_FASTCALL,
      "finish(engine, tail): see block.hpp for its layout."},
-    {"settle", as_function(settle), METH_FASTCALL, "settle(engine): what was begun is done."},
+    {"settle", as_function(settle), METH_FASTCALL,
+     "settle(engine): what was begun is done; the seconds that experts took of it."},
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,
      "run_ahead(engine, stages, count, tail): stages at an address, see block.hpp; how many were run"
-     " whole. A tail that is not None is begun behind the last, and done at the engine's next call."},
+     " whole. With a tail that is not None the last's experts, and it behind them, are only begun:"
+     " they are done at the engine's next call."},
     {"are_kept", as_function(are_kept), METH_FASTCALL,
      "are_kept(dictionaries, names, values): whether each holds that very object under its name;"
      " None: or nothing."},
