@@ -81,7 +81,6 @@ _LIMITED = {
     "peers_olmoe_mxfp4": "OLMoE, MXFP4",
     "peers_olmoe_q8_0": "OLMoE, Q8_0",
     "peers_olmoe_q8_0_again": "OLMoE, Q8_0, again",
-    "peers_olmoe_q8_0_third": "OLMoE, Q8_0, a third time",
     "peers_olmoe_f16": "OLMoE, 16 bit",
 }
 _LIMITED_AVX2 = {
