@@ -12,7 +12,6 @@ memory-mapped, without repacking (repacking copies what does not fit).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -119,7 +118,8 @@ class Peer:
     """One system in a process inside its limit; a turn is one request. Close it."""
 
     def __init__(self, python: str, job: dict, limit_bytes: int) -> None:
-        self._limit = MemoryLimit(f"moe-infinity-peers-{job['worker']}-{id(job)}", limit_bytes)
+        name = f"moe-infinity-peers-{job['worker']}-{Path(job['path']).name}"
+        self._limit = MemoryLimit(name, limit_bytes)
         self._state = tempfile.TemporaryDirectory()  # nothing learned in an earlier trial
         subprocess.run(["sync"], check=True)
         drop_page_cache(Path(job["path"]))
@@ -133,7 +133,7 @@ class Peer:
         assert stdin is not None
         assert stdout is not None
         time.sleep(PAUSE_S)
-        with contextlib.suppress(BrokenPipeError):
+        with suppress(BrokenPipeError):
             stdin.write(f"{direction}\n")
             stdin.flush()
         line = stdout.readline()

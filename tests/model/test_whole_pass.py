@@ -22,6 +22,7 @@ from moe_infinity.kernels.described import describe
 from moe_infinity.kernels.stages import Stages
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.routers import RouterTaps
+from moe_infinity.model.stretch import Stretch
 from moe_infinity.model.tail import Tail
 from moe_infinity.model.whole_pass import WholePass
 from support.checkpoints import edit_config, tiny_checkpoint
@@ -159,22 +160,37 @@ def test_what_was_begun_is_done_at_the_next_call(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_what_was_begun_is_done_before_its_memory_goes(
-    small: Path, monkeypatch: pytest.MonkeyPatch
+    small: Path, num_threads: int, is_closed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun: list[torch.Tensor] = []
-    with opened(small) as moe:
-        found, kernel = logits(moe, 40), moe._wiring.kernel
+    """Whoever is interrupted settles; the end of the threads does where nobody could."""
+    before, begun = torch.get_num_threads(), list[torch.Tensor]()
+    torch.set_num_threads(num_threads)
+    try:
+        with opened(small) as moe:
+            found, kernel = logits(moe, 40), moe._wiring.kernel
+            assert isinstance(kernel, native.Kernel)
 
-        def interrupt(*args: Any) -> bool:
-            begun.extend(call.out for call in kernel._begun)
-            raise KeyboardInterrupt
+            def interrupt(*args: Any) -> bool:
+                begun.extend(call.out.fill_(torch.nan) for call in kernel._begun)
+                raise KeyboardInterrupt
 
-        monkeypatch.setattr(RamHierarchy, "run_hits", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            logits(moe, 40)
-        assert len(begun) == 1 and not kernel._begun
-        assert any(torch.equal(begun[0][0], each[None]) for each in found)
+            monkeypatch.setattr(RamHierarchy, "run_hits", interrupt)
+            if is_closed:
+                monkeypatch.setattr(Stretch, "settle", lambda stretch: None)
+            with pytest.raises(KeyboardInterrupt):
+                logits(moe, 40)
+            assert len(begun) == 1
+            if is_closed:
+                assert begun[0].isnan().all(), "the head waits for the experts"
+                kernel.close()
+            else:
+                assert not kernel._begun and kernel.settle() == 0, "nothing is left"
+            assert any(torch.equal(begun[0][0], each[None]) for each in found)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("in_place", [True, False])

@@ -13,13 +13,13 @@ class Table:
 
     def __init__(self, embed: Any) -> None:
         is_plain = type(embed) is nn.Embedding and "forward" not in vars(embed)
+        is_plain = is_plain and embed.max_norm is None  # else it writes to its rows
         self._embed = embed
-        self._is_plain = is_plain and embed.max_norm is None  # else it writes to its rows
-        self.bypassed: list[nn.Module] = [embed] if self._is_plain else []
+        self.bypassed: list[nn.Module] = [embed] if is_plain else []
 
     def of(self, ids: torch.Tensor) -> torch.Tensor:
         """Ids [1, 1] -> [1, 1, H]."""
-        if self._is_plain:
+        if self.bypassed:
             return torch.embedding(self._embed.weight, ids)
         said: torch.Tensor = self._embed(ids)
         return said

@@ -37,9 +37,9 @@ void BlockWork::make_room(const Block &b) {
 }
 
 void BlockWork::make_room(const Tail &t) {
-    const size_t hidden = t.norm.size, rows = t.head.rows, most = std::max(hidden, rows);
-    x = static_cast<float *>(floats.reserve((hidden + rows + most) * 4));
-    q = x + hidden, spare = q + rows;
+    const size_t hidden = t.norm.size;
+    x = static_cast<float *>(floats.reserve(2 * hidden * 4));
+    spare = x + hidden;
 }
 
 void Engine::attend(const Block &b, const Token &token) {
@@ -236,22 +236,7 @@ void Engine::run_tail(const Tail &t) {
     }
     void *narrow = w.narrow.reserve(t.norm.size * 4);
     kernels_.narrow(t.type, w.x, narrow, t.norm.size);
-    prepare(prepared_[0], t.head.format, t.type, narrow, 1, t.head.cols);
-    const uint32_t rows = t.head.rows, item = size_of(t.type);
-    const uint64_t each = rows_of_task(rows, rows_at_once(t.head.format, false));
-    pool_.run(static_cast<int>((rows + each - 1) / each), [&](int task) {
-        const auto first = static_cast<uint32_t>(task * each);
-        const auto last = static_cast<uint32_t>(std::min<uint64_t>(rows, first + each));
-        float *logits = w.q, *biases = w.spare;
-        multiply(t.head, prepared_[0].tokens, first, last, logits, rows);
-        if (t.bias) {
-            const auto *from = static_cast<const uint8_t *>(t.bias) + size_t(first) * item;
-            kernels_.widen(t.type, from, biases + first, last - first);
-            for (uint32_t r = first; r < last; ++r) logits[r] += biases[r];
-        }
-        kernels_.narrow(t.type, logits + first, static_cast<uint8_t *>(t.out) + size_t(first) * item,
-                        last - first);
-    });
+    multiply_all(t.head, narrow, 1, t.type, t.out, t.bias);
 }
 
 }  // namespace moe

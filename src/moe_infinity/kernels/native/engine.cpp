@@ -163,6 +163,11 @@ void Engine::share(size_t count, const std::vector<uint32_t> &rows, uint32_t ste
 void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                      const void *bias) {
     const auto turn = take_turn();
+    multiply_all(m, x, num_tokens, type, out, bias);
+}
+
+void Engine::multiply_all(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
+                          const void *bias) {
     const size_t item = size_of(type);
     float *biases = nullptr;
     if (bias) {

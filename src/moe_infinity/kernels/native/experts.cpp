@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
 
 #include "engine.hpp"
 #include "parts.hpp"
@@ -49,7 +50,12 @@ struct Engine::Work {
 
 Engine::Engine(int num_threads, const Kernels &kernels) : kernels_(kernels), pool_(num_threads) {}
 
-Engine::~Engine() { settle(); }
+Engine::~Engine() {
+    try {
+        settle();
+    } catch (const std::exception &) {  // no memory for what follows the experts: nobody waits for it
+    }
+}
 
 void Engine::run(const Call *calls, size_t count) {
     const auto turn = take_turn();
