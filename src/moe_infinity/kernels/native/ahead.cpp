@@ -30,10 +30,13 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
             calls.back().x = s.token.normed;
             calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
         }
-        const bool is_end = tail && i + 1 == count;
-        is_end ? begin_end(calls, s.sum, *tail) : run(calls.data(), calls.size());
+        if (tail && i + 1 == count) {
+            begin_end(calls, s.sum, *tail);
+        } else {
+            const auto turn = take_turn();
+            run_group(calls.data(), calls.size(), &s.sum);
+        }
         s.experts_s = seconds_since(start);
-        if (!is_end) sum(s.sum);
     }
     return count;
 }
@@ -41,10 +44,10 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
 void Engine::begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail) {
     const auto turn = take_turn();
     last_calls_.swap(calls);
-    prepare_group(last_calls_.data(), last_calls_.size());
+    prepare_group(last_calls_.data(), last_calls_.size(), &sum);
     ending_ = {sum, tail};
     pool_.begin(static_cast<int>(pieces_.size()),
-                [this](int task) { run_piece(task, last_calls_.data()); });
+                [this](int task) { run_piece(task, last_calls_.data(), &ending_->sum); });
 }
 
 double Engine::settle() {
@@ -63,10 +66,9 @@ double Engine::end_begun() {
     const Clock::time_point start = Clock::now();
     pool_.end();
     const double experts_s = seconds_since(start);
-    const Ending ending = *ending_;
+    const Tail tail = ending_->tail;
     ending_.reset();
-    add_up(ending.sum);
-    run_tail(ending.tail);
+    run_tail(tail);
     return experts_s;
 }
 

@@ -116,7 +116,7 @@ const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
     static const Kernels kernels = {"avx512_bf16", true, either, grouped, super, either_many,
                                     grouped_many, true, quantise, arrange, activate, round_to, widen, narrow,
-                                    normalise, exponentiate, mix};
+                                    add_scaled, normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

@@ -89,7 +89,7 @@ void Engine::products(const Matrix *const *matrices, const void *const *biases, 
         if (ready[i] == i) prepare(prepared_[i], matrices[i]->format, type, narrow, 1, cols);
         rows_.push_back(matrices[i]->rows);
     }
-    share(count, rows_, step, [&](size_t i, uint32_t first, uint32_t last) {
+    share(rows_, step, [&](size_t i, uint32_t first, uint32_t last) {
         multiply(*matrices[i], prepared_[ready[i]].tokens, first, last, outs[i], matrices[i]->rows);
     });
     for (size_t i = 0; i < count; ++i) {
@@ -201,23 +201,24 @@ void Engine::route(const Block &b, const Token &token, BlockWork &w) {
 
 void Engine::sum(const Sum &s) {
     const auto turn = take_turn();
-    add_up(s);
+    add_up(s, 0, s.size);
 }
 
-void Engine::add_up(const Sum &s) {
-    const size_t row_bytes = s.size * size_of(s.type);
-    auto *total = static_cast<float *>(result_.reserve(size_t(s.size) * 8)), *one = total + s.size;
-    std::fill(total, total + s.size, 0.0f);
-    for (uint32_t k = 0; k < s.top_k; ++k) {
-        kernels_.widen(s.type, static_cast<const uint8_t *>(s.outs) + k * row_bytes, one, s.size);
-        for (uint32_t i = 0; i < s.size; ++i) one[i] *= s.weights[k];
-        if (s.rounds) kernels_.round(s.type, one, s.size);
-        for (uint32_t i = 0; i < s.size; ++i) total[i] += one[i];
+void Engine::add_up(const Sum &s, uint32_t first, uint32_t last) const {
+    constexpr uint32_t kSome = 256;
+    float total[kSome];
+    const size_t item = size_of(s.type);
+    for (uint32_t start = first; start < last; start += kSome) {
+        const uint32_t count = std::min(kSome, last - start);
+        std::fill(total, total + count, 0.0f);
+        for (uint32_t k = 0; k < s.top_k; ++k) {
+            const auto *one = static_cast<const uint8_t *>(s.outs) + (size_t(k) * s.size + start) * item;
+            kernels_.add_scaled(s.type, one, s.weights[k], s.rounds, total, count);
+        }
+        kernels_.round(s.type, total, count);
+        kernels_.add_scaled(s.type, static_cast<const uint8_t *>(s.h) + start * item, 1, false, total, count);
+        kernels_.narrow(s.type, total, static_cast<uint8_t *>(s.out) + start * item, count);
     }
-    kernels_.round(s.type, total, s.size);
-    kernels_.widen(s.type, s.h, one, s.size);
-    for (uint32_t i = 0; i < s.size; ++i) total[i] += one[i];
-    kernels_.narrow(s.type, total, s.out, s.size);
 }
 
 void Engine::finish(const Tail &t) {

@@ -12,8 +12,8 @@ namespace {
 
 // Of a tile, of a panel, and of a register of words for eight rows each.
 constexpr uint32_t kRowsAtOnce = 4, kManyRowsAtOnce = 32, kAwqRowsAtOnce = 128;
-// So many that a thread that was interrupted, or came later, holds up little.
-constexpr uint32_t kTasksPerThread = 8;
+// A piece is this part of what is left for each thread, and no smaller than that of all.
+constexpr uint32_t kShareOfLeft = 2, kShareOfAll = 16;
 
 // Whether some tokens are multiplied as int8 by what this format codes.
 bool takes_int8(const Kernels &kernels, Format format, bool is_many) {
@@ -138,25 +138,30 @@ void Engine::multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t
     product(m, x, first, last, out, out_stride);
 }
 
-uint64_t Engine::rows_of_task(uint64_t total, uint32_t step) const {
-    const uint64_t wanted = uint64_t(pool_.num_threads()) * kTasksPerThread;
-    const uint64_t each = std::max<uint64_t>(step, (total + wanted - 1) / wanted);
-    return (each + step - 1) / step * step;
+// Large pieces first, for long stretches of memory are read best; small ones at the end, so that
+// threads are done together, also where one was interrupted or came later.
+void Engine::cut(const std::vector<uint32_t> &rows, uint32_t at_once, Step step) {
+    uint64_t left = 0;
+    for (const uint32_t each : rows) left += each;
+    const auto num_threads = static_cast<uint64_t>(pool_.num_threads());
+    const uint64_t least = left / (num_threads * kShareOfAll);
+    for (uint32_t i = 0; i < rows.size(); ++i) {
+        for (uint64_t first = 0, last; first < rows[i]; first = last) {
+            const uint64_t wanted = std::max(least, left / (num_threads * kShareOfLeft));
+            last = std::min<uint64_t>(rows[i], first + (wanted / at_once + 1) * at_once);
+            pieces_.push_back(
+                {i, static_cast<uint32_t>(first), static_cast<uint32_t>(last), step});
+            left -= last - first;
+        }
+    }
 }
 
-void Engine::share(size_t count, const std::vector<uint32_t> &rows, uint32_t step, const Rows &body) {
-    uint64_t total = 0;
-    for (size_t i = 0; i < count; ++i) total += rows[i];
-    const uint64_t each = rows_of_task(total, step);
-    int num_tasks = 0;
-    for (size_t i = 0; i < count; ++i) num_tasks += static_cast<int>((rows[i] + each - 1) / each);
-    pool_.run(num_tasks, [&](int task) {
-        auto left = static_cast<uint64_t>(task);
-        size_t i = 0;
-        for (; left >= (rows[i] + each - 1) / each; ++i) left -= (rows[i] + each - 1) / each;
-        const uint64_t first = left * each;
-        body(i, static_cast<uint32_t>(first),
-             static_cast<uint32_t>(std::min<uint64_t>(rows[i], first + each)));
+void Engine::share(const std::vector<uint32_t> &rows, uint32_t at_once, const Rows &body) {
+    pieces_.clear();
+    cut(rows, at_once, Step::outer);
+    pool_.run(static_cast<int>(pieces_.size()), [&](int task) {
+        const Piece &piece = pieces_[task];
+        body(piece.index, piece.first, piece.last);
     });
 }
 
@@ -184,7 +189,7 @@ void Engine::multiply_all(const Matrix &m, const void *x, uint32_t num_tokens, T
         rows_.assign(1, m.rows);
         const Tokens &tokens = prepared_[0].tokens;
         const uint32_t step = rows_at_once(m.format, tokens.is_many);
-        share(1, rows_, step, [&](size_t, uint32_t first, uint32_t last) {
+        share(rows_, step, [&](size_t, uint32_t first, uint32_t last) {
             multiply(m, tokens, first, last, values, m.rows);
             for (uint32_t t = 0; t < count; ++t) {
                 float *row = values + size_t(t) * m.rows;

@@ -1,6 +1,7 @@
 // Products and whole experts over several threads.
 #pragma once
 
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <functional>
@@ -110,10 +111,13 @@ public:
 private:
     struct Work;
 
-    // Of a call, rows of what lies between its products, or of its result.
+    // Of calls: what lies between their products, their results, the sum of those.
+    enum class Step { inner, outer, sum };
+
+    // Rows of one of several products, or columns of a sum.
     struct Piece {
-        uint32_t call, first, last;
-        bool is_outer;
+        uint32_t index, first, last;
+        Step step;
     };
 
     // What comes behind experts that were begun.
@@ -125,9 +129,9 @@ private:
     void begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail);
     double end_begun();
     void run_tail(const Tail &tail);
-    void add_up(const Sum &sum);
+    void add_up(const Sum &sum, uint32_t first, uint32_t last) const;  // of its columns
     std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
-    uint64_t rows_of_task(uint64_t total, uint32_t step) const;
+    void cut(const std::vector<uint32_t> &rows, uint32_t at_once, Step step);  // adds to pieces_
 
     void products(const Matrix *const *matrices, const void *const *biases, float *const *outs,
                   size_t count, Type type, const float *x, BlockWork &work);
@@ -137,10 +141,11 @@ private:
     void route(const Block &block, const Token &token, BlockWork &work);
     void look_back(const Latent &latent, uint32_t part, uint32_t parts, LatentWork &work) const;
 
-    void run_group(const Call *calls, size_t count);
-    void prepare_group(const Call *calls, size_t count);
-    void run_piece(int index, const Call *calls);
-    void cut(const Call *calls, size_t count);
+    // sum: of what the calls say, or null.
+    void run_group(const Call *calls, size_t count, const Sum *sum);
+    void prepare_group(const Call *calls, size_t count, const Sum *sum);
+    void run_piece(int index, const Call *calls, const Sum *sum);
+    void cut_calls(const Call *calls, size_t count);
     bool are_many(Format weights, uint32_t num_tokens) const;
     // Room for what prepare makes of so many tokens: it asks for none then, on whichever thread.
     void reserve(Prepared &room, Format weights, Type type, uint32_t num_tokens, uint32_t cols) const;
@@ -158,13 +163,14 @@ private:
     void inner(const Call &call, Work &work, uint32_t first, uint32_t last) const;
     void outer(const Call &call, const Work &work, uint32_t first, uint32_t last) const;
     using Rows = std::function<void(size_t matrix, uint32_t first, uint32_t last)>;
-    void share(size_t count, const std::vector<uint32_t> &rows, uint32_t step, const Rows &body);
+    void share(const std::vector<uint32_t> &rows, uint32_t at_once, const Rows &body);
 
     const Kernels &kernels_;
     Pool pool_;
     std::mutex turn_;
     std::vector<std::unique_ptr<Work>> works_;
-    std::vector<Piece> pieces_;  // of the calls that run together
+    std::vector<Piece> pieces_;  // of what runs together
+    std::atomic<uint32_t> num_outer_left_{0};  // of them
     std::optional<Ending> ending_;
     std::vector<Call> last_calls_;  // that were begun
     BlockWork block_work_;

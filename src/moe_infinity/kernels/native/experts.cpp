@@ -11,6 +11,8 @@ namespace moe {
 
 namespace {
 
+constexpr uint32_t kSumAtOnce = 256;  // columns
+
 // The same calls, each in its parts.
 std::vector<Call> in_parts(const Call *calls, size_t count) {
     std::vector<Call> all;
@@ -62,33 +64,41 @@ void Engine::run(const Call *calls, size_t count) {
     const std::vector<Call> parts = in_parts(calls, count);
     // Parts of one call one after the other, or scratch memory would grow with the prompt.
     if (parts.size() == count) {
-        run_group(parts.data(), parts.size());
+        run_group(parts.data(), parts.size(), nullptr);
     } else {
-        for (const Call &part : parts) run_group(&part, 1);
+        for (const Call &part : parts) run_group(&part, 1, nullptr);
     }
 }
 
-// Threads go from the first products to the second ones without meeting: each call's own waits only
-// for what it multiplies.
-void Engine::run_group(const Call *calls, size_t count) {
-    prepare_group(calls, count);
-    pool_.run(static_cast<int>(pieces_.size()), [&](int task) { run_piece(task, calls); });
+// Threads go from the first products to the second ones, and to the sum, without meeting: each
+// call's own waits only for what it multiplies.
+void Engine::run_group(const Call *calls, size_t count, const Sum *sum) {
+    prepare_group(calls, count, sum);
+    pool_.run(static_cast<int>(pieces_.size()), [&](int task) { run_piece(task, calls, sum); });
 }
 
-void Engine::prepare_group(const Call *calls, size_t count) {
+void Engine::prepare_group(const Call *calls, size_t count, const Sum *sum) {
     while (works_.size() < count) works_.push_back(std::make_unique<Work>());
     for (size_t i = 0; i < count; ++i) {
         const bool is_shared = i > 0 && share_tokens(calls[0], calls[i]);
         prepare_call(calls[i], is_shared ? works_[0].get() : nullptr, *works_[i]);
     }
-    cut(calls, count);
+    cut_calls(calls, count);
+    if (!sum) return;
+    rows_.assign(1, sum->size);
+    cut(rows_, kSumAtOnce, Step::sum);
 }
 
-void Engine::run_piece(int index, const Call *calls) {
+void Engine::run_piece(int index, const Call *calls, const Sum *sum) {
     const Piece &piece = pieces_[index];
-    const Call &call = calls[piece.call];
-    Work &work = *works_[piece.call];
-    if (!piece.is_outer) {
+    if (piece.step == Step::sum) {
+        spin_until([&] { return !num_outer_left_.load(std::memory_order_acquire); });
+        add_up(*sum, piece.first, piece.last);
+        return;
+    }
+    const Call &call = calls[piece.index];
+    Work &work = *works_[piece.index];
+    if (piece.step == Step::inner) {
         inner(call, work, piece.first, piece.last);
         if (work.num_left.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
         prepare_inner(call, work);
@@ -97,36 +107,34 @@ void Engine::run_piece(int index, const Call *calls) {
     }
     spin_until([&] { return work.is_ready.load(std::memory_order_acquire); });
     outer(call, work, piece.first, piece.last);
+    num_outer_left_.fetch_sub(1, std::memory_order_release);
 }
 
 // All pieces of first products come before those of second ones: these wait for the others.
-void Engine::cut(const Call *calls, size_t count) {
-    uint64_t num_inner = 0, num_outer = 0;
+void Engine::cut_calls(const Call *calls, size_t count) {
     uint32_t inner_step = 1, outer_step = 1;
     for (size_t i = 0; i < count; ++i) {
         const Call &call = calls[i];
         const auto step = [&](const Matrix &m) {
             return rows_at_once(m.format, are_many(m.format, call.num_tokens));
         };
-        num_inner += call.up.rows, num_outer += call.down.rows;
         inner_step = std::max(inner_step, step(call.up));
         if (works_[i]->gate_apart) inner_step = std::max(inner_step, step(call.gate));
         outer_step = std::max(outer_step, step(call.down));
+        works_[i]->num_left = 0;
     }
     pieces_.clear();
-    const auto add = [this](size_t call, uint64_t rows, uint64_t each, bool is_outer) {
-        for (uint64_t first = 0; first < rows; first += each)
-            pieces_.push_back({static_cast<uint32_t>(call), static_cast<uint32_t>(first),
-                               static_cast<uint32_t>(std::min(rows, first + each)), is_outer});
-    };
+    rows_.clear();
+    for (size_t i = 0; i < count; ++i) rows_.push_back(calls[i].up.rows);
+    cut(rows_, inner_step, Step::inner);
+    const size_t num_inner = pieces_.size();
+    for (const Piece &piece : pieces_) ++works_[piece.index]->num_left;
     for (size_t i = 0; i < count; ++i) {
-        const size_t before = pieces_.size();
-        add(i, calls[i].up.rows, rows_of_task(num_inner, inner_step), false);
-        works_[i]->num_left = static_cast<uint32_t>(pieces_.size() - before);
-        works_[i]->is_ready = pieces_.size() == before;  // there is nothing to wait for
+        works_[i]->is_ready = !works_[i]->num_left;  // there is nothing to wait for
+        rows_[i] = calls[i].down.rows;
     }
-    for (size_t i = 0; i < count; ++i)
-        add(i, calls[i].down.rows, rows_of_task(num_outer, outer_step), true);
+    cut(rows_, outer_step, Step::outer);
+    num_outer_left_ = static_cast<uint32_t>(pieces_.size() - num_inner);
 }
 
 // What the first product needs, and room for what comes after it. same: who has these tokens ready.

@@ -120,6 +120,8 @@ struct Kernels {
     void (*round)(Type to, float *x, size_t count);              // in place
     void (*widen)(Type from, const void *x, float *out, size_t count);
     void (*narrow)(Type to, const float *x, void *out, size_t count);
+    // total += scale * x; each product is rounded to x's type before, if it says so.
+    void (*add_scaled)(Type type, const void *x, float scale, bool rounds, float *total, size_t count);
     void (*normalise)(float *x, size_t count, float eps);        // in place, to a mean square of 1
     // x to exp(x - largest x), in place; the largest and the sum of the results.
     void (*exponentiate)(float *x, size_t count, float *largest_and_sum);

@@ -26,8 +26,8 @@ static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
 const Kernels *portable_kernels() {
     using namespace portable;
     static const Kernels kernels = {"portable", false, floating, grouped, nullptr, nullptr, nullptr, false,
-                                    quantise, nullptr, activate, round_to, widen, narrow, normalise,
-                                    exponentiate, mix};
+                                    quantise, nullptr, activate, round_to, widen, narrow, add_scaled,
+                                    normalise, exponentiate, mix};
     return &kernels;
 }
 
