@@ -202,7 +202,7 @@ def ours(job: dict) -> Iterator[Callable[[int], dict]]:
             self._num_before, self._forced = num_before, forced
 
         def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            scores[0, self._forced[ids.shape[1] - self._num_before]] = torch.inf
+            scores.numpy()[0, self._forced[ids.shape[1] - self._num_before]] = torch.inf
             return scores
 
     with MoE(job["path"], ram=job["limit"] or "auto", max_context=job["context"]) as moe:

@@ -229,10 +229,38 @@ def test_who_changes_what_a_block_returns_is_heard(
     assert torch.equal(ahead, run())
 
 
+def test_what_is_changed_in_mid_conversation_is_told_once(
+    small: Path, ran_whole: list[int], never: Callable[[], None]
+) -> None:
+    """That a part was exchanged is seen while compiled code is at work, and before anybody is told
+    of it."""
+
+    def run() -> tuple[torch.Tensor, list[Any], int]:
+        with opened(small) as moe:
+            weight = moe.model.model.layers[1].self_attn.q_proj.weight
+
+            def before(step: int, cache: Any) -> Any:
+                if step == 9:
+                    weight.data = weight.data * 1.5  # and the old memory is let go
+                return cache
+
+            logits(moe)
+            found = logits(moe, 20, before)
+            told = [(a.layer, a.experts.tolist()) for a in moe._wiring.recorder.accesses]
+            return found, told, moe.stats(total=True).decode.hits
+
+    changed = run()
+    assert ran_whole[-1] == 3, "it was under way"
+    never()
+    library = run()
+    assert torch.equal(changed[0], library[0])
+    assert changed[1:] == library[1:]
+
+
 def test_whoever_keeps_changing_things_does_not_pay_twice(
     small: Path, ran_whole: list[int]
 ) -> None:
-    """Nothing is run together whose results somebody wants to change."""
+    """Nothing is told whose results somebody wants to change, and only once is it computed."""
 
     def steer(module: Any, args: Any, out: torch.Tensor) -> None:
         out += 0.5
@@ -243,7 +271,7 @@ def test_whoever_keeps_changing_things_does_not_pay_twice(
         for block in moe.model.model.layers:
             block.register_forward_hook(steer)
         logits(moe, 20)
-    assert not ran_whole
+    assert len(ran_whole) <= 1
 
 
 def test_a_hook_that_fails_in_mid_pass(small: Path) -> None:
@@ -280,7 +308,7 @@ def test_caches_are_let_go(small: Path, ran_whole: list[int]) -> None:
             for token in range(8):
                 moe(torch.tensor([[token]]), past_key_values=cache)
         assert sum(ran_whole) > 0
-        room = weakref.ref(cache.layers[0].next_place()[0])
+        room = weakref.ref(cache.layers[0].lone_place(torch.bfloat16)[0][0])
         del cache
         gc.collect()
         assert room() is None

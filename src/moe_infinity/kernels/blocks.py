@@ -18,7 +18,7 @@ _NORM = struct.Struct("<QfI")
 _REST = struct.Struct("<fIIIIIIIII")
 _TOKEN = struct.Struct("<12Q")
 _SUM = struct.Struct("<4Q4I")
-_ENDS = struct.Struct("<2Q")  # of a tail: x, out
+_ENDS = struct.Struct("<3Q")  # of a tail: x, out, scores
 _TAIL = struct.Struct("<QII")  # behind the head's matrix and the norm
 
 
@@ -183,15 +183,19 @@ def pack_tail(norm: Norm, head: Linear | None) -> bytes:
 
 
 class TailCall(NamedTuple):
-    """A packed tail about a token, and where its word on that goes."""
+    """A packed tail about a token, and where its word on that goes; scores: in float32 too."""
 
     packed: bytes
     out: torch.Tensor
+    scores: torch.Tensor | None
 
 
-def tail_call(tail: bytes, x: torch.Tensor, out: torch.Tensor) -> TailCall:
-    """x: [H] in all, contiguous as out is; it has to stay until the call."""
-    return TailCall(_ENDS.pack(x.data_ptr(), out.data_ptr()) + tail, out)
+def tail_call(
+    tail: bytes, x: torch.Tensor, out: torch.Tensor, scores: torch.Tensor | None = None
+) -> TailCall:
+    """x: [H] in all, contiguous as out is; it has to stay until the call. scores: of a head."""
+    scores_at = 0 if scores is None else scores.data_ptr()
+    return TailCall(_ENDS.pack(x.data_ptr(), out.data_ptr(), scores_at) + tail, out, scores)
 
 
 def _pack_norm(norm: Norm | None) -> bytes:

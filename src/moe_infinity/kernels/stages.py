@@ -37,6 +37,7 @@ class Stages:
         row_bytes = rows.stride(0) * rows.element_size()
         at = rows.data_ptr() + row_bytes * np.arange(len(rows), dtype=np.uint64)
         self._words[:, _X], self._words[:, _OUT] = at[:-1], at[1:]
+        self._first_at = rows.data_ptr()
 
     def describe(
         self,
@@ -68,9 +69,11 @@ class Stages:
         at = (keys.data_ptr(), values.data_ptr(), keys.shape[-2])
         self._words[stage, _KEYS:_POSITION] = at
 
-    def begin(self, positions: tuple[torch.Tensor, torch.Tensor], position: int) -> None:
-        """Of a token, cosines and sines, and how many there are before it."""
-        self._words[:, _COS : _SIN + 1] = [each.data_ptr() for each in positions]
+    def begin(self, x_at: int | None, turns_at: tuple[int, ...], position: int) -> None:
+        """Of a token, where it lies, None being the first row; where its cosines and sines lie;
+        and how many tokens there are before it."""
+        self._words[0, _X] = self._first_at if x_at is None else x_at
+        self._words[:, _COS : _SIN + 1] = turns_at
         self._words[:, _POSITION] = position
 
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:

@@ -16,6 +16,7 @@ import torch
 
 from moe_infinity.errors import CorruptCheckpointError
 from moe_infinity.model.cache_name import CACHE
+from moe_infinity.model.float_scores import last_scores
 
 # Of ``generate``: what changes neither how its tokens are found nor what it returns. Not
 # stop_strings, whose tokenizer the library forgets where the loop is not its own.
@@ -106,8 +107,7 @@ def _go_on(
     position = told["position_ids"][..., -1:]
     is_first = True
     while True:
-        # A copy: processors write to it, and a long prompt's logits need not stay.
-        scores = said.logits.select(1, -1).to(copy=True, dtype=torch.float32)
+        scores = last_scores(said)
         del said
         for process in processors:
             scores = process(input_ids, scores)

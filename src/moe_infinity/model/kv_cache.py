@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from moe_infinity.checkpoint.direct_io import allocate
 from moe_infinity.errors import PlanExceededError
 
+_Memory = tuple[torch.Tensor, torch.Tensor]  # of all keys and all values
+
 
 @dataclass(frozen=True)
 class FixedPlace:
@@ -131,13 +133,19 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         values.index_copy_(-2, fixed.position, value_states)
         return keys.narrow(-2, 0, fixed.length), values.narrow(-2, 0, fixed.length)
 
-    def next_place(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
-        """What ``extend`` by one token would return if nothing has to be moved or made for it, and
-        there is room; else None. Changes nothing."""
-        room, start = self._room, self.get_seq_length()
-        if room is None or start == 0 or start >= self._max_context:
+    def lone_place(self, dtype: torch.dtype) -> tuple[_Memory, int] | None:
+        """The memory of all keys and all values, each [1, heads, max_context, head_dim] of this
+        dtype, and where the next token's go; None where something has to be moved or made for it,
+        or there is no room. Changes nothing."""
+        room, start = self._room, self._kept
+        if room is None:
             return None
-        return (*room, start) if self._is_in(room) else None
+        if start is None:
+            start = self.get_seq_length()
+            is_it = self.is_one_row_of(dtype) and self._is_in(room)
+        else:
+            is_it = room[0].dtype is dtype and len(room[0]) == 1
+        return (room, start) if is_it and 0 < start < self._max_context else None
 
     def is_one_row_of(self, dtype: torch.dtype) -> bool:
         """Whether it holds keys [1, heads, length, head_dim] of this dtype."""
@@ -177,13 +185,17 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         return torch.frombuffer(memory, dtype=like.dtype, count=math.prod(shape)).view(shape)
 
 
-def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLayer | None:
-    """Layer ``index`` of a cache if compiled code can write there: begun, of one row, in dtype."""
+def preallocated_layer(cache: Any, index: int) -> PreallocatedLayer | None:
+    """Layer ``index`` of a cache, if it is one and has begun."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    if type(layer) is not PreallocatedLayer or not layer.is_initialized:
-        return None
-    return layer if layer.is_one_row_of(dtype) else None
+    return layer if type(layer) is PreallocatedLayer and layer.is_initialized else None
+
+
+def one_row_layer(cache: Any, index: int, dtype: torch.dtype) -> PreallocatedLayer | None:
+    """Layer ``index`` of a cache if compiled code can write there: begun, of one row, in dtype."""
+    layer = preallocated_layer(cache, index)
+    return layer if layer is not None and layer.is_one_row_of(dtype) else None
 
 
 # MiniMax takes only a cache class of its own. Jamba's pass over several tokens starts from an empty

@@ -8,7 +8,8 @@ and it goes on behind them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +20,9 @@ from moe_infinity.cache.base import Hierarchy
 from moe_infinity.kernels.blocks import TailCall
 from moe_infinity.kernels.native import Kernel
 from moe_infinity.kernels.stages import Stages
+from moe_infinity.model.beginning import Beginning
 from moe_infinity.model.blocks import CompiledBlock
-from moe_infinity.model.kv_cache import one_row_layer
+from moe_infinity.model.kv_cache import preallocated_layer
 from moe_infinity.model.tail import Tail
 
 _Memory = tuple[torch.Tensor, torch.Tensor]  # of all keys and all values of a layer
@@ -55,7 +57,8 @@ class Stretch:
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
         self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
-        self._told: list[tuple[int, int]] = [(0, 0)] * len(blocks)  # where keys and values lie
+        # Whose keys, and values beside them, were told where they lie.
+        self._told: list[weakref.ref[torch.Tensor] | None] = [None] * len(blocks)
         for stage, block in enumerate(blocks):
             of_layer = known[block.experts.layer, : block.experts.num_experts]
             results = (block.h, block.normed, block.outs)
@@ -64,73 +67,95 @@ class Stretch:
             )
             block.note_to(self._stages, stage, of_layer)
 
-    def fits(self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]) -> bool:
-        """Whether compiled code reads such a token [1, 1, H], and such cosines and sines."""
-        return self.blocks[0].takes(x, turns)
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._first.dtype
+
+    def fits(self, token: Beginning) -> bool:
+        """Whether compiled code reads such a token, and such cosines and sines."""
+        return token.are_in_tables or self.blocks[0].takes(token.x, token.turns)
 
     def place_in(self, cache: Any) -> Place | None:
         """Where the next token's keys and values go; None where compiled code cannot write there,
         or a layer holds another number of tokens. Changes nothing."""
-        memory, positions = [], set()
+        memory, positions, dtype = [], set(), self.dtype
         for block in self.blocks:
-            layer = one_row_layer(cache, block.found.layer_index, block.h.dtype)
-            place = None if layer is None else layer.next_place()
+            layer = preallocated_layer(cache, block.found.layer_index)
+            place = None if layer is None else layer.lone_place(dtype)
             if place is None:
                 return None
-            memory.append(place[:2])
-            positions.add(place[2])
+            memory.append(place[0])
+            positions.add(place[1])
         return Place(memory, positions.pop()) if len(positions) == 1 else None
 
     def run(
-        self, x: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor], cache: Any, place: Place
-    ) -> tuple[torch.Tensor, bool]:
-        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. turns: cosines and sines. With
-        True: the tail follows, and this will be its logits; ``settle`` in any case."""
-        self._first.copy_(x)
+        self,
+        x: torch.Tensor | None,
+        token: Beginning,
+        cache: Any,
+        place: Place,
+        check: Callable[[], None],
+    ) -> tuple[torch.Tensor, TailCall | None]:
+        """[1, 1, H] -> [1, 1, H], and the cache is one token longer. x: None at the beginning.
+        check: asked before anything is told or kept; where it raises, nothing was done. With a
+        call the tail follows, and will write there; ``settle`` in any case."""
+        if x is not None or token.x_at is None:
+            self._first.copy_(token.x if x is None else x)
         self._remember(place.memory)
-        self._stages.begin(turns, place.position)
+        self._stages.begin(token.x_at if x is None else None, token.turns_at, place.position)
         tail = None if self._tail is None else self._tail.call(self._rows[-1])
-        is_ended = self._through(turns, place, tail)
+        is_ended = self._through(token, x is None, place, tail, check)
         for block in self.blocks:
             cache.layers[block.found.layer_index].keep(place.position + 1)
             block.num_calls += 1
-        if is_ended and tail is not None:
-            return tail.out, True
-        return self._rows[-1].clone(), False
+        if is_ended and self._tail is not None and tail is not None:
+            self._tail.make_room()
+            return tail.out, tail
+        return self._rows[-1].clone(), None
 
     def settle(self) -> None:
         """What ``run`` has begun is done, whether it returned or not."""
         self._hierarchy.count_compute(self._kernel.settle())
 
     def _through(
-        self, turns: tuple[torch.Tensor, torch.Tensor], place: Place, tail: TailCall | None
+        self,
+        token: Beginning,
+        is_first: bool,
+        place: Place,
+        tail: TailCall | None,
+        check: Callable[[], None],
     ) -> bool:
         """Whether the last block was run ahead with the tail behind it: other threads compute its
         experts while events are told."""
         at, is_ended = 0, False
         while at < len(self.blocks):
-            done = self._run_ahead(at, tail)
+            done = self._run_ahead(at, tail, check)
             at += done or 0
             is_ended = at == len(self.blocks)
             # A choice that was not computed before, but lies in memory, only has to be told.
             if not is_ended and (done is None or not self.blocks[at].note_chosen()):
-                self._run_one(at, turns, place, is_chosen=done is not None)
+                x = token.x if is_first and at == 0 else self._rows[at]
+                self._run_one(at, x, token, place, is_chosen=done is not None)
                 at += 1
         return is_ended
 
     def _remember(self, memory: list[_Memory]) -> None:
         for stage, (keys, values) in enumerate(memory):
-            at = (keys.data_ptr(), values.data_ptr())
-            if at != self._told[stage]:
+            told = self._told[stage]
+            if told is None or told() is not keys:
                 self._stages.remember(stage, keys, values)
-                self._told[stage] = at
+                self._told[stage] = weakref.ref(keys)
 
-    def _run_ahead(self, first: int, tail: TailCall | None) -> int | None:
+    def _run_ahead(
+        self, first: int, tail: TailCall | None, check: Callable[[], None]
+    ) -> int | None:
         """How many blocks were run whole; None if nothing was, not even a choice of experts: who
         looks ahead wants to load while experts are computed, and some want to see routers."""
         if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
+            check()
             return None
         spent_s = self._stages.run(self._kernel, first, tail)
+        check()
         if spent_s:
             events = [block.told() for block in self.blocks[first : first + len(spent_s)]]
             if not self._hierarchy.run_hits(events, spent_s):
@@ -139,9 +164,9 @@ class Stretch:
         return len(spent_s)
 
     def _run_one(
-        self, at: int, turns: tuple[torch.Tensor, torch.Tensor], place: Place, is_chosen: bool
+        self, at: int, x: torch.Tensor, token: Beginning, place: Place, is_chosen: bool
     ) -> None:
         block = self.blocks[at]
         if not is_chosen:
-            block.attend(self._rows[at], turns, (*place.memory[at], place.position), block.normed)
+            block.attend(x, token.turns, (*place.memory[at], place.position), block.normed)
         block.finish(self._rows[at + 1])

@@ -8,7 +8,7 @@ order, and now and then the last digit differs.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,6 +45,11 @@ def speed_up_tail(kernel: Kernel, norm: Any, head: Any) -> Tail | None:
     return tail
 
 
+class _Room(NamedTuple):
+    logits: torch.Tensor
+    scores: torch.Tensor
+
+
 class Tail:
     """The head of the norm of one token."""
 
@@ -53,6 +58,8 @@ class Tail:
         self._packed = pack_tail(norm, head)
         self._kept = (norm, head)  # whose memory it is
         self._num_rows = num_rows(head.weight)
+        self._dtype = norm.weight.dtype
+        self._room: _Room | None = None  # that nobody has used
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[1, 1, H] contiguous, of the norm's dtype, in RAM -> [1, 1, vocabulary]: every bit as
@@ -63,7 +70,17 @@ class Tail:
 
     def call(self, x: torch.Tensor) -> TailCall:
         """What the compiled code is to be told for ``of``."""
-        return tail_call(self._packed, x, x.new_empty(1, 1, self._num_rows))
+        if self._room is None:
+            self.make_room()
+        room, self._room = self._room, None
+        assert room is not None, "just made"
+        return tail_call(self._packed, x, room.logits, room.scores)
+
+    def make_room(self) -> None:
+        """For the next call, while there is time."""
+        with torch.inference_mode(False):  # so that writing to them is counted
+            logits = torch.empty(1, 1, self._num_rows, dtype=self._dtype)
+            self._room = _Room(logits, torch.empty(1, self._num_rows))
 
 
 class _LoneNorm:

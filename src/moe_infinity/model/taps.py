@@ -87,7 +87,7 @@ class StepTap:
         if tokens is None:
             tokens = kwargs["inputs_embeds"][..., 0]
         else:
-            ids = tokens.reshape(-1).numpy(force=True)
+            ids = tokens.numpy(force=True).reshape(-1)
         rows, length = tokens.shape
         phase: Phase = "decode" if length == 1 and not is_encoder else "prefill"
         given = kwargs.get("attention_mask")

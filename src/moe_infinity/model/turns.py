@@ -29,19 +29,32 @@ class Turns:
         if self._is_moving:
             made: tuple[torch.Tensor, torch.Tensor] = self._rotary(x, position)
             return made
-        at = int(position) - self._start
-        is_same = _versions_of(self._numbers) == self._versions
-        is_there = self._made is not None and 0 <= at < _AT_ONCE and is_same
-        if self._made is None or not is_there or self._made[0].dtype is not x.dtype:
+        if not self._has(int(position), x.dtype):
             self._made = None  # until all of it is there, whatever interrupts
             self._start = int(position) // _AT_ONCE * _AT_ONCE
-            at = int(position) - self._start
             self._numbers = list(self._rotary.buffers())
             self._versions = _versions_of(self._numbers)
             places = torch.arange(self._start, self._start + _AT_ONCE)
             self._made = self._rotary(x, places[None])
+        assert self._made is not None
         cos, sin = self._made
+        at = int(position) - self._start
         return cos.narrow(1, at, 1), sin.narrow(1, at, 1)
+
+    def addresses_of(self, position: int, dtype: torch.dtype) -> tuple[int, int] | None:
+        """Where they lie, contiguous, if they were made already."""
+        if self._made is None or not self._has(position, dtype):
+            return None
+        cos, sin = self._made
+        if not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and cos.dtype is dtype):
+            return None
+        ahead_bytes = (position - self._start) * cos.shape[-1] * cos.element_size()
+        return cos.data_ptr() + ahead_bytes, sin.data_ptr() + ahead_bytes
+
+    def _has(self, position: int, dtype: torch.dtype) -> bool:
+        if self._made is None or not 0 <= position - self._start < _AT_ONCE:
+            return False
+        return self._made[0].dtype is dtype and _versions_of(self._numbers) == self._versions
 
 
 def _versions_of(numbers: list[torch.Tensor]) -> list[int]:

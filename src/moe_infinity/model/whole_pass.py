@@ -22,9 +22,12 @@ from torch import nn
 
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.kernels.base import ExpertKernel
+from moe_infinity.kernels.blocks import TailCall
 from moe_infinity.kernels.native import Kernel
+from moe_infinity.model.beginning import Beginning
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.cache_name import CACHE
+from moe_infinity.model.float_scores import note_scores
 from moe_infinity.model.found_block import Watch
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
@@ -97,6 +100,10 @@ def _around_in(model: Any) -> _Around | None:
     return _Around(decoder, *parts) if are_modules and is_child else None
 
 
+class _ChangedError(Exception):
+    """Somebody exchanged a part."""
+
+
 class WholePass:
     """Stands before a model's ``forward``; what it does not know goes the library's way."""
 
@@ -121,6 +128,8 @@ class WholePass:
         # By whether the library finds positions itself.
         self._trust = {True: _Trust.UNKNOWN, False: _Trust.UNKNOWN}
         self._watch = self._new_watch()
+        self._is_checked = False  # in this pass
+        self._was_changed = False  # in the last one: the next look is before anything is computed
         self._settings: dict[str, Any] = {}  # what blocks are told, the same for every token
         self._kind: type = dict
         self._stock = stand_before(model, self.forward)
@@ -131,8 +140,10 @@ class WholePass:
         if args or trust is _Trust.OTHER or not self._can(kwargs):
             return self._stock(*args, **kwargs)
         places = [stretch.place_in(kwargs[CACHE]) for stretch in self._stretches]
-        if None in places or not self._watch.is_unchanged():
+        is_early = self._was_changed or trust is _Trust.UNKNOWN
+        if None in places or (is_early and not self._watch.is_unchanged()):
             return self._stock(**kwargs)
+        self._was_changed = False
         if trust is _Trust.UNKNOWN:
             return self._compare(kwargs)
         said = self._run(kwargs, places)
@@ -152,47 +163,57 @@ class WholePass:
     def _run(self, kwargs: dict[str, Any], places: list[Place | None]) -> Any:
         """The model's output; None, and nothing was done, where a token cannot go this way."""
         cache = kwargs[CACHE]
-        x, position, turns = self._begin(kwargs, cache.get_seq_length())
-        if not self._stretches[0].fits(x, turns):
+        token = self._begin(kwargs, cache.get_seq_length())
+        if not self._stretches[0].fits(token):
             return None
+        self._is_checked = False
         try:
-            said, is_ended = self._through(x, position, turns, cache, iter(places))
+            x, tail = self._through(token, cache, iter(places))
             self.num_passes += 1
-            logits = said if is_ended else self._end(said)
-            return self._kind(logits=logits, **{CACHE: cache})
+            logits = x if tail else self._end(x)
+            said = self._kind(logits=logits, **{CACHE: cache})
+            if tail is not None and tail.scores is not None:
+                note_scores(said, logits, tail.scores)
+            return said
+        except _ChangedError:
+            self._was_changed = True
+            return None
         finally:
             self._stretches[-1].settle()
 
-    def _begin(
-        self, kwargs: dict[str, Any], length: int
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """The embedding [1, 1, H] of a token behind ``length`` others, its position [1, 1], and
-        cosines and sines of that."""
-        position = kwargs.get("position_ids")
-        if position is None:
-            position = torch.tensor([[length]])
-        x = self._table.of(kwargs["input_ids"])
-        return x, position, self._turns.of(x, position)
+    def _require_unchanged(self) -> None:
+        """Asked while compiled code is at work, for it takes long: what that found is only told
+        and kept behind it."""
+        if self._is_checked:
+            return
+        if not self._watch.is_unchanged():
+            raise _ChangedError
+        self._is_checked = True
+
+    def _begin(self, kwargs: dict[str, Any], length: int) -> Beginning:
+        """The token of a call, behind ``length`` others."""
+        ids, position = kwargs["input_ids"], kwargs.get("position_ids")
+        dtype = self._stretches[0].dtype
+        return Beginning(self._table, self._turns, ids, position, length, dtype)
 
     def _through(
-        self,
-        x: torch.Tensor,
-        position: torch.Tensor,
-        turns: tuple[torch.Tensor, torch.Tensor],
-        cache: Any,
-        places: Iterator[Place | None],
-    ) -> tuple[torch.Tensor, bool]:
-        """What the last block says; with True what follows it is under way: the logits."""
-        is_ended = False
-        told = {"position_ids": position, CACHE: cache, "position_embeddings": turns}
+        self, token: Beginning, cache: Any, places: Iterator[Place | None]
+    ) -> tuple[torch.Tensor, TailCall | None]:
+        """What the last block says; or with a call of the tail, which is under way, its logits."""
+        x: torch.Tensor | None = None
+        tail = None
         for step in self._steps:
             if isinstance(step, Stretch):
                 place = next(places)
                 assert place is not None, "asked for before"
-                x, is_ended = step.run(x, turns, cache, place)
+                x, tail = step.run(x, token, cache, place, self._require_unchanged)
             else:
-                x, is_ended = step(x, **self._settings, **told), False
-        return x, is_ended
+                self._require_unchanged()
+                told = {CACHE: cache, "position_embeddings": token.turns}
+                told["position_ids"] = token.position
+                x, tail = step(token.x if x is None else x, **self._settings, **told), None
+        assert x is not None, "a model has blocks"
+        return x, tail
 
     def _end(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [1, 1, vocabulary] of the last block's [1, 1, H]."""
@@ -223,13 +244,13 @@ class WholePass:
             return False
         cache, first = kwargs[CACHE], calls[0]
         length = cache.get_seq_length() - 1  # as it was
-        x, position, turns = self._begin(kwargs, length)
+        token = self._begin(kwargs, length)
         asked, last = self._end(calls[-1].out), calls[-1].out.contiguous()
         return (
             values[CACHE] is first.kwargs[CACHE] is cache
-            and _are_same_bits(x, first.args[0])
-            and _are_same_bits(position, first.kwargs["position_ids"])
-            and all(map(_are_same_bits, turns, first.kwargs["position_embeddings"]))
+            and _are_same_bits(token.x, first.args[0])
+            and _are_same_bits(token.position, first.kwargs["position_ids"])
+            and all(map(_are_same_bits, token.turns, first.kwargs["position_embeddings"]))
             and _are_same_bits(asked, values["logits"])
             and (self._tail is None or _are_same_bits(asked, self._tail.of(last)))
         )

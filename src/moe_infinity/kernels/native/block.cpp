@@ -237,7 +237,7 @@ void Engine::run_tail(const Tail &t) {
     }
     void *narrow = w.narrow.reserve(t.norm.size * 4);
     kernels_.narrow(t.type, w.x, narrow, t.norm.size);
-    multiply_all(t.head, narrow, 1, t.type, t.out, t.bias);
+    multiply_all(t.head, narrow, 1, t.type, t.out, t.bias, t.scores);
 }
 
 }  // namespace moe

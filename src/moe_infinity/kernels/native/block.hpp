@@ -72,13 +72,14 @@ struct Sum {
 struct Tail {
     const void *x;         // [H]
     void *out;             // [rows], or [H] of the norm alone
+    float *scores;         // [rows] the same once more; or null
     Matrix head;
     Norm norm;
     const void *bias;      // [rows] of the model's type, or null
     Type type;
     uint32_t unused;
 };
-static_assert(sizeof(Tail) == 120, "Python packs it so");
+static_assert(sizeof(Tail) == 128, "Python packs it so");
 
 struct Call;
 

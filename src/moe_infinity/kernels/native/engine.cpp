@@ -168,11 +168,11 @@ void Engine::share(const std::vector<uint32_t> &rows, uint32_t at_once, const Ro
 void Engine::product(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
                      const void *bias) {
     const auto turn = take_turn();
-    multiply_all(m, x, num_tokens, type, out, bias);
+    multiply_all(m, x, num_tokens, type, out, bias, nullptr);
 }
 
 void Engine::multiply_all(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
-                          const void *bias) {
+                          const void *bias, float *scores) {
     const size_t item = size_of(type);
     float *biases = nullptr;
     if (bias) {
@@ -195,8 +195,9 @@ void Engine::multiply_all(const Matrix &m, const void *x, uint32_t num_tokens, T
                 float *row = values + size_t(t) * m.rows;
                 if (biases)
                     for (uint32_t i = first; i < last; ++i) row[i] += biases[i];
-                kernels_.narrow(type, row + first, to + (size_t(t) * m.rows + first) * item,
-                                last - first);
+                uint8_t *rounded = to + (size_t(t) * m.rows + first) * item;
+                kernels_.narrow(type, row + first, rounded, last - first);
+                if (scores) kernels_.widen(type, rounded, scores + first, last - first);
             }
         });
     }

@@ -155,8 +155,9 @@ private:
     void prepare_grouped(Prepared &room, Format weights, Type type, const void *x, uint32_t cols);
     void multiply(const Matrix &m, const Tokens &x, uint32_t first, uint32_t last, float *out,
                   size_t out_stride) const;
+    // scores: what goes to out in floats, of one token; or null.
     void multiply_all(const Matrix &m, const void *x, uint32_t num_tokens, Type type, void *out,
-                      const void *bias);
+                      const void *bias, float *scores);
     void prepare_inner(const Call &call, Work &work);
     void add_bias(const Bias &bias, Type type, float *x, uint32_t first, size_t count) const;
     void clamp(Type type, float *gate, float *up, size_t count) const;
