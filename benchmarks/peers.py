@@ -136,10 +136,10 @@ class Peer:
         with suppress(BrokenPipeError):
             stdin.write(f"{direction}\n")
             stdin.flush()
-        line = stdout.readline()
-        if not line:
-            return {"failed": f"exit code {self._child.wait()}"}
-        return json.loads(line) | {"group_peak_bytes": self._limit.peak_bytes()}
+        for line in stdout:
+            if line.startswith("{"):  # libraries have their say, too
+                return json.loads(line) | {"group_peak_bytes": self._limit.peak_bytes()}
+        return {"failed": f"exit code {self._child.wait()}"}
 
     def close(self) -> None:
         self._child.kill()
@@ -217,6 +217,7 @@ def ours(job: dict) -> Iterator[Callable[[int], dict]]:
                 logits_processor=LogitsProcessorList([Forced(len(prompt), forced)]),
             )
             assert said[0].tolist() == prompt + forced, "the text holds an end"
+            wait_until_idle()  # or we would work in the other system's turn
             return decode_figures(moe.stats())
 
         yield turn

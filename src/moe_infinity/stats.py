@@ -30,7 +30,9 @@ class PhaseCounters:
     stall_s: float = 0.0  # time the compute waited for loads
     read_busy_s: float = 0.0  # time in which reads were under way, until they were seen to be over
     read_bytes: int = 0  # bytes that arrived in it
-    compute_s: float = 0.0  # time in expert computation
+    # Time the caller spent on expert computation. A pass's last experts are computed by other
+    # threads while it does something else: that is not among it.
+    compute_s: float = 0.0
     computed_bytes: int = 0  # expert weights read from memory to compute, dense weights aside
     wall_s: float = 0.0
     num_tokens: int = 0

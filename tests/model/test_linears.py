@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moe_infinity.kernels import native
+from moe_infinity.model import linears
 from moe_infinity.model.linears import FewThreads, speed_up
 from moe_infinity.model.taps import Step
 
@@ -74,6 +75,17 @@ class TestFewThreads:
         assert torch.get_num_threads() == 3
         threads.begin(Step(2, "prefill", 1, 9))
         assert torch.get_num_threads() == 3
+
+    def test_helpers_that_may_spin_end_before_decode(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        at = list[int]()
+        monkeypatch.setattr(linears, "end_idle_threads", lambda: at.append(torch.get_num_threads()))
+        threads = FewThreads(True)
+        threads.begin(Step(2, "prefill", 1, 9))
+        assert not at
+        threads.begin(DECODE)
+        threads.begin(DECODE)
+        threads.end()
+        assert at == [3], "once, while torch still has them"
 
     def test_two_at_once(self) -> None:
         first, second = FewThreads(True), FewThreads(True)

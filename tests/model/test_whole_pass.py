@@ -160,6 +160,24 @@ def test_what_was_begun_is_done_at_the_next_call(
         torch.set_num_threads(before)
 
 
+def test_nothing_is_read_that_may_move(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where events are served one by one, experts may be loaded into others' place."""
+    begun: list[int] = []
+    run_computed = RamHierarchy.run_computed
+    monkeypatch.setattr(RamHierarchy, "run_hits", lambda *args: False)
+    with opened(small) as moe:
+        kernel = moe._wiring.kernel
+        assert isinstance(kernel, native.Kernel)
+
+        def noted(*args: Any) -> None:
+            begun.append(len(kernel._begun))
+            run_computed(*args)
+
+        monkeypatch.setattr(RamHierarchy, "run_computed", noted)
+        logits(moe, 30)
+    assert len(begun) > 10 and not any(begun)
+
+
 @pytest.mark.parametrize("is_closed", [False, True])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_what_was_begun_is_done_before_its_memory_goes(
