@@ -223,8 +223,9 @@ def test_a_broken_token_shows(kernel: native.Kernel) -> None:
 
 @pytest.mark.parametrize("rounds", [True, False])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_sum(kernel: native.Kernel, dtype: torch.dtype, rounds: bool) -> None:
-    outs, h = random(3, 50).to(dtype), random(1, 50).to(dtype)
+@pytest.mark.parametrize("size", [50, 600])
+def test_sum(kernel: native.Kernel, dtype: torch.dtype, rounds: bool, size: int) -> None:
+    outs, h = random(3, size).to(dtype), random(1, size).to(dtype)
     weights = torch.tensor([0.5, 0.3, 0.2]).to(dtype).float()
     out = torch.empty_like(h)
     kernel.sum(pack_sum(outs, weights, rounds, h, out))

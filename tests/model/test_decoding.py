@@ -19,7 +19,10 @@ from transformers.generation import BaseStreamer
 
 from moe_infinity import MoE
 from moe_infinity.errors import CorruptCheckpointError
+from moe_infinity.kernels import native
 from moe_infinity.model import decoding
+from moe_infinity.model.float_scores import last_scores
+from support.checkpoints import tiny_checkpoint
 
 PROMPT = [list(range(5, 25))]
 
@@ -102,6 +105,35 @@ def test_same_tokens_from_the_same_random_numbers(
     expected = library(moe, monkeypatch, max_new_tokens=24, **options)
     said = ours(moe, monkeypatch, max_new_tokens=24, **options)
     assert said.dtype == expected.dtype and torch.equal(said, expected)
+
+
+@pytest.mark.skipif(native.native is None, reason="installed without a compiler")
+def test_scores_of_compiled_code_are_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What processors see, bit by bit, and that it was made beside the logits."""
+    seen: list[torch.Tensor] = []
+    made: list[bool] = []
+
+    def noted(said: Any) -> torch.Tensor:
+        scores = last_scores(said)
+        made.append(scores.data_ptr() != 0 and getattr(said, "_float_scores", 0) is None)
+        return scores
+
+    class Seen(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(scores.clone())
+            return scores
+
+    monkeypatch.setattr(decoding, "last_scores", noted)
+    options = {"max_new_tokens": 20, "logits_processor": LogitsProcessorList([Seen()])}
+    with MoE(tiny_checkpoint(tmp_path, torch.bfloat16), ram="2GiB") as moe:
+        ours(moe, monkeypatch, do_sample=False, **options)
+        mine = seen[:]
+        seen.clear()
+        library(moe, monkeypatch, do_sample=False, **options)
+    assert sum(made) > 10
+    assert torch.equal(torch.cat(mine), torch.cat(seen))
 
 
 def test_ends_where_the_library_does(moe: MoE, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,14 +47,15 @@ def test_other_logits_are_read() -> None:
 
 
 @pytest.mark.skipif(native.native is None, reason="installed without a compiler")
-@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("way", ["in place", "unseen", "another"])
 def test_who_changes_the_logits_is_heard(
-    tmp_path: Path, in_place: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ban(module: Any, args: Any, said: Any) -> None:
         likeliest = said.logits[0, -1].argmax()
-        said.logits = said.logits if in_place else said.logits.clone()
-        said.logits[0, -1, likeliest] = -torch.inf
+        said.logits = said.logits.clone() if way == "another" else said.logits
+        logits = said.logits.data if way == "unseen" else said.logits
+        logits[0, -1, likeliest] = -torch.inf
 
     path = tiny_checkpoint(tmp_path, torch.bfloat16)
 

@@ -41,12 +41,13 @@ def test_helpers_end_and_come_back() -> None:
 def test_a_forked_process_with_one_thread_does_not_wait_for_them() -> None:
     """In a process of its own: a fork of this one would take its threads' locks along."""
     code = """if True:
-        import os, torch
+        import os, signal, torch
         from moe_infinity.model import spinning
         torch.set_num_threads(2)
         torch.randn(512, 512) @ torch.randn(512, 512)
         child = os.fork()
         if not child:
+            signal.alarm(60)
             torch.set_num_threads(1)
             spinning.end_idle_threads()
             os._exit(7)

@@ -58,6 +58,9 @@ def test_together_and_apart_say_every_bit_alike(
         x = (torch.randn(1, 1, HIDDEN, generator=generator) * scale).to(dtype)
         apart = fast.head(fast.norm(x))
         assert torch.equal(tail.of(x), apart)
+        call = tail.call(x)
+        tail._kernel.finish(call)
+        assert call.scores is not None and torch.equal(call.scores, apart[0].float())
         torch.testing.assert_close(apart, plain.head(plain.norm(x)), atol=0.03, rtol=0.03)
         torch.testing.assert_close(fast.norm(x), plain.norm(x), atol=0, rtol=2**-6)
 
@@ -87,6 +90,25 @@ def test_others_are_left_alone(other: str) -> None:
     stock = model.norm.forward
     assert faster(model, SETS[-1]) is None
     assert model.norm.forward == stock
+
+
+@torch.no_grad()
+def test_each_has_a_place_of_its_own_whatever_torch_makes_by_default() -> None:
+    tail = faster(ends(torch.bfloat16), SETS[-1])
+    assert tail is not None
+    x = torch.randn(1, 1, HIDDEN).bfloat16()
+    first = tail.of(x)
+    kept = first.clone()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            tail.make_room()
+            second = tail.of(-x)
+            call = tail.call(x)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(first, kept) and not torch.equal(second, kept)
+    assert call.scores is not None and call.scores.dtype is torch.float32 and call.scores.is_cpu
 
 
 @torch.no_grad()

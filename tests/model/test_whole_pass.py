@@ -105,6 +105,25 @@ def test_what_is_said_and_counted_is_the_same(
     assert np.array_equal(ahead[2], after[2])
 
 
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_wide_sums_are_cut_into_pieces(
+    tmp_path: Path, num_threads: int, ran_whole: list[int], never: Callable[[], None]
+) -> None:
+    """A token's experts and their sum in one run, and one after the other: the same bits."""
+    path = tiny_checkpoint(tmp_path, torch.bfloat16, hidden_size=1100, moe_intermediate_size=300)
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with opened(path) as moe:
+            together = logits(moe, 30)
+        assert sum(ran_whole) > 20
+        never()
+        with opened(path) as moe:
+            assert torch.equal(logits(moe, 30), together)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfu", "next_use"])
 @pytest.mark.parametrize("slots", [None, 6, 12])
 def test_told_together_or_one_by_one_is_the_same(
@@ -197,7 +216,7 @@ def test_what_was_begun_is_done_before_its_memory_goes(
 
             monkeypatch.setattr(RamHierarchy, "run_hits", interrupt)
             if is_closed:
-                monkeypatch.setattr(Stretch, "settle", lambda stretch: None)
+                monkeypatch.setattr(Stretch, "settle", lambda *args, **kwargs: None)
             with pytest.raises(KeyboardInterrupt):
                 logits(moe, 40)
             assert len(begun) == 1
@@ -258,8 +277,9 @@ def test_what_is_changed_in_mid_conversation_is_told_once(
             weight = moe.model.model.layers[1].self_attn.q_proj.weight
 
             def before(step: int, cache: Any) -> Any:
+                runs.append(sum(ran_whole))
                 if step == 9:
-                    weight.data = weight.data * 1.5  # and the old memory is let go
+                    weight.data = weight.data * 1.5
                 return cache
 
             logits(moe)
@@ -267,8 +287,10 @@ def test_what_is_changed_in_mid_conversation_is_told_once(
             told = [(a.layer, a.experts.tolist()) for a in moe._wiring.recorder.accesses]
             return found, told, moe.stats(total=True).decode.hits
 
+    runs: list[int] = []  # blocks that were run before each step
     changed = run()
-    assert ran_whole[-1] == 3, "it was under way"
+    assert runs[10] - runs[9] == 3, "it was under way"
+    assert runs[-1] == runs[10], "and is the library's since"
     never()
     library = run()
     assert torch.equal(changed[0], library[0])

@@ -12,7 +12,7 @@ from torch import nn
 
 from moe_infinity.kernels.blocks import BlockSpec
 from moe_infinity.kernels.native import native
-from moe_infinity.model.routers import has_foreign
+from moe_infinity.model.own_hooks import has_foreign
 
 _ATTENTION = "_attn_implementation_internal"  # in a config: which function attends
 _FORWARD = attrgetter("forward")
@@ -52,8 +52,6 @@ class Watch:
         self._functions = [kind.forward for kind in self._kinds]
         self._weights = [part for part in self._parts if isinstance(part, torch.Tensor)]
         self._addresses = [weight.data_ptr() for weight in self._weights]
-        # What is read before the next look stays readable, whatever becomes of the weights.
-        self._memory = [weight.untyped_storage() for weight in self._weights]
         hooks = [h for m in bypassed for h in (m._forward_hooks, m._forward_pre_hooks)]
         hooks += [module_hooks._global_forward_hooks, module_hooks._global_forward_pre_hooks]
         self._hooks = tuple(hooks)

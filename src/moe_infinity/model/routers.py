@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from moe_infinity.errors import ConfigError
 from moe_infinity.kernels.base import ExpertKernel
 from moe_infinity.model.linears import product_of
+from moe_infinity.model.own_hooks import own
 from moe_infinity.predictors.base import Foresight, ForesightMode
 
-_COLLECTORS = "transformers.utils.output_capturing"
 _FURTHEST = 8  # layers that a residual look-ahead may reach
 _MEMORY = 0.02  # weight of the newest token in the mean change between two layers' router inputs
 
@@ -72,7 +71,7 @@ class RouterTaps:
         self._changes: dict[int, NDArray[np.float32]] = {}
         self._inputs: list[NDArray[np.float32] | None] = [None] * len(names)
         self._handles: list[RemovableHandle] = [
-            router.register_forward_hook(_own(self._keep(layer)), with_kwargs=True)
+            router.register_forward_hook(own(self._keep(layer)), with_kwargs=True)
             for layer, router in enumerate(self._routers)
         ]
 
@@ -200,26 +199,6 @@ class RouterTaps:
     def blocks(self) -> list[nn.Module]:
         """The decoder block around each MoE layer."""
         return self._blocks
-
-
-def has_foreign(hooks: Mapping[int, Callable[..., Any]]) -> bool:
-    """Whether somebody else's are among a module's hooks. Those of the library that collect outputs
-    stay once somebody asked; they count while they collect."""
-    for hook in hooks.values():
-        is_idle = getattr(hook, "__module__", "") == _COLLECTORS and not _is_collecting()
-        if not is_idle and not getattr(hook, "_moe_infinity", False):
-            return True
-    return False
-
-
-def _is_collecting() -> bool:
-    active = getattr(sys.modules.get(_COLLECTORS), "_active_collector", None)
-    return active is None or bool(active.get())
-
-
-def _own(hook: Callable[..., None]) -> Callable[..., None]:
-    hook._moe_infinity = True  # type: ignore[attr-defined]
-    return hook
 
 
 def has_routers(model: nn.Module, names: Iterable[str], num_experts: Iterable[int]) -> bool:

@@ -113,9 +113,12 @@ class Stretch:
             return tail.out, tail
         return self._rows[-1].clone(), None
 
-    def settle(self) -> None:
-        """What ``run`` has begun is done, whether it returned or not."""
-        self._hierarchy.count_compute(self._kernel.settle())
+    def settle(self, is_told: bool = True) -> None:
+        """What ``run`` has begun is done, whether it returned or not. is_told: else its experts
+        count for nothing."""
+        spent_s = self._kernel.settle()
+        if is_told:
+            self._hierarchy.count_compute(spent_s)
 
     def _through(
         self,

@@ -16,7 +16,8 @@ class Table:
         is_plain = is_plain and embed.max_norm is None  # else it writes to its rows
         self._embed = embed
         self.bypassed: list[nn.Module] = [embed] if is_plain else []
-        weight = embed.weight if is_plain else torch.empty(0, 0)
+        # Detached, it stays the memory that it is, whatever is put in the weight's place.
+        weight = self._kept = embed.weight.detach() if is_plain else torch.empty(0, 0)
         is_read = weight.is_cpu and weight.is_contiguous()
         self._num_rows = len(weight) if is_read else 0
         self._at, self._row_bytes = weight.data_ptr(), weight.shape[1] * weight.element_size()

@@ -59,28 +59,29 @@ class Tail:
         self._kept = (norm, head)  # whose memory it is
         self._num_rows = num_rows(head.weight)
         self._dtype = norm.weight.dtype
-        self._room: _Room | None = None  # that nobody has used
+        self._room = self._new_room()  # that nobody was given
 
     def of(self, x: torch.Tensor) -> torch.Tensor:
         """[1, 1, H] contiguous, of the norm's dtype, in RAM -> [1, 1, vocabulary]: every bit as
         norm and head say it."""
         call = self.call(x)
+        self.make_room()
         self._kernel.finish(call)
         return call.out
 
     def call(self, x: torch.Tensor) -> TailCall:
         """What the compiled code is to be told for ``of``."""
-        if self._room is None:
-            self.make_room()
-        room, self._room = self._room, None
-        assert room is not None, "just made"
-        return tail_call(self._packed, x, room.logits, room.scores)
+        return tail_call(self._packed, x, self._room.logits, self._room.scores)
 
     def make_room(self) -> None:
-        """For the next call, while there is time."""
+        """The next call writes elsewhere than the last one."""
+        self._room = self._new_room()
+
+    def _new_room(self) -> _Room:
         with torch.inference_mode(False):  # so that writing to them is counted
-            logits = torch.empty(1, 1, self._num_rows, dtype=self._dtype)
-            self._room = _Room(logits, torch.empty(1, self._num_rows))
+            size = self._num_rows
+            logits = torch.empty(1, 1, size, dtype=self._dtype, device="cpu")
+            return _Room(logits, torch.empty(1, size, dtype=torch.float32, device="cpu"))
 
 
 class _LoneNorm:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from moe_infinity.model.own_hooks import own
 from moe_infinity.types import Phase
 
 
@@ -96,6 +97,7 @@ class StepTap:
         self.step = Step(self.step.number + 1, phase, rows, length, mask, is_encoder, ids, context)
         self._on_begin(self.step)
 
+    @own
     def _after(self, *_: Any) -> None:
         self._on_end()
 

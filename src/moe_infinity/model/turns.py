@@ -46,7 +46,8 @@ class Turns:
         if self._made is None or not self._has(position, dtype):
             return None
         cos, sin = self._made
-        if not (cos.is_contiguous() and sin.is_contiguous() and cos.is_cpu and cos.dtype is dtype):
+        are_plain = cos.is_contiguous() and sin.is_contiguous() and sin.dtype is dtype
+        if not are_plain or not cos.is_cpu:
             return None
         ahead_bytes = (position - self._start) * cos.shape[-1] * cos.element_size()
         return cos.data_ptr() + ahead_bytes, sin.data_ptr() + ahead_bytes

@@ -18,6 +18,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.modules.module as module_hooks
 from torch import nn
 
 from moe_infinity.cache.base import Hierarchy
@@ -31,6 +32,7 @@ from moe_infinity.model.float_scores import note_scores
 from moe_infinity.model.found_block import Watch
 from moe_infinity.model.kv_cache import PreallocatedLayer
 from moe_infinity.model.lone_token import by_name, is_lone_token
+from moe_infinity.model.own_hooks import has_foreign
 from moe_infinity.model.standing import stand_before
 from moe_infinity.model.stretch import Place, Stretch
 from moe_infinity.model.table import Table
@@ -104,6 +106,20 @@ class _ChangedError(Exception):
     """Somebody exchanged a part."""
 
 
+class _Look:
+    """At what a pass passes over, once. Asked while compiled code is at work, for it takes long:
+    what that found is only told and kept behind it."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._is_done = False
+
+    def __call__(self) -> None:
+        if not self._is_done and not self._watch.is_unchanged():
+            raise _ChangedError
+        self._is_done = True
+
+
 class WholePass:
     """Stands before a model's ``forward``; what it does not know goes the library's way."""
 
@@ -128,7 +144,6 @@ class WholePass:
         # By whether the library finds positions itself.
         self._trust = {True: _Trust.UNKNOWN, False: _Trust.UNKNOWN}
         self._watch = self._new_watch()
-        self._is_checked = False  # in this pass
         self._was_changed = False  # in the last one: the next look is before anything is computed
         self._settings: dict[str, Any] = {}  # what blocks are told, the same for every token
         self._kind: type = dict
@@ -143,7 +158,6 @@ class WholePass:
         is_early = self._was_changed or trust is _Trust.UNKNOWN
         if None in places or (is_early and not self._watch.is_unchanged()):
             return self._stock(**kwargs)
-        self._was_changed = False
         if trust is _Trust.UNKNOWN:
             return self._compare(kwargs)
         said = self._run(kwargs, places)
@@ -166,29 +180,25 @@ class WholePass:
         token = self._begin(kwargs, cache.get_seq_length())
         if not self._stretches[0].fits(token):
             return None
-        self._is_checked = False
+        self._was_changed = False
         try:
-            x, tail = self._through(token, cache, iter(places))
+            x, tail = self._through(token, cache, iter(places), _Look(self._watch))
             self.num_passes += 1
             logits = x if tail else self._end(x)
             said = self._kind(logits=logits, **{CACHE: cache})
-            if tail is not None and tail.scores is not None:
+            if tail is not None and tail.scores is not None and not self._is_overheard():
                 note_scores(said, logits, tail.scores)
             return said
         except _ChangedError:
             self._was_changed = True
             return None
         finally:
-            self._stretches[-1].settle()
+            self._stretches[-1].settle(is_told=not self._was_changed)
 
-    def _require_unchanged(self) -> None:
-        """Asked while compiled code is at work, for it takes long: what that found is only told
-        and kept behind it."""
-        if self._is_checked:
-            return
-        if not self._watch.is_unchanged():
-            raise _ChangedError
-        self._is_checked = True
+    def _is_overheard(self) -> bool:
+        """Whether somebody is shown what the model says, and may change it unseen."""
+        hooks = (self._model._forward_hooks, module_hooks._global_forward_hooks)
+        return any(map(has_foreign, hooks))
 
     def _begin(self, kwargs: dict[str, Any], length: int) -> Beginning:
         """The token of a call, behind ``length`` others."""
@@ -197,7 +207,7 @@ class WholePass:
         return Beginning(self._table, self._turns, ids, position, length, dtype)
 
     def _through(
-        self, token: Beginning, cache: Any, places: Iterator[Place | None]
+        self, token: Beginning, cache: Any, places: Iterator[Place | None], look: _Look
     ) -> tuple[torch.Tensor, TailCall | None]:
         """What the last block says; or with a call of the tail, which is under way, its logits."""
         x: torch.Tensor | None = None
@@ -206,9 +216,9 @@ class WholePass:
             if isinstance(step, Stretch):
                 place = next(places)
                 assert place is not None, "asked for before"
-                x, tail = step.run(x, token, cache, place, self._require_unchanged)
+                x, tail = step.run(x, token, cache, place, look)
             else:
-                self._require_unchanged()
+                look()
                 told = {CACHE: cache, "position_embeddings": token.turns}
                 told["position_ids"] = token.position
                 x, tail = step(token.x if x is None else x, **self._settings, **told), None
