@@ -193,6 +193,7 @@ def ours(job: dict) -> Iterator[Callable[[int], dict]]:
     from transformers import LogitsProcessor, LogitsProcessorList
 
     from moe_infinity import MoE
+    from moe_infinity.machine import measure_memory_gbps
 
     class Forced(LogitsProcessor):
         """Makes the next token of the text the likeliest. Cheaply: llama.cpp is not even asked
@@ -218,7 +219,13 @@ def ours(job: dict) -> Iterator[Callable[[int], dict]]:
             )
             assert said[0].tolist() == prompt + forced, "the text holds an end"
             wait_until_idle()  # or we would work in the other system's turn
-            return decode_figures(moe.stats())
+            stats = moe.stats()
+            of_experts = stats.decode.computed_bytes / stats.decode.num_tokens
+            figures = decode_figures(stats)
+            figures["multiplied_bytes_per_token"] = of_experts + moe.plan.dense_read_bytes
+            if job["limit"] is None:  # it needs memory
+                figures["memory_gbps"] = measure_memory_gbps()
+            return figures
 
         yield turn
 
