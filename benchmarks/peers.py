@@ -219,10 +219,8 @@ def ours(job: dict) -> Iterator[Callable[[int], dict]]:
             )
             assert said[0].tolist() == prompt + forced, "the text holds an end"
             wait_until_idle()  # or we would work in the other system's turn
-            stats = moe.stats()
-            of_experts = stats.decode.computed_bytes / stats.decode.num_tokens
-            figures = decode_figures(stats)
-            figures["multiplied_bytes_per_token"] = of_experts + moe.plan.dense_read_bytes
+            figures, plan = decode_figures(moe.stats()), moe.plan
+            figures["multiplied_bytes_per_token"] = plan.bytes_per_token + plan.dense_read_bytes
             if job["limit"] is None:  # it needs memory
                 figures["memory_gbps"] = measure_memory_gbps()
             return figures
