@@ -109,27 +109,37 @@ def avx2_limits_table() -> str:
 
 def in_turns_table() -> str:
     """GGUF files that are wholly in memory: a row a file, and how much pairs differ."""
-    rows = [
+    header = [
         "| file | pairs | ours, tokens/s | llama.cpp | ours over llama.cpp | "
         "middle half of pairs | a prompt of 32 | of memory's speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    notes = []
-    for name, file in _IN_TURNS.items():
+    return _files_table(header, _IN_TURNS, lambda file, rows: [_in_turns_row(file, *rows)])
+
+
+def _files_table(
+    header: list[str], files: dict[str, str], rows_of: Callable[[str, list[dict]], list[str]]
+) -> str:
+    """The rows that result files give, by what they are called, and how they were made."""
+    rows, notes = list(header), []
+    for name, label in files.items():
         result = load(name)
-        mine, theirs = result["rows"]
-        cells = [
-            f"{len(mine['ratios'])}",
-            f"{mine['tokens_per_s']:.1f}",
-            f"{theirs['tokens_per_s']:.1f}",
-            f"{mine['ratio']:.2f}x",
-            _middle_half(mine["ratios"]),
-            f"{mine['prompt_ratio']:.2f}x",
-            _of_memory(mine, theirs),
-        ]
-        rows.append(f"| {file} | " + " | ".join(cells) + " |")
+        rows += rows_of(label, result["rows"])
         notes.append(_provenance(result))
     return "\n".join(rows) + "\n\n" + _folded(notes)
+
+
+def _in_turns_row(file: str, mine: dict, theirs: dict) -> str:
+    cells = [
+        f"{len(mine['ratios'])}",
+        f"{mine['tokens_per_s']:.1f}",
+        f"{theirs['tokens_per_s']:.1f}",
+        f"{mine['ratio']:.2f}x",
+        _middle_half(mine["ratios"]),
+        f"{mine['prompt_ratio']:.2f}x",
+        _of_memory(mine, theirs),
+    ]
+    return f"| {file} | " + " | ".join(cells) + " |"
 
 
 def _of_memory(mine: dict, theirs: dict) -> str:
@@ -148,17 +158,14 @@ def _middle_half(ratios: list[float]) -> str:
 def _limited_table(
     files: dict[str, str], is_shown: Callable[[dict], bool] = lambda row: True
 ) -> str:
-    rows = [
+    header = [
         "| file | memory limit | system | tokens/s | over llama.cpp | hit rate | read/token | "
         "of the limit |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    notes = []
-    for name, file in files.items():
-        result = load(name)
-        rows += [_peers_row(file, row) for row in result["rows"] if is_shown(row)]
-        notes.append(_provenance(result))
-    return "\n".join(rows) + "\n\n" + _folded(notes)
+    return _files_table(
+        header, files, lambda file, rows: [_peers_row(file, row) for row in rows if is_shown(row)]
+    )
 
 
 def _peers_row(form: str, row: dict) -> str:
@@ -190,21 +197,23 @@ def avx2_table() -> str:
 
 
 def _resident_table(prefix: str, lengths: tuple[int, ...]) -> str:
-    rows = [
+    header = [
         "| file | prompt | system | first token after | over llama.cpp | tokens/s then | "
         "over llama.cpp | middle half of pairs |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    notes = []
-    for form, name in _FORMS.items():
-        for length in lengths:
-            result = load(f"{prefix}_{form}_{length}")
-            rows += [_resident_row(name, length, row) for row in result["rows"]]
-            notes.append(_provenance(result))
-    return "\n".join(rows) + "\n\n" + _folded(notes)
+    files = {
+        f"{prefix}_{form}_{length}": f"{name} | {length}"
+        for form, name in _FORMS.items()
+        for length in lengths
+    }
+    return _files_table(
+        header, files, lambda label, rows: [_resident_row(label, row) for row in rows]
+    )
 
 
-def _resident_row(form: str, length: int, row: dict) -> str:
+def _resident_row(label: str, row: dict) -> str:
+    """label: the form of the weights, and the prompt's length."""
     is_ours = row.get("hit_rate") is not None
     cells = [
         f"{row['ttft_s']:.2f} s",
@@ -213,7 +222,7 @@ def _resident_row(form: str, length: int, row: dict) -> str:
         f"{row['ratio']:.2f}x" if is_ours else "",
         _middle_half(row["ratios"]) if is_ours and len(row.get("ratios", [])) > 2 else "",
     ]
-    return f"| {form} | {length} | {row['system']} | " + " | ".join(cells) + " |"
+    return f"| {label} | {row['system']} | " + " | ".join(cells) + " |"
 
 
 def gguf_text_note() -> str:

@@ -137,15 +137,10 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]
         """The memory of all keys and all values, each [1, heads, max_context, head_dim] of this
         dtype, and where the next token's go; None where something has to be moved or made for it,
         or there is no room. Changes nothing."""
-        room, start = self._room, self._kept
-        if room is None:
+        room, start = self._room, self.get_seq_length()
+        if room is None or not 0 < start < self._max_context:
             return None
-        if start is None:
-            start = self.get_seq_length()
-            is_it = self.is_one_row_of(dtype) and self._is_in(room)
-        else:
-            is_it = room[0].dtype is dtype and len(room[0]) == 1
-        return (room, start) if is_it and 0 < start < self._max_context else None
+        return (room, start) if self.is_one_row_of(dtype) and self._is_in(room) else None
 
     def is_one_row_of(self, dtype: torch.dtype) -> bool:
         """Whether it holds keys [1, heads, length, head_dim] of this dtype."""
