@@ -84,9 +84,11 @@ _LIMITED = {
 # Without a limit, in turns.
 _IN_TURNS = {
     "peers_gguf_olmoe_q8_0": "OLMoE, Q8_0",
+    "peers_gguf_olmoe_q8_0_again": "OLMoE, Q8_0, again",
     "peers_gguf_olmoe_q4_k_m": "OLMoE, Q4_K_M",
     "peers_gguf_olmoe_mxfp4": "OLMoE, MXFP4",
     "peers_gguf_widened16_q8_0": "widened16, Q8_0",
+    "peers_gguf_widened16_q8_0_again": "widened16, Q8_0, again",
     "peers_gguf_widened16_q4_k_m": "widened16, Q4_K_M",
     "peers_gguf_widened16_mxfp4": "widened16, MXFP4",
 }
