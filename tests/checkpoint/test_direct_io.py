@@ -1,7 +1,10 @@
 """Direct and buffered reads deliver the same bytes, and every failure has its named error."""
 
+import ctypes
 import errno
+import mmap
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,10 +13,12 @@ import pytest
 from moe_infinity.checkpoint import direct_io
 from moe_infinity.checkpoint.direct_io import (
     ALIGNMENT_BYTES,
+    HUGE_PAGE_BYTES,
     DirectFile,
     align_down,
     align_up,
     allocate,
+    allocate_whole_pages,
 )
 from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
 
@@ -238,3 +243,28 @@ def test_alignment_and_memory() -> None:
         assert align_up(value) - align_down(value) in (0, ALIGNMENT_BYTES)
     assert len(allocate(0)) == direct_io.ALIGNMENT_BYTES
     assert len(allocate(4097)) == 2 * ALIGNMENT_BYTES
+
+
+def flags_at(address: int) -> list[str]:
+    """What the kernel was told of the memory at an address."""
+    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        start, end = (int(each, 16) for each in part.split()[0].split("-"))
+        if start <= address < end:
+            return part.split("VmFlags:")[1].split()
+    raise AssertionError(f"nothing is mapped at {address:x}")
+
+
+@pytest.mark.parametrize("rest", [0, 1, ALIGNMENT_BYTES, HUGE_PAGE_BYTES - 1])
+def test_whole_pages_are_huge_and_no_byte_more(rest: int) -> None:
+    size = 2 * HUGE_PAGE_BYTES + rest
+    memory = allocate_whole_pages(size)
+    memory[0], memory[-1] = 1, 2
+    assert len(memory) == size and memory[0] + memory[-1] == 3
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert start % HUGE_PAGE_BYTES == 0
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        return
+    assert "hg" in flags_at(start) and "hg" in flags_at(start + 2 * HUGE_PAGE_BYTES - 1)
+    assert "hg" not in flags_at(start + 2 * HUGE_PAGE_BYTES)

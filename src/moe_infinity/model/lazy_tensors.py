@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, PackedShape, SidePlane, TensorEntry
-from moe_infinity.checkpoint.direct_io import allocate
+from moe_infinity.checkpoint.direct_io import HUGE_PAGE_BYTES, allocate_whole_pages
 from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES, SIDE_DTYPES
 from moe_infinity.kernels.packed import PACKED, PackedMatrix, row_bytes
@@ -26,7 +26,6 @@ _STORED_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LARGE_BYTES = 2 * 1024**2
 _DECODED_AT_ONCE = 4 * 1024**2  # numbers
 _ROWS = 512  # read together at least: whole heads, whose rows may have to change places
 
@@ -177,7 +176,7 @@ def _read_plane(checkpoint: Checkpoint, plane: SidePlane) -> torch.Tensor:
 
 def _empty(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """Large tensors lie in large pages: those of 4 KiB cost up to half of reading speed."""
-    if entry.num_bytes < _LARGE_BYTES:
+    if entry.num_bytes < HUGE_PAGE_BYTES:
         return torch.empty(entry.shape, dtype=dtype)
-    whole = torch.frombuffer(allocate(entry.num_bytes), dtype=torch.uint8)[: entry.num_bytes]
+    whole = torch.frombuffer(allocate_whole_pages(entry.num_bytes), dtype=torch.uint8)
     return whole.view(dtype).view(entry.shape)

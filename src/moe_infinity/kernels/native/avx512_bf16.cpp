@@ -19,14 +19,20 @@ namespace avx512_bf16 {
 #include "avx512.inc"
 #include "avx512_panels.inc"
 
+// Two sums each: one would wait for itself longer than for what is multiplied.
 template <template <int> class Rows>
 struct Bf16Tiles {
     template <int R, int T>
     static void run(const Matrix &m, uint32_t first, const Tokens &x, int token, float *out,
                     size_t out_stride) {
+        if constexpr (R * T > 8) {  // more sums than there are registers for
+            run<R / 2, T>(m, first, x, token, out, out_stride);
+            return run<R / 2, T>(m, first + R / 2, x, token, out, out_stride);
+        }
         Rows<R> rows(m, first, ahead_of<R, T>(m));
-        __m512 sums[R][T];
+        __m512 sums[R][T], others[R][T];
         for (auto &row : sums) for (auto &sum : row) sum = _mm512_setzero_ps();
+        for (auto &row : others) for (auto &sum : row) sum = _mm512_setzero_ps();
         const uint16_t *tokens = x.bf16 + token * x.stride;
         for (uint32_t c = 0; c < m.cols; c += 64) {
 #pragma GCC unroll 4
@@ -37,10 +43,14 @@ struct Bf16Tiles {
                 for (int t = 0; t < T; ++t) {
                     const uint16_t *at = tokens + t * x.stride + c;
                     sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)a, (__m512bh)load(at));
-                    sums[r][t] = _mm512_dpbf16_ps(sums[r][t], (__m512bh)b, (__m512bh)load(at + 32));
+                    others[r][t] = _mm512_dpbf16_ps(others[r][t], (__m512bh)b, (__m512bh)load(at + 32));
                 }
             }
         }
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) sums[r][t] = _mm512_add_ps(sums[r][t], others[r][t]);
         store_sums(sums, first, out + token * out_stride, out_stride);
     }
 };
