@@ -23,8 +23,8 @@ namespace avx512 {
 const Kernels *avx512_kernels() {
     using namespace avx512;
     static const Kernels kernels = {"avx512", false, floating, grouped, super, floating_many,
-                                    grouped_many, true, quantise, arrange, activate, round_to, widen, narrow,
-                                    add_scaled, normalise, exponentiate, mix};
+                                    grouped_many, kManyGrouped, true, quantise, arrange, activate, round_to,
+                                    widen, narrow, add_scaled, normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                      __builtin_cpu_supports("avx512vnni");

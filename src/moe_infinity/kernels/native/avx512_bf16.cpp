@@ -125,8 +125,8 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
 const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
     static const Kernels kernels = {"avx512_bf16", true, either, grouped, super, either_many,
-                                    grouped_many, true, quantise, arrange, activate, round_to, widen, narrow,
-                                    add_scaled, normalise, exponentiate, mix};
+                                    grouped_many, kManyGrouped, true, quantise, arrange, activate, round_to,
+                                    widen, narrow, add_scaled, normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }
 

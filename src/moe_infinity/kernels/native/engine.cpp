@@ -59,7 +59,7 @@ void *Scratch::reserve(size_t num_bytes) {
 
 bool Engine::are_many(Format weights, uint32_t num_tokens) const {
     return kernels_.floating_many &&
-           num_tokens >= (takes_int8(kernels_, weights, true) ? kManyGrouped : kManyFloating);
+           num_tokens >= (takes_int8(kernels_, weights, true) ? kernels_.many_grouped : kManyFloating);
 }
 
 void Engine::reserve(Prepared &room, Format weights, Type type, uint32_t num_tokens,
@@ -87,7 +87,7 @@ void Engine::prepare(Prepared &room, Format weights, Type type, const void *x, u
     room.tokens.stride = stride;
     room.tokens.is_many = is_many;
     if (takes_int8(kernels_, weights, is_many)) {
-        prepare_grouped(room, is_many ? Format::q8_0 : weights, type, x, cols);
+        prepare_grouped(room, weights, type, x, cols);
     } else if (stays_bf16(kernels_, weights, type, is_many)) {
         auto *to = static_cast<uint16_t *>(room.values.data());
         for (uint32_t t = 0; t < num_tokens; ++t) {
@@ -119,7 +119,7 @@ void Engine::prepare_grouped(Prepared &room, Format weights, Type type, const vo
         int32_t *sum = sums + t * stride / 4;
         kernels_.widen(type, from + t * token_bytes, floats, cols);
         std::memset(floats + cols, 0, (stride - cols) * 4);
-        kernels_.quantise(weights, floats, padded(cols), to + t * stride,
+        kernels_.quantise(weights, room.tokens.is_many, floats, padded(cols), to + t * stride,
                           scales + t * stride / kGroup, sum);
         for (size_t i = 0; room.tokens.is_many && i < padded(cols) / 4; i += 8)
             for (size_t j = 1; j < 8; ++j) sum[i] += sum[i + j];

@@ -25,7 +25,7 @@ static inline void int8_dot(const int8_t *w, const int8_t *x, int32_t *out) {
 
 const Kernels *portable_kernels() {
     using namespace portable;
-    static const Kernels kernels = {"portable", false, floating, grouped, nullptr, nullptr, nullptr, false,
+    static const Kernels kernels = {"portable", false, floating, grouped, nullptr, nullptr, nullptr, 0, false,
                                     quantise, nullptr, activate, round_to, widen, narrow, add_scaled,
                                     normalise, exponentiate, mix};
     return &kernels;
