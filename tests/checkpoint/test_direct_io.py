@@ -18,7 +18,7 @@ from moe_infinity.checkpoint.direct_io import (
     align_down,
     align_up,
     allocate,
-    allocate_whole_pages,
+    allocate_on_huge_pages,
 )
 from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
 
@@ -255,9 +255,9 @@ def flags_at(address: int) -> list[str]:
 
 
 @pytest.mark.parametrize("rest", [0, 1, ALIGNMENT_BYTES, HUGE_PAGE_BYTES - 1])
-def test_whole_pages_are_huge_and_no_byte_more(rest: int) -> None:
+def test_whole_pages_are_huge_and_the_rest_is_not(rest: int) -> None:
     size = 2 * HUGE_PAGE_BYTES + rest
-    memory = allocate_whole_pages(size)
+    memory = allocate_on_huge_pages(size)
     memory[0], memory[-1] = 1, 2
     assert len(memory) == size and memory[0] + memory[-1] == 3
     if not hasattr(mmap, "MADV_HUGEPAGE"):

@@ -113,17 +113,20 @@ def test_a_row_that_is_not_finite_leaves_others_alone(
         assert torch.equal(found[:, ::2], expected[:, ::2]) and found[:, 1::2].isnan().all()
 
 
+@pytest.mark.parametrize("cols", [160, 544])  # short rows and long ones, with groups left over
 @pytest.mark.parametrize("number_format", FORMATS)
 def test_a_result_depends_on_its_row_and_token_alone(
-    kernel: native.Kernel, number_format: str
+    kernel: native.Kernel, number_format: str, cols: int
 ) -> None:
     """Not on threads or addresses, nor on other tokens: there is one way for few tokens and one
     for many."""
-    block = stored(random(53, 160), number_format)
-    x = (random(117, 160, seed=1) * 20).bfloat16()
+    block = stored(random(53, cols), number_format)
+    x = (random(117, cols, seed=1) * 20).bfloat16()
     few = product(kernel, block, x[:FEW])
     for token in range(FEW):
         assert torch.equal(product(kernel, block, x[token : token + 1])[0], few[token])
+    for count in range(2, FEW):
+        assert torch.equal(product(kernel, block, x[:count]), few[:count])
     together = product(kernel, block, x)
     for start, end in ((0, MANY), (3, 100), (5, 45), (85, 117)):
         assert torch.equal(product(kernel, block, x[start:end]), together[start:end])
@@ -137,7 +140,7 @@ def test_a_result_depends_on_its_row_and_token_alone(
             moved.copy_(block.data)
             if number_format == "EXACT12" and offset % 4:
                 continue  # its lists are words
-            again = product(kernel, PackedMatrix(number_format, 53, 160, moved), x)
+            again = product(kernel, PackedMatrix(number_format, 53, cols, moved), x)
         else:
             room = torch.empty(block.numel() + 64, dtype=block.dtype)
             moved = room[offset : offset + block.numel()].view(block.shape)

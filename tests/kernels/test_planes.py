@@ -150,6 +150,16 @@ class TestProducts:
             assert torch.equal(product(other, block, x), together)
             assert torch.equal(product(other, block, many), expected)
 
+    @pytest.mark.parametrize("number_format", [*BLOCKS, "MXFP4_PLANES"])
+    def test_a_token_of_groups_is_computed_alone_as_with_others(
+        self, kernel: native.Kernel, number_format: str
+    ) -> None:
+        block = matrix(number_format, 53, 544)
+        x = tokens(7, 544, torch.bfloat16)
+        alone = one_by_one(kernel, block, x)
+        for count in range(2, 8):
+            assert torch.equal(product(kernel, block, x[:count]), alone[:count])
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.uint8])
     def test_scales_of_every_kind(self, kernel: native.Kernel, dtype: torch.dtype) -> None:
         rows, blocks = [(1, 32), (1, 96), (1, 1056)], [(16, 128), (128, 32), (136, 1056)]

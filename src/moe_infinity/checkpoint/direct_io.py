@@ -46,9 +46,10 @@ def allocate(num_bytes: int, is_huge: bool = True) -> mmap.mmap:
     return memory
 
 
-def allocate_whole_pages(num_bytes: int) -> memoryview:
-    """As ``allocate``, for what all of is used at once, beginning where a page of 2 MiB does: all
-    but the last part of one lies in such pages then, and not a byte more is taken."""
+def allocate_on_huge_pages(num_bytes: int) -> memoryview:
+    """As ``allocate``, beginning where a page of 2 MiB does: for what is large and used as a whole.
+    The part of a page at its end lies in small ones, so that no more memory becomes resident; of
+    addresses it takes 2 MiB more."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(allocate(num_bytes))[:num_bytes]
     room = allocate(num_bytes + HUGE_PAGE_BYTES, is_huge=False)

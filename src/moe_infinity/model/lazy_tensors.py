@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from moe_infinity.checkpoint.base import Checkpoint, PackedShape, SidePlane, TensorEntry
-from moe_infinity.checkpoint.direct_io import HUGE_PAGE_BYTES, allocate_whole_pages
+from moe_infinity.checkpoint.direct_io import HUGE_PAGE_BYTES, allocate_on_huge_pages
 from moe_infinity.errors import CheckpointError, CorruptCheckpointError, UnsupportedModelError
 from moe_infinity.kernels.formats import DTYPES, SIDE_DTYPES
 from moe_infinity.kernels.packed import PACKED, PackedMatrix, row_bytes
@@ -178,5 +178,5 @@ def _empty(entry: TensorEntry, dtype: torch.dtype) -> torch.Tensor:
     """Large tensors lie in large pages: those of 4 KiB cost up to half of reading speed."""
     if entry.num_bytes < HUGE_PAGE_BYTES:
         return torch.empty(entry.shape, dtype=dtype)
-    whole = torch.frombuffer(allocate_whole_pages(entry.num_bytes), dtype=torch.uint8)
+    whole = torch.frombuffer(allocate_on_huge_pages(entry.num_bytes), dtype=torch.uint8)
     return whole.view(dtype).view(entry.shape)

@@ -23,7 +23,7 @@ namespace avx2 {
 const Kernels *avx2_kernels() {
     using namespace avx2;
     static const Kernels kernels = {"avx2", false, floating, grouped, super, floating_many,
-                                    grouped_many, kManyGrouped, false, quantise, arrange, activate,
+                                    grouped_many, kGroupedManyFrom, false, quantise, arrange, activate,
                                     round_to, widen, narrow, add_scaled, normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                      __builtin_cpu_supports("f16c");

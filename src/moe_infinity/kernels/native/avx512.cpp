@@ -23,7 +23,7 @@ namespace avx512 {
 const Kernels *avx512_kernels() {
     using namespace avx512;
     static const Kernels kernels = {"avx512", false, floating, grouped, super, floating_many,
-                                    grouped_many, kManyGrouped, true, quantise, arrange, activate, round_to,
+                                    grouped_many, kGroupedManyFrom, true, quantise, arrange, activate, round_to,
                                     widen, narrow, add_scaled, normalise, exponentiate, mix};
     const bool has = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&

@@ -26,9 +26,18 @@ struct Bf16Tiles {
     static void run(const Matrix &m, uint32_t first, const Tokens &x, int token, float *out,
                     size_t out_stride) {
         if constexpr (R * T > 8) {  // more sums than there are registers for
+            static_assert(R % 2 == 0);
             run<R / 2, T>(m, first, x, token, out, out_stride);
-            return run<R / 2, T>(m, first + R / 2, x, token, out, out_stride);
+            run<R / 2, T>(m, first + R / 2, x, token, out, out_stride);
+        } else {
+            all_at_once<R, T>(m, first, x, token, out, out_stride);
         }
+    }
+
+private:
+    template <int R, int T>
+    static MOE_HOT void all_at_once(const Matrix &m, uint32_t first, const Tokens &x, int token, float *out,
+                                    size_t out_stride) {
         Rows<R> rows(m, first, ahead_of<R, T>(m));
         __m512 sums[R][T], others[R][T];
         for (auto &row : sums) for (auto &sum : row) sum = _mm512_setzero_ps();
@@ -125,7 +134,7 @@ static void either_many(const Matrix &m, const Tokens &x, uint32_t first, uint32
 const Kernels *avx512_bf16_kernels() {
     using namespace avx512_bf16;
     static const Kernels kernels = {"avx512_bf16", true, either, grouped, super, either_many,
-                                    grouped_many, kManyGrouped, true, quantise, arrange, activate, round_to,
+                                    grouped_many, kGroupedManyFrom, true, quantise, arrange, activate, round_to,
                                     widen, narrow, add_scaled, normalise, exponentiate, mix};
     return avx512_kernels() && __builtin_cpu_supports("avx512bf16") ? &kernels : nullptr;
 }

@@ -59,7 +59,7 @@ void *Scratch::reserve(size_t num_bytes) {
 
 bool Engine::are_many(Format weights, uint32_t num_tokens) const {
     return kernels_.floating_many &&
-           num_tokens >= (takes_int8(kernels_, weights, true) ? kernels_.many_grouped : kManyFloating);
+           num_tokens >= (takes_int8(kernels_, weights, true) ? kernels_.grouped_many_from : kManyFloating);
 }
 
 void Engine::reserve(Prepared &room, Format weights, Type type, uint32_t num_tokens,

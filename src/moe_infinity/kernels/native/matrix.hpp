@@ -69,7 +69,7 @@ constexpr int kUnit = 128;        // weights per unit of exact12
 constexpr int kUnitBytes = 192;   // 128 bytes of sign and mantissa, 64 bytes of codes
 constexpr int kPadding = 128;     // tokens are padded with zeros to a multiple of this
 
-// From how many tokens on it pays to lay weights out anew for them, where they stay floats.
+// From how many tokens on it pays to lay weights out anew for them, where both are floats.
 constexpr uint32_t kManyFloating = 32;
 // Beside the columns of each of many tokens, or one column of all would share a set of the cache.
 constexpr size_t kSkew = 32;
@@ -108,7 +108,7 @@ struct Kernels {
     // The same for many tokens, summed in another order; null: there is nothing better. Formats
     // with a K go the floating way then, in bf16 where tokens are.
     Product floating_many, grouped_many;
-    uint32_t many_grouped;           // from how many tokens on grouped_many pays
+    uint32_t grouped_many_from;      // so many tokens on it pays
     bool has_q8_many;                // grouped_many takes q8_0 too; false: that goes the floating way
     // One token: padded floats to int8, [n], scales [n / 32] and sums [n / 4], for what is
     // multiplied as int8. For many tokens the same for all of these.
