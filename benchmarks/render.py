@@ -84,11 +84,11 @@ _LIMITED = {
 # Without a limit, in turns.
 _IN_TURNS = {
     "peers_gguf_olmoe_q8_0": "OLMoE, Q8_0",
-    "peers_gguf_olmoe_q8_0_again": "OLMoE, Q8_0, again",
     "peers_gguf_olmoe_q4_k_m": "OLMoE, Q4_K_M",
     "peers_gguf_olmoe_mxfp4": "OLMoE, MXFP4",
     "peers_gguf_widened16_q8_0": "widened16, Q8_0",
-    "peers_gguf_widened16_q8_0_again": "widened16, Q8_0, again",
+    "peers_gguf_widened16_q8_0_512": "widened16, Q8_0, prompts of 512",
+    "peers_gguf_widened16_q8_0_512_again": "widened16, Q8_0, prompts of 512, again",
     "peers_gguf_widened16_q4_k_m": "widened16, Q4_K_M",
     "peers_gguf_widened16_mxfp4": "widened16, MXFP4",
 }
@@ -110,10 +110,11 @@ def avx2_limits_table() -> str:
 
 
 def in_turns_table() -> str:
-    """GGUF files that are wholly in memory: a row a file, and how much pairs differ."""
+    """GGUF files that are wholly in memory: a row a file, and how much pairs differ. Prompts are of
+    32 tokens where the name does not say otherwise."""
     header = [
         "| file | pairs | ours, tokens/s | llama.cpp | ours over llama.cpp | "
-        "middle half of pairs | a prompt of 32 | of memory's speed |",
+        "middle half of pairs | their prompts | of memory's speed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     return _files_table(header, _IN_TURNS, lambda file, rows: [_in_turns_row(file, *rows)])
