@@ -115,6 +115,16 @@ def test_speeds_and_sizes_are_positive(device: Device) -> None:
     assert device.name
 
 
+def test_a_simulated_device_does_not_grow_where_others_give_memory_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left = iter([3 * MIB, 2 * MIB, 5 * MIB])
+    monkeypatch.setattr("moe_infinity.devices.simulated.available_bytes", lambda: next(left))
+    device = SimulatedDevice()
+    assert [device.free_bytes(), device.free_bytes()] == [2 * MIB, 3 * MIB]
+    assert device.total_bytes() == 3 * MIB
+
+
 def test_more_than_there_is_is_refused(device: Device) -> None:
     with pytest.raises(BudgetError, match="expected at most the"):
         device.allocate(device.total_bytes() * 2)

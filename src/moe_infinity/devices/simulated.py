@@ -80,15 +80,16 @@ class SimulatedDevice(Device):
         pins: bool = True,
         beside: SimulatedDevice | None = None,
     ) -> None:
-        """memory_bytes: of the device; None: what the machine has. pins: whether ``pin`` works.
-        beside: another one of the same machine, whose clock this one has too."""
+        """memory_bytes: of the device; None: what the machine has left now. pins: whether ``pin``
+        works. beside: another one of the same machine, whose clock this one has too."""
         self.name = f"simulated, {link_gbps:g} GB/s"
         self.torch_device = torch.device("cpu")
         self._link_gbps = link_gbps
         self._begun: _Begun = beside._begun if beside else _Begun(clock or WallClock())
         self._clock = self._begun.clock
         self.compute: _Computation = _Computation(self)
-        self._memory_bytes = memory_bytes
+        self._is_own = memory_bytes is not None
+        self._memory_bytes = available_bytes() if memory_bytes is None else memory_bytes
         self._taken_bytes = 0
         self._pins = pins
         self._busy_until_s: dict[Direction, float] = {"up": 0.0, "down": 0.0}
@@ -113,12 +114,12 @@ class SimulatedDevice(Device):
         pass
 
     def free_bytes(self) -> int:
-        if self._memory_bytes is None:
-            return available_bytes()
+        if not self._is_own:  # others take of it, and give back
+            return min(available_bytes(), self._memory_bytes)
         return self._memory_bytes - self._taken_bytes
 
     def total_bytes(self) -> int:
-        return self._memory_bytes or available_bytes()
+        return self._memory_bytes
 
     def link_gbps(self) -> float:
         return self._link_gbps
