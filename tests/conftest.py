@@ -1,6 +1,7 @@
 """What every test shares: a private state folder, a known disk, one torch thread, stable
 property tests."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -29,6 +30,14 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("stable")
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries and the tests are made of stays: a million objects that every full
+    collection would walk through. What tests make is let go of by counting, but for cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,5 @@
-"""Every family of the experts interface: a few always, all of them with ``-m slow``."""
+"""Every family of the experts interface: a few always, in the type that models are published in;
+all of them, and in float32 too, with ``-m slow``."""
 
 from __future__ import annotations
 
@@ -25,21 +26,22 @@ ALWAYS = (
 # Named errors, for reasons that docs/families.md gives.
 REFUSED = ("diffusion_gemma", "qwen3_omni_moe:Qwen3OmniMoeTalkerTextExperts")
 REST = [item.name for item in families() if item.name not in (*ALWAYS, *REFUSED)]
+EVERYWHERE = [(name, dtype) for name in REST for dtype in (torch.bfloat16, torch.float32)]
+EVERYWHERE += [(name, torch.float32) for name in ALWAYS]
 
 
 @pytest.mark.parametrize("name", ALWAYS)
 def test_agrees_with_stock(name: str, tmp_path: Path) -> None:
-    _check(name, tmp_path)
+    _check(name, torch.bfloat16, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", REST)
-def test_agrees_with_stock_everywhere(name: str, tmp_path: Path) -> None:
-    _check(name, tmp_path)
+@pytest.mark.parametrize("name, dtype", EVERYWHERE, ids=str)
+def test_agrees_with_stock_everywhere(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    _check(name, dtype, tmp_path)
 
 
-def _check(name: str, tmp_path: Path) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        found = compare(family(name), tmp_path, dtype)
-        assert found.is_within, found
-        assert found.bit_identical, found
+def _check(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    found = compare(family(name), tmp_path, dtype)
+    assert found.is_within, found
+    assert found.bit_identical, found

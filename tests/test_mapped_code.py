@@ -2,13 +2,20 @@
 
 import ctypes
 import mmap
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_infinity import MoE
-from moe_infinity.mapped_code import can_let_go, code_bytes, let_go, unchanged_code
+from moe_infinity.mapped_code import (
+    can_let_go,
+    code_bytes,
+    code_places,
+    let_go,
+    unchanged_code,
+)
 
 NUM_BYTES = 4 * 2**20
 NEW = b"new"
@@ -38,8 +45,7 @@ def as_code(path: Path, write: bytes) -> tuple[mmap.mmap, int]:
 
 
 def resident_at(address: int) -> int:
-    found = unchanged_code(Path("/proc/self/smaps").read_text())
-    return next(each.resident_bytes for each in found if each.start == address)
+    return next(each.resident_bytes for each in unchanged_code() if each.start == address)
 
 
 @linux
@@ -60,27 +66,38 @@ def test_what_was_written_stays(file: Path) -> None:
     assert file.read_bytes()[: len(NEW)] == b"old"
 
 
-def a_mapping(access: str = "r-xp", path: str = "/lib/a.so", **sizes: int) -> str:
-    lines = {"Size": 2048, "Rss": 1024, "Anonymous": 0, "Swap": 0} | sizes
-    shown = [f"{name + ':':<16}{size:>8} kB" for name, size in lines.items()]
-    head = f"7f0000000000-7f0000200000 {access} 00001000 fe:00 12345    {path}"
-    return "\n".join([head, *shown, "VmFlags: rd ex mr mw me"])
+@linux
+def test_code_that_was_written_to_is_not_what_its_file_says(file: Path) -> None:
+    kept = [as_code(file, write) for write in (b"", NEW)]
+    found = {each.start: each for each in unchanged_code()}
+    assert found[kept[0][1]].num_bytes >= NUM_BYTES
+    assert kept[1][1] not in found
 
 
-def test_only_code_that_is_what_its_file_says() -> None:
-    (found,) = unchanged_code(a_mapping())
-    assert found == (0x7F0000000000, 2 * 2**20, 2**20)
-    assert len(list(unchanged_code("\n".join([a_mapping(), a_mapping(), ""])))) == 2
-    for other in (
-        a_mapping(access="r--p"),  # constants: patched when a library is loaded, maybe swapped out
-        a_mapping(access="rwxp"),
-        a_mapping(access="r-xs"),
-        a_mapping(path=""),
-        a_mapping(path="[vdso]"),
-        a_mapping(Anonymous=4),
-        a_mapping(Swap=4),
-    ):
-        assert not list(unchanged_code(other))
+@linux
+def test_as_much_as_the_system_counts() -> None:
+    """Its own sums cost a look at every page of the process."""
+    counted = 0
+    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+        sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE))
+        if re.match(r"\S+ r-xp \S+ \S+ \S+ +/", part) and sizes["Anonymous"] == "0":
+            counted += int(sizes["Rss"]) * 1024
+    assert counted > 2**20
+    assert abs(code_bytes() - counted) < 2**20, "the second look ran through code, too"
+
+
+def test_places_of_code() -> None:
+    line = "7f0000000000-7f0000200000 {} 00001000 fe:00 12345    {}"
+    code = line.format("r-xp", "/lib/a library.so")
+    others = (
+        line.format("r--p", "/lib/a.so"),  # constants: patched when a library is loaded
+        line.format("rwxp", "/lib/a.so"),
+        line.format("r-xs", "/lib/a.so"),
+        line.format("r-xp", "").rstrip(),
+        line.format("r-xp", "[vdso]"),
+    )
+    place = (0x7F0000000000, 0x7F0000200000)
+    assert list(code_places("\n".join([code, *others, code, ""]))) == [place, place]
 
 
 @linux

@@ -54,45 +54,61 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def python(package: Path, *arguments: object) -> str:
+PROGRAM = """
+import json, sys
+import pytest
+tests, commands = json.loads(sys.argv[1])
+assert pytest.main(tests) == 0
+from moe_infinity.cli import _run
+for arguments in commands:
+    print("=====")
+    _run(arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def said(package: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What one process says to the contract tests, and then to every command."""
+    trace = tmp_path_factory.mktemp("trace") / "t.safetensors"
+    save_trace(random_trace(3, 8, 2, 40, seed=1), trace)
+    simulated = ("--capacity", "25%", "--json", "--processes", 1)
+    live = ("--ram-slots", 64, "--max-new-tokens", 4, "--json")
+    commands = [
+        ["run", "--help"],
+        ["simulate", "--help"],
+        ["simulate", trace, "--policy", "brand_new", *simulated],
+        ["run", "hello there", "--policy", "brand_new", *live],
+    ]
+    contract = TESTS / "policies" / "test_policy_contract.py"
+    tests = ["-q", "-p", "no:cacheprovider", "-k", "brand_new", "--rootdir", TESTS.parent]
+    tests += ["-c", TESTS.parent / "pyproject.toml", contract]
+    asked = list(map(str, tests)), [list(map(str, each)) for each in commands]
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, "-c", PROGRAM, json.dumps(asked)],
         env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         capture_output=True,
         text=True,
         cwd=package,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout.split("=====\n")
 
 
-def command(package: Path, *arguments: object) -> str:
-    return python(package, "-c", "from moe_infinity.cli import main; main()", *arguments)
+def test_the_contract_tests_hold_it_to_account(said: list[str]) -> None:
+    assert int(said[0].split(" passed")[0].split()[-1]) >= 10
 
 
-def test_help_names_it(package: Path) -> None:
-    asked = "_run(['run', '--help']); _run(['simulate', '--help'])"
-    shown = python(package, "-c", f"from moe_infinity.cli import _run; {asked}")
-    assert shown.count("brand_new") >= 2 and "Usage: moe-infinity simulate" in shown
+def test_help_names_it(said: list[str]) -> None:
+    assert "brand_new" in said[1] and "brand_new" in said[2]
+    assert "Usage: moe-infinity simulate" in said[2]
 
 
-def test_the_simulator_replays_it(package: Path, tmp_path: Path) -> None:
-    save_trace(random_trace(3, 8, 2, 40, seed=1), tmp_path / "t.safetensors")
-    options = ("--policy", "brand_new", "--capacity", "25%", "--json", "--processes", 1)
-    (row,) = json.loads(command(package, "simulate", tmp_path / "t.safetensors", *options))
+def test_the_simulator_replays_it(said: list[str]) -> None:
+    (row,) = json.loads(said[3])
     assert 0 < row["hit_rate"] < 1
 
 
-def test_a_live_run_uses_it(package: Path) -> None:
-    options = ("--policy", "brand_new", "--ram-slots", 64, "--max-new-tokens", 4, "--json")
-    report = json.loads(command(package, "run", "hello there", *options))
+def test_a_live_run_uses_it(said: list[str]) -> None:
+    report = json.loads(said[4])
     assert report["faults"] == []
     assert report["misses"] > 0
-
-
-def test_the_contract_tests_hold_it_to_account(package: Path) -> None:
-    contract = TESTS / "policies" / "test_policy_contract.py"
-    options = ("-q", "-p", "no:cacheprovider", "-k", "brand_new", "--rootdir", TESTS.parent)
-    config = ("-c", TESTS.parent / "pyproject.toml")
-    out = python(package, "-m", "pytest", contract, *options, *config)
-    assert int(out.split(" passed")[0].split()[-1]) >= 10

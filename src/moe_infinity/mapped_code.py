@@ -7,14 +7,19 @@ the process, a page that is needed again comes back from the system's page cache
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_SMAPS = Path("/proc/self/smaps")
-_HEAD = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ *(.*)")
+import numpy as np
+
+_MAPS, _PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +(/.*)")
+# Of a page in the pagemap, 8 bytes each: it is in memory; it is swapped out; it is what a file has.
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 _MADV_DONTNEED = 4
 
 
@@ -25,36 +30,47 @@ class Mapping(NamedTuple):
 
 
 def can_let_go() -> bool:
-    return sys.platform == "linux" and _SMAPS.exists()
+    return sys.platform == "linux" and _MAPS.exists() and _PAGEMAP.exists()
 
 
 def code_bytes() -> int:
     """Resident memory of this process that ``let_go`` would give back now."""
-    return sum(mapping.resident_bytes for mapping in _mapped())
+    return sum(mapping.resident_bytes for mapping in unchanged_code())
 
 
 def let_go() -> None:
-    """Take the pages of code out of this process, as far as they are what their files say. Takes
-    some 30 ms, and what is used again a fault for each 64 KiB."""
-    for mapping in _mapped():  # what is locked stays
+    """Take the pages of code out of this process, as far as they are what their files say. What is
+    used again costs a fault for each 64 KiB."""
+    for mapping in unchanged_code():  # what is locked stays
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.num_bytes), _MADV_DONTNEED
         )
 
 
-def _mapped() -> list[Mapping]:
-    return list(unchanged_code(_SMAPS.read_text())) if can_let_go() else []
-
-
-def unchanged_code(smaps: str) -> Iterator[Mapping]:
+def unchanged_code() -> list[Mapping]:
     """Mappings of code in files that was not written to: what was written lies nowhere else. Code
     alone, for Python never unloads a library; other files may be gone, and memory be in their
-    place, by the time their pages are let go of."""
-    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps):
-        head = _HEAD.match(part)
-        if head is None or head[3] != "r-xp" or not head[4].startswith("/"):
-            continue
-        sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE))
-        if sizes.get("Anonymous") == sizes.get("Swap") == "0":
-            start, end = int(head[1], 16), int(head[2], 16)
-            yield Mapping(start, end - start, int(sizes["Rss"]) * 1024)
+    place, by the time their pages are let go of. Looked up page by page: /proc/self/smaps says the
+    same, but looks at all memory there is for it."""
+    if not can_let_go():
+        return []
+    with _PAGEMAP.open("rb", buffering=0) as pages:
+        found = (_unchanged(pages, *place) for place in code_places(_MAPS.read_text()))
+        return [mapping for mapping in found if mapping is not None]
+
+
+def code_places(maps: str) -> Iterator[tuple[int, int]]:
+    """Where code of files lies: start, end."""
+    for line in maps.splitlines():
+        found = _LINE.fullmatch(line)
+        if found is not None:
+            yield int(found[1], 16), int(found[2], 16)
+
+
+def _unchanged(pages: Any, start: int, end: int) -> Mapping | None:
+    pages.seek(start // mmap.PAGESIZE * 8)
+    words = np.frombuffer(pages.read((end - start) // mmap.PAGESIZE * 8), dtype=np.uint64)
+    is_present = words & _PRESENT != 0
+    if (words & _SWAPPED).any() or (words[is_present] & _OF_FILE == 0).any():
+        return None
+    return Mapping(start, end - start, int(is_present.sum()) * mmap.PAGESIZE)
