@@ -64,3 +64,31 @@ def test_one_window_that_was_dear_for_other_reasons_is_soon_made_good() -> None:
     share_on(meter, 1.5, 4.0, 10)  # much was missed without it
     share_on(meter, 1.5, 1.0, 100)
     assert share_on(meter, 1.5, 1.0, 3200) < 0.1
+
+
+def passes_on(meter: PaysMeter, with_it: tuple[float, float], without_s: float, num: int) -> int:
+    """Of so many passes of 10 events; with_it: seconds of one, and those in which it waited."""
+    on = 0
+    for _ in range(num):
+        on += meter.is_on
+        wall_s, stall_s = with_it if meter.is_on else (without_s, 0.0)
+        meter.spend(10 * wall_s, 10, 10 * stall_s)
+    return on
+
+
+def test_a_trial_that_nothing_can_save_is_cut_short() -> None:
+    lost, slower = (1.5, 0.2), (1.5, 0.7)  # without waiting 1.3 and 0.8 of what it takes without
+    assert passes_on(PaysMeter(window=80), lost, 1.0, 64) == 2
+    assert passes_on(PaysMeter(window=80), slower, 1.0, 64) >= 16
+    meter = PaysMeter(window=80)
+    passes_on(meter, lost, 1.0, 64)
+    assert passes_on(meter, lost, 1.0, 3200) < 3200 / 32
+    passes_on(meter, (0.5, 0.1), 1.0, 640)
+    assert passes_on(meter, (0.5, 0.1), 1.0, 640) > 600, "it is tried again"
+
+
+def test_looking_ahead_that_grows_dearer_is_left_in_its_window() -> None:
+    meter = PaysMeter(window=80)
+    passes_on(meter, (0.5, 0.0), 1.0, 64)
+    assert passes_on(meter, (0.5, 0.0), 1.0, 80) > 70
+    assert passes_on(meter, (4.0, 0.0), 1.0, 16) <= 8

@@ -226,7 +226,7 @@ class DrivenHierarchy(Hierarchy, Carrier):
         if spent.num_events:
             self._stalls.spend(spent.stall_s, spent.wall_s, spent.num_events)
             for meter in self.meters:
-                meter.spend(spent.wall_s, spent.num_events)
+                meter.spend(spent.wall_s, spent.num_events, spent.stall_s)
 
     @contextmanager
     def _undone_if_interrupted(self) -> Iterator[None]:

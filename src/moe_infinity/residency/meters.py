@@ -48,6 +48,10 @@ class PaysMeter:
     first short answer is over before a trial could pay for itself. The way that was slower
     is tried again for one ``window`` of events, and judged by those right before it: after a few
     windows, and each time that it is slower again after twice as many, up to ``retry``.
+
+    A trial of looking ahead that nothing can save ends after a quarter of its window: where it
+    would be the slower way even if nobody had to wait for a load. Blocks run in compiled code as
+    long as nobody looks ahead, so with few misses a trial costs twice the time.
     """
 
     window: int
@@ -56,32 +60,47 @@ class PaysMeter:
     is_on: bool = False
     _num_events: int = 0
     _spent_s: float = 0.0
+    _waited_s: float = 0.0  # of them
     _num_windows: int = 0
     _best: bool | None = None  # the way that was quicker
     _patience: int = _LEAST_PATIENCE  # windows until the other one is tried again
-    _waited: int = 0
+    _num_waited: int = 0
     _costs: dict[bool, deque[float]] = field(  # seconds per event of the last windows
         default_factory=lambda: {way: deque(maxlen=_TURNS) for way in (False, True)}
     )
 
-    def spend(self, wall_s: float, num_events: int = 1) -> None:
-        """Some events, from the end of the one before: seconds passed."""
+    def spend(self, wall_s: float, num_events: int = 1, stall_s: float = 0.0) -> None:
+        """Some events, from the end of the one before: seconds passed, and those of them in which
+        loads were waited for."""
         self._num_events += num_events
         self._spent_s += wall_s
-        if self._num_events < self.window:
+        self._waited_s += stall_s
+        is_lost = self._is_lost()
+        if self._num_events < self.window and not is_lost:
             return
         cost_s = self._spent_s / self._num_events
-        self._num_events, self._spent_s = 0, 0.0
+        self._num_events, self._spent_s, self._waited_s = 0, 0.0, 0.0
         self._num_windows += 1
         if self._num_windows <= self.settling:
             return
         self._costs[self.is_on].append(cost_s)
-        if self._best is None and len(self._costs[not self.is_on]) < _TURNS:
+        if is_lost:
+            self._best = False
+            self._judge()
+        elif self._best is None and len(self._costs[not self.is_on]) < _TURNS:
             self.is_on = not self.is_on
         elif self._best is None or self.is_on != self._best:
             self._judge()
         else:
             self._wait()
+
+    def _is_lost(self) -> bool:
+        """Whether this window need not be gone through: looking ahead saves waiting at most."""
+        without_s = self._costs[False]
+        if not self.is_on or not without_s or self._num_events < self.window / 4:
+            return False
+        least_s = (self._spent_s - self._waited_s) / self._num_events
+        return least_s > statistics.mean(without_s)
 
     def _judge(self) -> None:
         without_s, with_s = (statistics.mean(self._costs[way]) for way in (False, True))
@@ -89,11 +108,11 @@ class PaysMeter:
         is_known = best == self._best
         self._patience = min(self.retry, 2 * self._patience) if is_known else _LEAST_PATIENCE
         self._best = self.is_on = best
-        self._waited = 0
+        self._num_waited = 0
 
     def _wait(self) -> None:
-        self._waited += 1
-        if self._waited >= self._patience:
+        self._num_waited += 1
+        if self._num_waited >= self._patience:
             self.is_on = not self.is_on
             self._costs[self.is_on].clear()  # of other times
 
