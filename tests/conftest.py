@@ -33,8 +33,8 @@ settings.load_profile("stable")
 
 
 def pytest_collection_finish() -> None:
-    """What the libraries and the tests are made of stays: a million objects that every full
-    collection would walk through. What tests make is let go of by counting, but for cycles."""
+    """What the libraries and the tests are made of stays: hundreds of thousands of objects that
+    every full collection would walk through."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)

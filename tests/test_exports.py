@@ -50,3 +50,9 @@ def test_importing_the_package_loads_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_the_command_by_its_module_name() -> None:
+    command = [sys.executable, "-m", "moe_infinity", "run", "--help"]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "Usage: moe-infinity run" in said

@@ -1,12 +1,15 @@
 """What was freed does not count against the budget when more is needed."""
 
 import ctypes
+import gc
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from moe_infinity import MoE
-from moe_infinity.heap import Heap, can_trim
+from moe_infinity.heap import Heap, can_trim, collect_if_due
 from moe_infinity.machine import resident_bytes
 from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 
@@ -89,3 +92,47 @@ def test_asked_before_every_layer_of_a_prompt_and_not_between_tokens(
         assert heap._most_bytes == plan.budget_bytes - needed
         untouched = moe._hierarchy.untouched_bytes
         assert heap._untouched_bytes == untouched and 0 <= untouched() <= plan.cache_bytes
+
+
+@pytest.fixture
+def full_collections() -> Iterator[list[int]]:
+    """Of Python's, as they come; one is due after two of younger objects."""
+    found: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            found.append(info["collected"])
+
+    before = gc.get_threshold()
+    gc.collect()
+    gc.set_threshold(100_000, 10, 2)
+    gc.callbacks.append(note)
+    yield found
+    gc.callbacks.remove(note)
+    gc.set_threshold(*before)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="collects in steps")
+def test_a_full_collection_is_made_when_it_is_due(full_collections: list[int]) -> None:
+    gc.collect(1)
+    collect_if_due()
+    assert not full_collections
+    for _ in range(3):
+        gc.collect(1)
+    gc.disable()
+    collect_if_due()
+    gc.enable()
+    assert not full_collections, "somebody wants none"
+    collect_if_due()
+    assert len(full_collections) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="collects in steps")
+def test_none_is_due_once_a_model_is_open(tiny: Path, full_collections: list[int]) -> None:
+    for _ in range(3):
+        gc.collect(1)
+    with MoE(tiny, ram="2GiB") as moe:
+        assert gc.get_count()[2] <= 2 and full_collections
+        full_collections.clear()
+        moe.generate([5, 6, 7], max_new_tokens=4)
+        assert not full_collections

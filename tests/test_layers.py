@@ -42,6 +42,7 @@ LAYERS = (
     ("engine",),
     ("server",),
     ("cli",),
+    ("__main__",),
 )
 # Both drive residency/, one with bytes and a clock, the other with neither: they know nothing of
 # each other, though one comes before the other.

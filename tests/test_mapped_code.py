@@ -80,10 +80,24 @@ def test_as_much_as_the_system_counts() -> None:
     counted = 0
     for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
         sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE))
-        if re.match(r"\S+ r-xp \S+ \S+ \S+ +/", part) and sizes["Anonymous"] == "0":
+        if (
+            re.match(r"\S+ r-xp \S+ \S+ \S+ +/", part)
+            and sizes["Anonymous"] == sizes["Swap"] == "0"
+        ):
             counted += int(sizes["Rss"]) * 1024
     assert counted > 2**20
     assert abs(code_bytes() - counted) < 2**20, "the second look ran through code, too"
+
+
+@linux
+def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_infinity.mapped_code._PAGEMAP", tmp_path)  # exists, cannot be read
+    assert can_let_go() and code_bytes() == 0
+    let_go()
+    short = tmp_path / "short"
+    short.write_bytes(b"")
+    monkeypatch.setattr("moe_infinity.mapped_code._PAGEMAP", short)
+    assert unchanged_code() == []
 
 
 def test_places_of_code() -> None:

@@ -56,19 +56,19 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 PROGRAM = """
 import json, sys
-import pytest
-tests, commands = json.loads(sys.argv[1])
-assert pytest.main(tests) == 0
 from moe_infinity.cli import _run
+commands, tests = json.loads(sys.argv[1])
 for arguments in commands:
-    print("=====")
-    _run(arguments)
+    assert _run(arguments) == 0, arguments
+    print("<end of what it said>")
+import pytest
+sys.exit(pytest.main(tests))
 """
 
 
 @pytest.fixture(scope="module")
 def said(package: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """What one process says to the contract tests, and then to every command."""
+    """What one process says to every command, and in the end to the contract tests."""
     trace = tmp_path_factory.mktemp("trace") / "t.safetensors"
     save_trace(random_trace(3, 8, 2, 40, seed=1), trace)
     simulated = ("--capacity", "25%", "--json", "--processes", 1)
@@ -81,8 +81,9 @@ def said(package: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
     contract = TESTS / "policies" / "test_policy_contract.py"
     tests = ["-q", "-p", "no:cacheprovider", "-k", "brand_new", "--rootdir", TESTS.parent]
+    tests += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # some is imported already
     tests += ["-c", TESTS.parent / "pyproject.toml", contract]
-    asked = list(map(str, tests)), [list(map(str, each)) for each in commands]
+    asked = [list(map(str, each)) for each in commands], list(map(str, tests))
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(asked)],
         env=os.environ | {"PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
@@ -91,24 +92,24 @@ def said(package: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         cwd=package,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.split("=====\n")
+    return done.stdout.split("<end of what it said>\n")
 
 
 def test_the_contract_tests_hold_it_to_account(said: list[str]) -> None:
-    assert int(said[0].split(" passed")[0].split()[-1]) >= 10
+    assert int(said[4].split(" passed")[0].split()[-1]) >= 10
 
 
 def test_help_names_it(said: list[str]) -> None:
-    assert "brand_new" in said[1] and "brand_new" in said[2]
-    assert "Usage: moe-infinity simulate" in said[2]
+    assert "brand_new" in said[0] and "brand_new" in said[1]
+    assert "Usage: moe-infinity simulate" in said[1]
 
 
 def test_the_simulator_replays_it(said: list[str]) -> None:
-    (row,) = json.loads(said[3])
+    (row,) = json.loads(said[2])
     assert 0 < row["hit_rate"] < 1
 
 
 def test_a_live_run_uses_it(said: list[str]) -> None:
-    report = json.loads(said[4])
+    report = json.loads(said[3])
     assert report["faults"] == []
     assert report["misses"] > 0

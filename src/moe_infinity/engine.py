@@ -25,7 +25,7 @@ from moe_infinity.checkpoint.hub import resolve
 from moe_infinity.config import PREFILL_CHUNK_TOKENS, EngineConfig
 from moe_infinity.devices.choice import computing_on
 from moe_infinity.errors import CheckpointError, ConfigError
-from moe_infinity.interrupts import LateCollections, deferred_interrupt
+from moe_infinity.interrupts import deferred_interrupt
 from moe_infinity.learned import Learned
 from moe_infinity.live import Live
 from moe_infinity.machine import Bandwidths
@@ -273,7 +273,7 @@ class MoE:
             self._hierarchy.cancelled.clear()
             if self._closed:
                 raise ConfigError("the model is closed; open it again")
-            with deferred_interrupt(self.cancel), LateCollections(), computing_on(self.device):
+            with deferred_interrupt(self.cancel), computing_on(self.device):
                 self._begin_request(generates, prompt_left)
                 try:
                     yield

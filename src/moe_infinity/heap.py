@@ -1,8 +1,10 @@
-"""Keeps memory that was freed from counting against the budget: the C library holds on to it."""
+"""Keeps memory that was freed from counting against the budget: the C library holds on to it. And
+has Python look for cycles while nobody waits."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,14 @@ _WORTH_BYTES = 16 * 1024**2  # less than this since the last time is left where 
 def can_trim() -> bool:
     """Whether freed memory can be given back here: glibc has a call for it."""
     return _find_trim() is not None
+
+
+def collect_if_due() -> None:
+    """Make Python's next full collection now, if it is due: it walks through every object that the
+    libraries are made of, a quarter of a second, and would come between two tokens."""
+    due = gc.get_threshold()[2]
+    if gc.isenabled() and 0 < due < gc.get_count()[2]:
+        gc.collect()
 
 
 class Heap:

@@ -1,43 +1,12 @@
-"""What must not come between two tokens: Ctrl-C waits for a safe point, and Python's collector of
-cycles for the end of the request. Knows nothing of models."""
+"""Turns Ctrl-C during a request into a cancellation at a safe point. Knows nothing of models."""
 
 from __future__ import annotations
 
 import contextlib
-import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
-
-_NEVER = 2**31 - 1
-
-
-class LateCollections:
-    """Puts full collections off until a request is over; a context manager.
-
-    One walks through every object that the libraries are made of, a quarter of a second between
-    two tokens, and the first is due soon behind the opening of a model. Young objects are collected
-    as ever: a request leaves no cycles behind that outlive them. The setting belongs to the
-    process: the first to begin remembers it, and the last to end puts it back.
-    """
-
-    _lock = threading.Lock()
-    _num_requests = 0
-    _before = gc.get_threshold()
-
-    def __enter__(self) -> None:
-        with LateCollections._lock:
-            if LateCollections._num_requests == 0:
-                LateCollections._before = gc.get_threshold()
-                gc.set_threshold(*LateCollections._before[:2], _NEVER)
-            LateCollections._num_requests += 1
-
-    def __exit__(self, *_: object) -> None:
-        with LateCollections._lock:
-            LateCollections._num_requests -= 1
-            if LateCollections._num_requests == 0:
-                gc.set_threshold(*LateCollections._before)
 
 
 @contextlib.contextmanager

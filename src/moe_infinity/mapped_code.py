@@ -7,12 +7,13 @@ the process, a page that is needed again comes back from the system's page cache
 from __future__ import annotations
 
 import ctypes
+import io
 import mmap
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -51,12 +52,15 @@ def unchanged_code() -> list[Mapping]:
     """Mappings of code in files that was not written to: what was written lies nowhere else. Code
     alone, for Python never unloads a library; other files may be gone, and memory be in their
     place, by the time their pages are let go of. Looked up page by page: /proc/self/smaps says the
-    same, but looks at all memory there is for it."""
+    same, but looks at all memory there is for it. None where the system does not tell."""
     if not can_let_go():
         return []
-    with _PAGEMAP.open("rb", buffering=0) as pages:
-        found = (_unchanged(pages, *place) for place in code_places(_MAPS.read_text()))
-        return [mapping for mapping in found if mapping is not None]
+    try:
+        with _PAGEMAP.open("rb", buffering=0) as pages:
+            found = [_unchanged(pages, *place) for place in code_places(_MAPS.read_text())]
+    except OSError:  # a process with capabilities may not look at itself
+        return []
+    return [mapping for mapping in found if mapping is not None]
 
 
 def code_places(maps: str) -> Iterator[tuple[int, int]]:
@@ -67,9 +71,11 @@ def code_places(maps: str) -> Iterator[tuple[int, int]]:
             yield int(found[1], 16), int(found[2], 16)
 
 
-def _unchanged(pages: Any, start: int, end: int) -> Mapping | None:
+def _unchanged(pages: io.FileIO, start: int, end: int) -> Mapping | None:
     pages.seek(start // mmap.PAGESIZE * 8)
     words = np.frombuffer(pages.read((end - start) // mmap.PAGESIZE * 8), dtype=np.uint64)
+    if len(words) * mmap.PAGESIZE != end - start:
+        return None
     is_present = words & _PRESENT != 0
     if (words & _SWAPPED).any() or (words[is_present] & _OF_FILE == 0).any():
         return None

@@ -14,7 +14,7 @@ from moe_infinity.config import EngineConfig
 from moe_infinity.device_wiring import DeviceWiring
 from moe_infinity.devices.base import Device
 from moe_infinity.errors import ConfigError
-from moe_infinity.heap import Heap
+from moe_infinity.heap import Heap, collect_if_due
 from moe_infinity.kernels.base import ExpertMath
 from moe_infinity.kernels.choice import choose
 from moe_infinity.mapped_code import let_go
@@ -96,6 +96,7 @@ class Wiring:
             self._device = DeviceWiring(model, hierarchy, self._runtime, maths, plan.max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
         let_go()  # of what only opening ran
+        collect_if_due()  # opening makes many objects
 
     def begin_request(self, request: Request) -> None:
         self.request = request

@@ -38,9 +38,12 @@ FORMATS += (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.MXFP4)
 OF_EACH_KIND = (Kind.F16, Kind.Q8_0, Kind.Q4_K)
 IN_EVERY_FORMAT = ("qwen3_moe", "gpt_oss")
 PAIRS = [
-    (name, kind)
+    pytest.param(
+        *(name, kind),
+        id=f"{name}-{kind.name}",
+        marks=[] if kind in OF_EACH_KIND or name in IN_EVERY_FORMAT else pytest.mark.slow,
+    )
     for name, kind in itertools.product(sorted(ARCHITECTURES), FORMATS)
-    if kind in OF_EACH_KIND or name in IN_EVERY_FORMAT
 ]
 IDS = torch.arange(5, 45)[None]
 
@@ -65,7 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("name, kind", PAIRS, ids=lambda each: getattr(each, "name", each))
+    @pytest.mark.parametrize("name, kind", PAIRS)
     def test_every_family_and_format(self, name: str, kind: Kind, tmp_path: Path) -> None:
         size = 256 if kind.name in BLOCK_BYTES else 32
         model = write_gguf(small_model(name, size), tmp_path / "tiny.gguf", kind)

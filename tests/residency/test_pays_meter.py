@@ -92,3 +92,13 @@ def test_looking_ahead_that_grows_dearer_is_left_in_its_window() -> None:
     passes_on(meter, (0.5, 0.0), 1.0, 64)
     assert passes_on(meter, (0.5, 0.0), 1.0, 80) > 70
     assert passes_on(meter, (4.0, 0.0), 1.0, 16) <= 8
+
+
+@pytest.mark.parametrize("passes_each", [100, 300])
+def test_short_and_long_contexts_in_turns(passes_each: int) -> None:
+    """What a pass cost without it long ago, in a short context, is no verdict in a long one."""
+    meter = PaysMeter(window=80)
+    on = sum(
+        passes_on(meter, (0.7 * cost_s, 0.1), cost_s, passes_each) for cost_s in (1.0, 2.0) * 8
+    )
+    assert on > 0.85 * 16 * passes_each

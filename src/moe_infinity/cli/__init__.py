@@ -10,7 +10,7 @@ import warnings
 from moe_infinity.config import keep_kernel_caches_small, let_idle_threads_sleep
 from moe_infinity.errors import MoEInfinityError
 
-_YOUNG_PER_FULL = 1000  # collections
+_MIDDLE_PER_FULL = 100  # collections; Python's own choice is 10
 
 
 def main() -> None:
@@ -54,5 +54,5 @@ def _quieten() -> None:
 
 def _collect_seldom() -> None:
     """Of what the libraries are made of nothing is ever garbage, and every full collection walks
-    through all of it: importing them alone makes enough for several, half a second in all."""
-    gc.set_threshold(*gc.get_threshold()[:2], _YOUNG_PER_FULL)
+    through all of it: importing them makes enough for several, half a second in all."""
+    gc.set_threshold(*gc.get_threshold()[:2], _MIDDLE_PER_FULL)

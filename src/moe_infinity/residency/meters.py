@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 _MEMORY = 0.02  # weight of the newest guess in the running share of right ones: about 50 guesses
 _TURNS = 2  # windows of each way
 _LEAST_PATIENCE = 4
+_MARGIN = 1.1  # two passes are no more exact
 _PRIOR = 0.5
 
 
@@ -50,8 +51,8 @@ class PaysMeter:
     windows, and each time that it is slower again after twice as many, up to ``retry``.
 
     A trial of looking ahead that nothing can save ends after a quarter of its window: where it
-    would be the slower way even if nobody had to wait for a load. Blocks run in compiled code as
-    long as nobody looks ahead, so with few misses a trial costs twice the time.
+    would be the slower way, and not by little, even if nobody had to wait for a load. Blocks run
+    in compiled code as long as nobody looks ahead, so with few misses a trial costs twice the time.
     """
 
     window: int
@@ -84,7 +85,10 @@ class PaysMeter:
         if self._num_windows <= self.settling:
             return
         self._costs[self.is_on].append(cost_s)
-        if is_lost:
+        if is_lost and self._best:  # by what it cost long ago: look anew
+            self._num_waited = self._patience
+            self._wait()
+        elif is_lost:
             self._best = False
             self._judge()
         elif self._best is None and len(self._costs[not self.is_on]) < _TURNS:
@@ -95,12 +99,12 @@ class PaysMeter:
             self._wait()
 
     def _is_lost(self) -> bool:
-        """Whether this window need not be gone through: looking ahead saves waiting at most."""
+        """Whether this window need not be gone through: it would not be quicker without waiting."""
         without_s = self._costs[False]
         if not self.is_on or not without_s or self._num_events < self.window / 4:
             return False
         least_s = (self._spent_s - self._waited_s) / self._num_events
-        return least_s > statistics.mean(without_s)
+        return least_s > _MARGIN * statistics.mean(without_s)
 
     def _judge(self) -> None:
         without_s, with_s = (statistics.mean(self._costs[way]) for way in (False, True))

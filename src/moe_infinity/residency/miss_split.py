@@ -13,7 +13,7 @@ from moe_infinity.residency.meters import PaysMeter
 MissMode = Literal["copy", "cpu", "auto"]
 
 _MEMORY = 0.1  # weight of the newest step in the running cost
-_TRIAL_PASSES = 8  # of a window: what does not pay is left after five of them
+_TRIAL_PASSES = 8  # of a window
 _FIRST_FIXED_S = 100e-6  # of a step on the processor, before any was seen: two copies and a launch
 
 
