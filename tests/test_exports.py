@@ -3,9 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import moe_infinity
+from moe_infinity import cli
+from moe_infinity.versions import version_of
 
 
 def test_every_public_name_is_there() -> None:
@@ -56,3 +59,18 @@ def test_the_command_by_its_module_name() -> None:
     command = [sys.executable, "-m", "moe_infinity", "run", "--help"]
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert "Usage: moe-infinity run" in said
+
+
+def test_versions_of_what_is_here_and_what_is_not() -> None:
+    assert version_of("numpy") == np.__version__
+    assert version_of("no-such-package") == "not installed"
+
+
+def test_ctrl_c_while_libraries_are_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(arguments: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130

@@ -16,7 +16,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py"))
 # A part may import from those in earlier lines, and from itself; not from its own line's others.
 LAYERS = (
     ("types", "errors"),
-    ("config", "stats", "registry", "interrupts", "durable"),
+    ("config", "stats", "registry", "interrupts", "durable", "versions"),
     ("tracing",),
     ("policies", "predictors"),
     ("residency",),

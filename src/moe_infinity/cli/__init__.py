@@ -15,7 +15,11 @@ _MIDDLE_PER_FULL = 100  # collections; Python's own choice is 10
 
 def main() -> None:
     """Entry point of ``moe-infinity``."""
-    sys.exit(_run(sys.argv[1:]))
+    try:
+        code = _run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command could begin: libraries are imported for seconds
+        code = 130
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:

@@ -48,9 +48,9 @@ def build_app() -> typer.Typer:
 
 def _say_version(is_asked: bool) -> None:
     if is_asked:
-        from importlib.metadata import version
+        from moe_infinity.versions import version_of
 
-        print(f"moe-infinity {version('moe-infinity')}")
+        print(f"moe-infinity {version_of('moe-infinity')}")
         raise typer.Exit
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from moe_infinity.checkpoint.hub import bundled_model_path
 from moe_infinity.cli import common
 from moe_infinity.config import format_bytes
 from moe_infinity.errors import CheckpointNotFoundError
+from moe_infinity.versions import version_of
 
 _PACKAGES = ("moe-infinity", "torch", "transformers", "safetensors", "numpy")
 _READ_BYTES = 4 * 1024**2
@@ -69,7 +69,7 @@ def _examine(folder: Path) -> dict[str, Any]:
         **dataclasses.asdict(speeds),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: version_of(name) for name in _PACKAGES},
     }
     report["advice"] = _advice(report)
     return report

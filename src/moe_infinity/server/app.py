@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib import resources
-from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI, HTTPException
@@ -27,6 +26,7 @@ from moe_infinity.server.problems import ApiError
 from moe_infinity.server.replies import ClientGone, error_response
 from moe_infinity.server.response_bodies import ResponseBody
 from moe_infinity.server.service import Service
+from moe_infinity.versions import version_of
 
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -39,7 +39,7 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 def build_app(service: Service) -> FastAPI:
     """The ASGI application over an opened model. Whoever serves it closes the service."""
     app = FastAPI(
-        title="MoE-Infinity", version=version("moe-infinity"), docs_url=None, redoc_url=None
+        title="MoE-Infinity", version=version_of("moe-infinity"), docs_url=None, redoc_url=None
     )
     app.exception_handler(ApiError)(_on_api_error)
     app.exception_handler(StarletteHTTPException)(_on_http_error)
