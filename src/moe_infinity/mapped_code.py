@@ -52,7 +52,7 @@ def unchanged_code() -> list[Mapping]:
     """Mappings of code in files that was not written to: what was written lies nowhere else. Code
     alone, for Python never unloads a library; other files may be gone, and memory be in their
     place, by the time their pages are let go of. Looked up page by page: /proc/self/smaps says the
-    same, but looks at all memory there is for it. None where the system does not tell."""
+    same, but looks at all memory there is for it. Empty where the system does not tell."""
     if not can_let_go():
         return []
     try:
@@ -77,6 +77,8 @@ def _unchanged(pages: io.FileIO, start: int, end: int) -> Mapping | None:
     if len(words) * mmap.PAGESIZE != end - start:
         return None
     is_present = words & _PRESENT != 0
+    if not is_present.any():  # or the system hides what is
+        return None
     if (words & _SWAPPED).any() or (words[is_present] & _OF_FILE == 0).any():
         return None
     return Mapping(start, end - start, int(is_present.sum()) * mmap.PAGESIZE)
