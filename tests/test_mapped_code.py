@@ -16,6 +16,7 @@ from moe_infinity.mapped_code import (
     let_go,
     unchanged_code,
 )
+from support.smaps import mappings
 
 NUM_BYTES = 4 * 2**20
 NEW = b"new"
@@ -79,7 +80,7 @@ def test_code_that_was_written_to_is_not_what_its_file_says(file: Path) -> None:
 def test_as_much_as_the_system_counts() -> None:
     """Its own sums cost a look at every page of the process."""
     counted = 0
-    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+    for part in mappings():
         sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE))
         if (
             re.match(r"\S+ r-xp \S+ \S+ \S+ +/", part)

@@ -4,7 +4,6 @@ import ctypes
 import errno
 import mmap
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from moe_infinity.checkpoint.direct_io import (
     allocate_on_huge_pages,
 )
 from moe_infinity.errors import CheckpointChangedError, CheckpointNotFoundError, ReadError
+from support.smaps import mappings
 
 SIZE = 3 * ALIGNMENT_BYTES + 1234
 DATA = bytes(i * i % 251 for i in range(SIZE))
@@ -247,7 +247,7 @@ def test_alignment_and_memory() -> None:
 
 def flags_at(address: int) -> list[str]:
     """What the kernel was told of the memory at an address."""
-    for part in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text()):
+    for part in mappings():
         start, end = (int(each, 16) for each in part.split()[0].split("-"))
         if start <= address < end:
             return part.split("VmFlags:")[1].split()

@@ -5,12 +5,28 @@ import pytest
 from moe_infinity.residency.meters import PaysMeter
 
 
-def share_on(meter: PaysMeter, with_it_s: float, without_s: float, num_events: int) -> float:
+def num_on(
+    meter: PaysMeter,
+    with_it: tuple[float, float],
+    without_s: float,
+    num_passes: int,
+    num_events: int = 1,
+) -> int:
+    """Of so many passes; with_it: seconds of an event, and those in which it waited."""
     on = 0
-    for _ in range(num_events):
+    for _ in range(num_passes):
         on += meter.is_on
-        meter.spend(with_it_s if meter.is_on else without_s)
-    return on / num_events
+        wall_s, stall_s = with_it if meter.is_on else (without_s, 0.0)
+        meter.spend(num_events * wall_s, num_events, num_events * stall_s)
+    return on
+
+
+def share_on(meter: PaysMeter, with_it_s: float, without_s: float, num_events: int) -> float:
+    return num_on(meter, (with_it_s, 0.0), without_s, num_events) / num_events
+
+
+def passes_on(meter: PaysMeter, with_it: tuple[float, float], without_s: float, num: int) -> int:
+    return num_on(meter, with_it, without_s, num, num_events=10)
 
 
 @pytest.mark.parametrize(("with_it_s", "low", "high"), [(0.5, 0.9, 1.0), (2.0, 0.0, 0.1)])
@@ -64,16 +80,6 @@ def test_one_window_that_was_dear_for_other_reasons_is_soon_made_good() -> None:
     share_on(meter, 1.5, 4.0, 10)  # much was missed without it
     share_on(meter, 1.5, 1.0, 100)
     assert share_on(meter, 1.5, 1.0, 3200) < 0.1
-
-
-def passes_on(meter: PaysMeter, with_it: tuple[float, float], without_s: float, num: int) -> int:
-    """Of so many passes of 10 events; with_it: seconds of one, and those in which it waited."""
-    on = 0
-    for _ in range(num):
-        on += meter.is_on
-        wall_s, stall_s = with_it if meter.is_on else (without_s, 0.0)
-        meter.spend(10 * wall_s, 10, 10 * stall_s)
-    return on
 
 
 def test_a_trial_that_nothing_can_save_is_cut_short() -> None:

@@ -86,8 +86,7 @@ class PaysMeter:
             return
         self._costs[self.is_on].append(cost_s)
         if is_lost and self._best:  # by what it cost long ago: look anew
-            self._num_waited = self._patience
-            self._wait()
+            self._try_other()
         elif is_lost:
             self._best = False
             self._judge()
@@ -117,8 +116,11 @@ class PaysMeter:
     def _wait(self) -> None:
         self._num_waited += 1
         if self._num_waited >= self._patience:
-            self.is_on = not self.is_on
-            self._costs[self.is_on].clear()  # of other times
+            self._try_other()
+
+    def _try_other(self) -> None:
+        self.is_on = not self.is_on
+        self._costs[self.is_on].clear()  # of other times
 
 
 @dataclass
