@@ -212,6 +212,27 @@ def test_experts_of_one_token_are_those_apart(kernel: native.Kernel) -> None:
             assert torch.equal(job.out, kernel.forward(GATED, job.views, x))
 
 
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 4, 1, 9), (0, 5), (40,)])
+def test_experts_placed_together_are_those_apart(
+    kernel: native.Kernel, counts: tuple[int, ...]
+) -> None:
+    """Each expert's rows of the tokens, to its own rows of the results."""
+    rng = np.random.default_rng(0)
+    x, top_k = (random(40, 160) * 20).bfloat16(), 3
+    out = torch.zeros(len(x) * top_k, 160, dtype=x.dtype)
+    experts, places = [], np.split(rng.permutation(len(out)), np.cumsum(counts))[:-1]
+    for seed in range(len(counts)):
+        gate_up = [stored(random(96, 160, seed), "Q8_0"), stored(random(96, 160, 9), "Q8_0")]
+        down = [stored(random(160, 96, seed), "Q8_0")]
+        experts.append(Views(gate_up_proj=gate_up, down_proj=down))
+    expected = out.clone()
+    for views, rows in zip(experts, places, strict=True):
+        if len(rows):
+            expected[rows] = kernel.forward(GATED, views, x[rows // top_k])
+    kernel.run_placed(GATED, experts, x, out, [rows // top_k for rows in places], places)
+    assert torch.equal(out, expected)
+
+
 # Bytes of a group with its scale, its codes behind them, and bytes of the codes.
 EXTREMES = [
     *(("Q8_0", b"\x00\x3c", bytes([code]) * 32) for code in (0x80, 0x7F)),

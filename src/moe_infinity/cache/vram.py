@@ -29,6 +29,7 @@ class VramHierarchy(DrivenHierarchy):
     """
 
     tier_names = ("vram", "ram", "disk")
+    tokens_at_once = 0  # launches are not waited for; how one is cut depends on all its experts
 
     def __init__(
         self,

@@ -81,33 +81,28 @@ class ExpertKernel(ABC):
         place_of: Places,
     ) -> None:
         """Of each expert rows ``token_of`` of x [T, H] into rows ``place_of`` of out [N, H]."""
-        jobs = [
-            _job(views, x, out, tokens, places)
-            for views, tokens, places in zip(experts, token_of, place_of, strict=True)
-        ]
-        self.run(math, jobs)
-        for job, places in zip(jobs, place_of, strict=True):
-            if len(places) > 1:
-                out[_index(places, out)] = job.out
+        if all(len(places) == 1 for places in place_of):  # straight to where results go
+            singles = zip(experts, token_of, place_of, strict=True)
+            self.run(math, [_single(views, x, out, *row) for views, *row in singles])
+            return
+        some = x[_index(token_of, x)]
+        results = torch.empty_like(some)
+        sizes = [len(tokens) for tokens in token_of]
+        parts = zip(
+            experts, some.split_with_sizes(sizes), results.split_with_sizes(sizes), strict=True
+        )
+        self.run(math, [Job(*part) for part in parts])
+        out[_index(place_of, out)] = results
 
     def close(self) -> None:
         """Let go of threads; idempotent."""
 
 
-def _job(
-    views: Views,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    tokens: Rows,
-    places: Rows,
-) -> Job:
-    """One expert's tokens, and where its results go: straight to their place if there is one."""
-    if len(places) == 1:
-        token, at = int(tokens[0]), int(places[0])
-        return Job(views, x[token : token + 1], out[at : at + 1])
-    some = x[_index(tokens, x)]
-    return Job(views, some, torch.empty_like(some))
+def _single(views: Views, x: torch.Tensor, out: torch.Tensor, tokens: Rows, places: Rows) -> Job:
+    token, at = int(tokens[0]), int(places[0])
+    return Job(views, x[token : token + 1], out[at : at + 1])
 
 
-def _index(rows: Rows, like: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(rows).to(like.device)
+def _index(rows: Places, like: torch.Tensor) -> torch.Tensor:
+    together = rows[0] if len(rows) == 1 else np.concatenate(rows)
+    return torch.from_numpy(together).to(like.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,10 @@ class Settled(NamedTuple):
 
 class Carrier(ABC):
     """Carries out loads and computes experts; live with bytes, in the simulator with a clock."""
+
+    # Of a prompt's experts that were found in memory, so many are computed at once that no more
+    # tokens than this are routed to them in all: a call takes as long as an expert of few tokens.
+    tokens_at_once: ClassVar[int] = 64
 
     @abstractmethod
     def start(self, loads: list[Load], priority: Priority) -> None:
@@ -81,6 +85,7 @@ class EventRunner:
         self.planner = planner
         self.choose_misses = choose_misses
         self._pending: list[ExpertKey] = []  # members of the event that have a slot, uncomputed
+        self._found: set[ExpertKey] = set()  # in memory when the event was looked up
 
     def begin_request(self) -> None:
         self.residency.policy.begin_request()
@@ -133,6 +138,7 @@ class EventRunner:
         for key in found.late:
             carrier.promote(key)
         self._pending = sorted(found.hits + found.late)
+        self._found = set(found.hits)
         self._admit(carrier)
         if not self.residency.policy.wants_forecast:  # while the disk works
             self._learn(event, found, foreseen, carrier)
@@ -191,7 +197,7 @@ class EventRunner:
         while not self.residency.is_done:
             self._collect(carrier)
             self._admit(carrier)
-            ready = self._ready(in_order=event.phase == "prefill")
+            ready = self._next_ones(event, carrier) if event.phase == "prefill" else self._ready()
             if not ready:
                 self.residency.policy.catch_up()
                 carrier.wait()
@@ -231,12 +237,22 @@ class EventRunner:
         if ahead:
             carrier.start(ahead, Priority.PREFETCH)
 
-    def _ready(self, in_order: bool) -> list[ExpertKey]:
-        """Members that are here. Prefill takes them one by one, in order, so that which slot comes
-        free when does not depend on the disk; decode takes all that are here at once."""
+    def _ready(self) -> list[ExpertKey]:
+        """Members that are here."""
         state = self.residency.directory.state
-        candidates = self._pending[:1] if in_order else self._pending
-        return [key for key in candidates if state(key) is State.RESIDENT]
+        return [key for key in self._pending if state(key) is State.RESIDENT]
+
+    def _next_ones(self, event: Event, carrier: Carrier) -> list[ExpertKey]:
+        """Of a prompt's members the next in order, so that which slot comes free when does not
+        depend on the disk; with it those behind it that were found in memory, of few tokens."""
+        state, num_tokens = self.residency.directory.state, 0
+        for at, key in enumerate(self._pending):
+            num_tokens += int(event.counts[key.expert])
+            if at and (key not in self._found or num_tokens > carrier.tokens_at_once):
+                return self._pending[:at]
+            if key not in self._found:
+                return [key] if state(key) is State.RESIDENT else []
+        return list(self._pending)
 
     def _collect(self, carrier: Carrier) -> None:
         """Make resident what has arrived. Raises the error of a load that an event waits for.
