@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -74,10 +75,16 @@ def let_idle_threads_sleep() -> None:
     """Ask OpenMP, before torch loads it, not to spin between parallel regions.
 
     Its idle threads would take cores from the reader threads and from other programs: on two busy
-    cores decode was measured 40 times faster without. A policy the user has set stands; where
-    torch is loaded already this comes too late and does nothing.
+    cores decode was measured 40 times faster without. A policy the user has set stands. Where
+    torch is loaded already this would come too late: model/spinning.py sees to it then.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if "torch" not in sys.modules:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def may_idle_threads_spin() -> bool:
+    """Whether nobody has told OpenMP, in time, what its idle threads are to do."""
+    return "OMP_WAIT_POLICY" not in os.environ
 
 
 def keep_kernel_caches_small() -> None:

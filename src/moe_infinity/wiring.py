@@ -28,6 +28,7 @@ from moe_infinity.model.observer import Observer
 from moe_infinity.model.packed_linears import run_packed
 from moe_infinity.model.routers import Wishes
 from moe_infinity.model.rules import KeepRouting, RoutingRule, lossy_rules
+from moe_infinity.model.spinning import IdleTeams
 from moe_infinity.model.taps import Step, StepTap
 from moe_infinity.model.whole_pass import WholePass, speed_up_passes
 from moe_infinity.plan import Plan
@@ -95,6 +96,7 @@ class Wiring:
         if isinstance(hierarchy, VramHierarchy):
             self._device = DeviceWiring(model, hierarchy, self._runtime, maths, plan.max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
+        self._idle = IdleTeams()
         let_go()  # of what only opening ran
         collect_if_due()  # opening makes many objects
 
@@ -155,6 +157,7 @@ class Wiring:
 
     def close(self) -> None:
         self._threads.end()
+        self._idle.close()
         others = self._runtime.elsewhere.others if self._runtime.elsewhere else ()
         kernels = (other.kernel for other in others)
         for kernel in (self.kernel, self._runtime.host_kernel, *kernels):

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.machine import num_cores
 from moe_infinity.model import spinning
+from support.engine import BUDGET
 
 
 def helpers(before: set[str]) -> set[str]:
@@ -54,3 +58,50 @@ def test_a_forked_process_with_one_thread_does_not_wait_for_them() -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+IDLE = """if True:
+    {first}
+    import threading
+    from moe_infinity.config import let_idle_threads_sleep
+    let_idle_threads_sleep()
+    import torch
+    from moe_infinity.model.spinning import IdleTeams
+    torch.set_num_threads(2)
+    num_before = threading.active_count()
+    teams = IdleTeams()
+    print(threading.active_count() - num_before)
+    teams.close()
+    assert threading.active_count() == num_before
+"""
+
+
+@pytest.mark.skipif(spinning._pause() is None, reason="torch runs on another OpenMP")
+@pytest.mark.parametrize(
+    ("first", "told", "has_teams"),
+    [("import torch", None, True), ("import torch", "active", False), ("", None, False)],
+)
+def test_teams_idle_where_torch_came_first_and_nobody_told_it_how_to_wait(
+    first: str, told: str | None, has_teams: bool
+) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    env |= {"OMP_WAIT_POLICY": told} if told else {}
+    command = [sys.executable, "-c", IDLE.format(first=first)]
+    said = subprocess.run(command, check=True, timeout=120, env=env, capture_output=True).stdout
+    assert int(said) == (min(3, num_cores() - 1) if has_teams else 0)
+
+
+def test_they_end_with_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def idle() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("moe-infinity-idle")]
+
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    before, num_threads = idle(), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with MoE(bundled_model_path(), ram=BUDGET, ram_slots=24):
+            has_idle = num_cores() > 1 and spinning._pause() is not None
+            assert (len(idle()) > len(before)) == has_idle
+    finally:
+        torch.set_num_threads(num_threads)
+    assert idle() == before

@@ -5,12 +5,59 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from moe_infinity.config import may_idle_threads_spin
+from moe_infinity.machine import num_cores
+
 _SOFT = 1  # omp_pause_soft: what was set stays, threads do not
+_MOST_TEAMS = 3  # where more are needed, processors are left for those who spin
+_SHARED_OUT = 32_768  # bytes, for each thread: torch shares out no fewer
+
+
+class IdleTeams:
+    """Threads of OpenMP's that do nothing, so that none of its threads spins for long.
+
+    Torch's helpers spin behind every product of a prompt, and take a processor from the compiled
+    kernels, which come next: with two processors prompts took half as long again. GNU's OpenMP can
+    be told so before torch loads it only (config.let_idle_threads_sleep); but it lets none spin
+    once there are more threads than processors.
+    """
+
+    def __init__(self) -> None:
+        """Where they are needed, until ``close``."""
+        self._is_over = threading.Event()
+        self._threads: list[threading.Thread] = []
+        num_helpers = torch.get_num_threads() - 1
+        if not num_helpers or not may_idle_threads_spin() or _pause() is None:
+            return
+        num_teams = min(_MOST_TEAMS, (num_cores() - 1) // num_helpers)
+        have_begun = threading.Semaphore(0)
+        for number in range(num_teams):
+            name = f"moe-infinity-idle-{number}"
+            thread = threading.Thread(target=self._idle, args=(have_begun,), name=name, daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        for _ in self._threads:
+            have_begun.acquire()
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+    def _idle(self, have_begun: threading.Semaphore) -> None:
+        try:  # together with helpers of its own, which stay as long as it does
+            torch.empty(_SHARED_OUT * torch.get_num_threads(), dtype=torch.uint8).fill_(0)
+        finally:
+            have_begun.release()
+        self._is_over.wait()
 
 
 def end_idle_threads() -> None:
