@@ -126,7 +126,7 @@ class TestCtrlC:
         with pytest.raises(KeyboardInterrupt):
             generate(moe)
         monkeypatch.undo()
-        assert len(calls) <= number + 2
+        assert len({key.layer for key in calls[number:]}) == 1  # some are computed at once
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert_at_rest(moe)
         assert torch.equal(generate(moe), expected)

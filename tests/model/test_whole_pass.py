@@ -442,9 +442,11 @@ def test_a_router_that_is_exchanged_counts_at_once(small: Path) -> None:
     assert torch.equal(found[:6], expected[:6]) and not torch.equal(found[6:], expected[6:])
 
 
-def test_predictors_are_asked_in_time(small: Path, ran_whole: list[int]) -> None:
-    """Whoever looks ahead gets to load while blocks are computed: nothing is run before."""
-    with opened(small, ram_slots=6, prefetch="gate_lookahead") as moe:
+@pytest.mark.parametrize("prefetch", ["gate_lookahead_next_norm", "transition"])
+def test_predictors_are_asked_in_time(small: Path, prefetch: str, ran_whole: list[int]) -> None:
+    """Whoever looks ahead by more than later routers, asked before a block's experts, gets to load
+    while blocks are computed: nothing is run before."""
+    with opened(small, ram_slots=6, prefetch=prefetch) as moe:
         logits(moe)
     assert not ran_whole
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_infinity.kernels.base import Views
-from moe_infinity.predictors.base import Embeddings, TokenIds
+from moe_infinity.predictors.base import Embeddings, Foresight, TokenIds
 from moe_infinity.tracing.event import Event
 from moe_infinity.types import ExpertKey, Phase, TierName
 
@@ -18,12 +18,16 @@ from moe_infinity.types import ExpertKey, Phase, TierName
 Compute = Callable[[list[ExpertKey], list[Views]], float | None]
 
 
+# Of an expert: not in memory; there, and what somebody noted of its place holds; there or on its
+# way, and nothing is noted.
+NOWHERE, NOTED, COMING = 0, 1, 2
+
+
 class Hierarchy(ABC):
     """Everything between the disk and the device that computes. One thread drives it.
 
-    known: [L, E] whether what somebody noted of an expert's place in memory still holds. Who notes
-    it sets it, the hierarchy clears it when the place is given to another expert.
-    None where places do not last.
+    known: [L, E] NOWHERE, NOTED or COMING. Who notes an expert's place says so there, the rest is
+    the hierarchy's. None where places do not last.
     """
 
     known: NDArray[np.uint8] | None = None
@@ -74,12 +78,21 @@ class Hierarchy(ABC):
         """Experts that were told of took so much more."""
 
     def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
-        """Of experts, where all of them can be computed from right away; changes nothing."""
+        """Of experts, where all of them can be computed from right away; moves none."""
+        return None
+
+    @property
+    def outlook(self) -> Foresight | None:
+        """What a predictor wants of later routers in this pass, if it looks ahead by them alone:
+        who asks them before an event may ``foresee`` only where they choose what is NOWHERE."""
         return None
 
     @abstractmethod
-    def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
-        """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
+    def foresee(
+        self, layer: int, scores: NDArray[np.float32], chosen: Sequence[ExpertKey] = ()
+    ) -> None:
+        """What the next layers' routers say [T, D, E] to a layer's router input or its output. The
+        layer's event was run; or its members are ``chosen``, in memory, and stay there."""
 
     @abstractmethod
     def looks_ahead(self) -> bool:
@@ -88,7 +101,7 @@ class Hierarchy(ABC):
     @abstractmethod
     def is_quiet(self) -> bool:
         """Whether an event that only hits may be told after its experts were computed: nobody
-        looks ahead now, and nothing loaded ahead awaits its verdict."""
+        looks ahead now, or by later routers alone."""
 
     @abstractmethod
     def tier_of(self, key: ExpertKey) -> TierName:

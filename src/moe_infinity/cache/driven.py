@@ -17,7 +17,7 @@ from moe_infinity.cache.base import Compute, Hierarchy
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.errors import CancelledError
 from moe_infinity.kernels.base import Views
-from moe_infinity.predictors.base import Embeddings, TokenIds
+from moe_infinity.predictors.base import Embeddings, Foresight, TokenIds
 from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import PaysMeter, StallMeter
 from moe_infinity.residency.runner import Carrier, EventRunner
@@ -147,9 +147,15 @@ class DrivenHierarchy(Hierarchy, Carrier):
             return of_each * len(event.experts)
         return sum(self.store.specs[key].weight_bytes for key in event.keys)
 
-    def foresee(self, layer: int, scores: NDArray[np.float32]) -> None:
+    @property
+    def outlook(self) -> Foresight | None:
+        return self.runner.outlook if self.looks_ahead() else None
+
+    def foresee(
+        self, layer: int, scores: NDArray[np.float32], chosen: Sequence[ExpertKey] = ()
+    ) -> None:
         with self._undone_if_interrupted():
-            self.runner.foresee(layer, self.counters.phase, scores, self)
+            self.runner.foresee(layer, self.counters.phase, scores, self, chosen)
 
     def tiers(self) -> list[dict[str, list[int]]]:
         """For every layer, the experts in each tier."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from moe_infinity.cache.base import COMING, NOWHERE
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.slots import SlotArena
@@ -63,6 +64,10 @@ class RamHierarchy(DrivenHierarchy):
         assert in_flight == self._in_flight.keys(), (
             f"in flight without a transfer, or the reverse: {in_flight ^ self._in_flight.keys()}"
         )
+        if self.known is not None:
+            states = self.residency.directory.states.reshape(self.known.shape)
+            is_same = (self.known == NOWHERE) == (states == State.ABSENT)
+            assert is_same.all(), f"said to be elsewhere: {np.argwhere(~is_same).tolist()}"
 
     def close(self) -> None:
         self._engine.close()
@@ -71,8 +76,10 @@ class RamHierarchy(DrivenHierarchy):
 
     def start(self, loads: list[Load], priority: Priority) -> None:
         for load in loads:
-            if self.known is not None and load.victim is not None:
-                self.known[load.victim.layer, load.victim.expert] = 0
+            if self.known is not None:
+                if load.victim is not None:
+                    self.known[load.victim] = NOWHERE
+                self.known[load.key] = COMING
             buffer = self._arena.buffer(load.slot)
             self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
 
@@ -87,6 +94,8 @@ class RamHierarchy(DrivenHierarchy):
         for transfer in self._engine.take_settled():
             del self._in_flight[transfer.key]
             arrived = transfer.state is TransferState.DONE
+            if self.known is not None and not arrived:
+                self.known[transfer.key] = NOWHERE
             error = transfer.error if transfer.priority is Priority.DEMAND else None
             settled.append(Settled(transfer.key, arrived, None if arrived else error))
         return settled
@@ -99,6 +108,8 @@ class RamHierarchy(DrivenHierarchy):
         return self._views.of(key, slot, self._arena.tensor(slot))
 
     def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
+        with self._undone_if_interrupted():
+            self.runner.take_in(self)  # what has arrived meanwhile
         state = self.residency.directory.state
         if any(state(key) is not State.RESIDENT for key in keys):
             return None
@@ -113,4 +124,5 @@ class RamHierarchy(DrivenHierarchy):
     def forget_transfers(self) -> None:
         self._in_flight.clear()
         if self.known is not None:
-            self.known[:] = 0
+            states = self.residency.directory.states.reshape(self.known.shape)
+            self.known[:] = np.where(states == State.RESIDENT, COMING, NOWHERE)

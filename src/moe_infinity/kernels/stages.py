@@ -4,6 +4,7 @@ them ahead, as far as their experts are in memory."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from moe_infinity.kernels.native import Kernel
 _CALL_BYTES = 296
 # Words of a stage: the block; a token's x, cos, sin, keys, values, room, position, h, normed,
 # logits, ids, weights; a sum's outs, weights, h, out, sizes, types; calls, known, num_experts; a
-# time.
+# time; an outlook's changes, said, told, reach and stride; how far it is.
 _BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
-_SECONDS, _NUM_WORDS = 22, 23
+_SECONDS, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 26, 27, 28
+_NONE, _CHOSEN, _TOLD = 0, 1, 2  # of progress
+FURTHEST = 3  # stages whose routers are asked early
 
 
 class Stages:
@@ -34,6 +37,11 @@ class Stages:
         self._seconds = self._words[:, _SECONDS].view(np.float64)
         self._calls = np.zeros((num_stages, num_experts, _CALL_BYTES), dtype=np.uint8)
         self._blocks: dict[int, NDArray[np.uint8]] = {}
+        self._said = np.full((num_stages, FURTHEST, num_experts), -np.inf, dtype=np.float32)
+        self._told = np.zeros((num_stages, num_experts), dtype=np.uint8)
+        self._changes: list[NDArray[np.float32] | None] = [None] * num_stages
+        for words, said, told in zip(self._words, self._said, self._told, strict=True):
+            words[_SAID : _SAID + 2] = said.ctypes.data, told.ctypes.data
         row_bytes = rows.stride(0) * rows.element_size()
         at = rows.data_ptr() + row_bytes * np.arange(len(rows), dtype=np.uint64)
         self._words[:, _X], self._words[:, _OUT] = at[:-1], at[1:]
@@ -75,11 +83,33 @@ class Stages:
         self._words[0, _X] = self._first_at if x_at is None else x_at
         self._words[:, _COS : _SIN + 1] = turns_at
         self._words[:, _POSITION] = position
+        self._words[:, _PROGRESS] = _NONE
+        self._told[:] = 0
+
+    def look_ahead(self, reach: int, changes: Sequence[NDArray[np.float32] | None] = ()) -> None:
+        """From now on stop where one of the next ``reach`` routers, at most FURTHEST, would choose
+        an expert that is nowhere, were it asked now; 0: nobody looks ahead. changes: by stage,
+        [reach, H] from its router's input to theirs; None where they are shown the same."""
+        self._words[:, _REACH] = min(reach, FURTHEST) | self._said.shape[2] << 32
+        for stage, change in enumerate(changes):
+            if change is not self._changes[stage]:
+                self._changes[stage] = change
+                self._words[stage, _CHANGES] = 0 if change is None else change.ctypes.data
+
+    def go_on(self, stage: int) -> None:
+        """The next run begins with this one, whose experts are chosen."""
+        self._words[stage, _PROGRESS] = _CHOSEN
+
+    def said_early(self, stage: int) -> NDArray[np.float32] | None:
+        """What later routers say [FURTHEST, E], if the last run stopped at this stage for that;
+        -inf of those that there are not."""
+        return self._said[stage] if self._words[stage, _PROGRESS] == _TOLD else None
 
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
-        choice of its experts. With a tail the last one's experts, and it behind them, are begun."""
+        choice of its experts: one is not noted, or there is something ``said_early``. With a tail
+        the last one's experts, and it behind them, are begun."""
         start = time.perf_counter()
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
         experts_s: list[float] = self._seconds[first : first + done].tolist()

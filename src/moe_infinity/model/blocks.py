@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moe_infinity.cache.base import NOTED
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
@@ -150,17 +151,23 @@ class CompiledBlock:
 
         experts.run_token(x, ids, weights, self.choice.logits, compute, outs)
 
+    @property
+    def chosen_keys(self) -> list[ExpertKey]:
+        """The experts that the router chose last, the likeliest first."""
+        ids = self.choice.seen[0][0].tolist()
+        return [ExpertKey(self.experts.layer, expert) for expert in ids]
+
     def note_chosen(self) -> bool:
         """Tell how the experts are computed that the router chose last, where all of them are in
         memory. Returns whether that is told now."""
         assert self._notes is not None, "nobody wants to know"
-        known, ids = self._notes[0], self.choice.seen[0][0].tolist()
-        keys = [ExpertKey(self.experts.layer, expert) for expert in ids]
+        known, keys = self._notes[0], self.chosen_keys
+        ids = [key.expert for key in keys]
         views = self.experts.hierarchy.views_here(keys)
         if views is None:
             return False
         self._note(keys, views, self.normed, *self._notes)
-        return bool(known[ids].all())
+        return bool((known[ids] == NOTED).all())
 
     def _note(
         self,
@@ -172,12 +179,12 @@ class CompiledBlock:
         stage: int,
     ) -> None:
         for key, each in zip(keys, views, strict=True):
-            if known[key.expert]:
+            if known[key.expert] == NOTED:
                 continue
             call = self._kernel.call_on_token(self.experts.math, each, x)
             if call is not None:
                 stages.note(stage, key.expert, call)
-                known[key.expert] = 1
+                known[key.expert] = NOTED
 
     def _fits(self, x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         if kwargs.get("attention_mask") is not None or torch.is_grad_enabled():

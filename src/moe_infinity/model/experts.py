@@ -18,6 +18,7 @@ from moe_infinity.model.elsewhere import Elsewhere, Trip
 from moe_infinity.model.observer import LONE, Observer, Seen
 from moe_infinity.model.rules import RoutingRule
 from moe_infinity.model.taps import Step
+from moe_infinity.predictors.base import Foresight
 from moe_infinity.tracing.event import Event
 from moe_infinity.tracing.recorder import Recorder
 from moe_infinity.types import ExpertKey
@@ -115,9 +116,18 @@ class ExpertsLayer:
 
     @property
     def is_observed(self) -> bool:
-        """Whether somebody wants to see more of this pass's events than ``told`` is given."""
+        """Whether somebody wants to see more of this pass's events than ``told`` is given, and a
+        predictor than is foreseen for it."""
         observer = self._runtime.observer
-        return observer is not None and observer.wants_routers
+        return observer is not None and observer.records_routers
+
+    def changes(self, outlook: Foresight) -> NDArray[np.float32] | None:
+        """What is added to the router's input [H] before later ones are shown it, [depth, H]; None:
+        nothing."""
+        observer = self._runtime.observer
+        if observer is None or outlook.mode != "residual":
+            return None
+        return observer.changes(self.layer, outlook.depth)
 
     def learn_input(self, x: torch.Tensor) -> None:
         """What the layer's router was shown [1, H], for whoever learns from that in this pass."""

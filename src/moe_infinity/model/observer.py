@@ -141,6 +141,20 @@ class Observer:
         return self.wishes.router_logits or self.wishes.router_input or bool(self._awaited())
 
     @property
+    def records_routers(self) -> bool:
+        """Whether somebody beside a predictor that looks ahead wants that."""
+        if self._taps is None:
+            return False
+        is_traced = self.trace is not None and bool(self.traced)
+        return self.wishes.router_logits or self.wishes.router_input or is_traced
+
+    def changes(self, layer: int, depth: int) -> NDArray[np.float32]:
+        """The mean change, as far as it is learned, from the input of a layer's router to those of
+        the next ``depth``: [depth, H] or more rows, which change as it is learned."""
+        assert self._taps is not None, "nobody asked for routers"
+        return self._taps.changes(layer, depth)
+
+    @property
     def is_learning(self) -> bool:
         """Whether ``learn_input`` is to be told of this pass though nobody asks routers in it: what
         foresight learns must not grow stale. Now and then, for it costs."""

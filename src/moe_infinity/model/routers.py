@@ -126,6 +126,19 @@ class RouterTaps:
             said[:, distance, : scores.shape[-1]] = scores
         return as_recorded(said)
 
+    def changes(self, layer: int, depth: int) -> NDArray[np.float32]:
+        """From the layer's router input to those of the next ``depth``, the mean so far: [depth, H]
+        or more rows, which go on changing."""
+        known = self._changes.get(layer)
+        if known is not None and len(known) >= depth:
+            return known
+        router: Any = self._routers[layer]
+        changes = np.zeros((depth, router.weight.shape[1]), dtype=np.float32)
+        if known is not None:
+            changes[: len(known)] = known
+        self._changes[layer] = changes
+        return changes
+
     def learn_norms(self, layer: int, x: torch.Tensor) -> None:
         """Find which norm of the layer's block made the router's input ``x``, once."""
         if self._norms[layer] is not None:
@@ -163,13 +176,7 @@ class RouterTaps:
             return [x] * reach
         if mode == "next_norm":
             return (self._normed(layer + 1 + distance, x) for distance in range(reach))
-        changes = self._changes.get(layer)
-        if changes is None or len(changes) < depth:
-            known = changes if changes is not None else np.empty((0, x.shape[-1]), np.float32)
-            changes = np.zeros((depth, x.shape[-1]), dtype=np.float32)
-            changes[: len(known)] = known
-            self._changes[layer] = changes
-        return x[None] + torch.from_numpy(changes[:reach, None]).to(x)
+        return x[None] + torch.from_numpy(self.changes(layer, depth)[:reach, None]).to(x)
 
     def _normed(self, layer: int, x: torch.Tensor) -> torch.Tensor:
         norm = self._norms[layer]

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from moe_infinity.cache.base import Hierarchy
 from moe_infinity.kernels.blocks import TailCall
 from moe_infinity.kernels.native import Kernel
-from moe_infinity.kernels.stages import Stages
+from moe_infinity.kernels.stages import FURTHEST, Stages
 from moe_infinity.model.beginning import Beginning
 from moe_infinity.model.blocks import CompiledBlock
 from moe_infinity.model.kv_cache import preallocated_layer
+from moe_infinity.model.routers import as_recorded
 from moe_infinity.model.tail import Tail
 
 _Memory = tuple[torch.Tensor, torch.Tensor]  # of all keys and all values of a layer
@@ -57,6 +58,8 @@ class Stretch:
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
         self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
+        self._reach = 0  # layers that routers are asked ahead
+        self.num_looks = 0  # at what they said, for experts were missing
         # Whose keys, and values beside them, were told where they lie.
         self._told: list[weakref.ref[torch.Tensor] | None] = [None] * len(blocks)
         for stage, block in enumerate(blocks):
@@ -103,6 +106,7 @@ class Stretch:
             self._first.copy_(token.x if x is None else x)
         self._remember(place.memory)
         self._stages.begin(token.x_at if x is None else None, token.turns_at, place.position)
+        self._look_ahead()
         tail = None if self._tail is None else self._tail.call(self._rows[-1])
         is_ended = self._through(token, x is None, place, tail, check)
         for block in self.blocks:
@@ -135,12 +139,34 @@ class Stretch:
             done = self._run_ahead(at, tail, check)
             at += done or 0
             is_ended = at == len(self.blocks)
-            # A choice that was not computed before, but lies in memory, only has to be told.
-            if not is_ended and (done is None or not self.blocks[at].note_chosen()):
+            if not is_ended and (done is None or not self._goes_on(at)):
                 x = token.x if is_first and at == 0 else self._rows[at]
                 self._run_one(at, x, token, place, is_chosen=done is not None)
                 at += 1
         return is_ended
+
+    def _goes_on(self, at: int) -> bool:
+        """Whether a block that was run up to its choice can be run ahead from there: what it chose
+        was noted, and later ones' missing experts are on their way; or it is in memory, and only
+        had to be noted."""
+        block, said = self.blocks[at], self._stages.said_early(at)
+        if said is not None:
+            scores = as_recorded(torch.from_numpy(said[None, : self._reach]))
+            self._hierarchy.foresee(block.experts.layer, scores, block.chosen_keys)
+            self.num_looks += 1
+        elif not block.note_chosen():
+            return False
+        self._stages.go_on(at)
+        return True
+
+    def _look_ahead(self) -> None:
+        """In this pass, if somebody looks ahead by later routers alone."""
+        if self.blocks[0].experts.is_observed:
+            return  # block by block
+        outlook = self._hierarchy.outlook
+        self._reach = 0 if outlook is None else min(outlook.depth, FURTHEST)
+        changes = () if outlook is None else [b.experts.changes(outlook) for b in self.blocks]
+        self._stages.look_ahead(self._reach, changes)
 
     def _remember(self, memory: list[_Memory]) -> None:
         for stage, (keys, values) in enumerate(memory):
@@ -152,9 +178,9 @@ class Stretch:
     def _run_ahead(
         self, first: int, tail: TailCall | None, check: Callable[[], None]
     ) -> int | None:
-        """How many blocks were run whole; None if nothing was, not even a choice of experts: who
-        looks ahead wants to load while experts are computed, and some want to see routers."""
-        if not self._hierarchy.is_quiet() or self.blocks[first].experts.is_observed:
+        """How many blocks were run whole; None if nothing was, not even a choice of experts: some
+        want to see routers, and who looks ahead by more than these each event."""
+        if self.blocks[first].experts.is_observed or not self._hierarchy.is_quiet():
             check()
             return None
         spent_s = self._stages.run(self._kernel, first, tail)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy as np
@@ -77,6 +78,10 @@ class Directory:
 
     def flat(self, key: ExpertKey) -> int:
         return key.layer * self.shape.num_experts + key.expert
+
+    def flats(self, layer: int, experts: NDArray[np.int64]) -> NDArray[np.int64]:
+        flats: NDArray[np.int64] = layer * self.shape.num_experts + experts
+        return flats
 
     def key(self, flat: int) -> ExpertKey:
         return ExpertKey(*divmod(int(flat), self.shape.num_experts))
@@ -152,6 +157,17 @@ class Directory:
         flat = self.flat(key)
         assert self.pins[flat] > 0, f"{key} is not pinned"
         self.pins[flat] -= 1
+
+    @contextmanager
+    def pinned(self, keys: Sequence[ExpertKey]) -> Iterator[None]:
+        """Residents that nobody evicts before the end of the block."""
+        for key in keys:
+            self.pin(key)
+        try:
+            yield
+        finally:
+            for key in keys:
+                self.unpin(key)
 
     def abandon(self) -> list[ExpertKey]:
         """Forget every load and every pin; what is resident stays. Returns the keys that were in

@@ -60,27 +60,32 @@ class Residency:
         self.policy.begin_pass(phase)
 
     def serve_hits(self, events: Sequence[Event]) -> list[Lookup] | None:
-        """Whole decode events at once, if all of their members are here and nothing loaded ahead
-        awaits its verdict: the same as begin_event to end_event of each. None: nothing was done."""
-        if self.room.ahead or any(event.phase != "decode" for event in events):
+        """Whole decode events at once, if all of their members are here: the same as begin_event to
+        end_event of each. None: nothing was done."""
+        if any(event.phase != "decode" for event in events):
             return None
-        members = [self._flat_keys(event) for event in events]
+        members = [self.directory.flats(event.layer, event.experts) for event in events]
         if not all(map(self.directory.are_resident, members)):
             return None
+        found = []
         for event in events:
             self._notice(event)
+            disproved = self._settle_ahead(event.layer, event.keys)
             self.room.leave_ring(event.keys)
+            found.append(Lookup(event.keys, [], [], disproved))
         self.counters.look_up(sum(map(len, members)), 0, 0)
-        return [Lookup(event.keys, [], [], []) for event in events]
+        return found
 
     def begin_event(self, event: Event) -> Lookup:
         """Look all members up, pin those that are here, tell the policy. Evicts nothing."""
         self._notice(event)
-        misses, late, hits = self.directory.by_state(event.keys, self._flat_keys(event))
+        misses, late, hits = self.directory.by_state(
+            event.keys, self.directory.flats(event.layer, event.experts)
+        )
         for key in hits + late:
             self.directory.pin(key)
         self.counters.look_up(len(hits), len(late), len(misses))
-        disproved = self._settle_ahead(event.layer, set(hits + late))
+        disproved = self._settle_ahead(event.layer, hits + late)
         run = Running(event, event.phase == "prefill", deque(misses))
         run.wave = hits + late
         run.uncomputed = len(run.wave)
@@ -219,13 +224,9 @@ class Residency:
             self._following[self._layer] = event.layer
         self._layer = event.layer
 
-    def _flat_keys(self, event: Event) -> NDArray[np.int64]:
-        flat: NDArray[np.int64] = event.layer * self.directory.shape.num_experts + event.experts
-        return flat
-
-    def _settle_ahead(self, layer: int, members: set[ExpertKey]) -> list[ExpertKey]:
+    def _settle_ahead(self, layer: int, members: Sequence[ExpertKey]) -> list[ExpertKey]:
         """The router has spoken on ``layer``: what was loaded ahead for it is used or wasted."""
-        in_flight = []
+        in_flight: list[ExpertKey] = []
         for key in sorted(key for key in self.room.ahead if key.layer == layer):
             del self.room.ahead[key]
             if key not in members:

@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.predictors.base import Embeddings, TokenIds
+from moe_infinity.predictors.base import Embeddings, Foresight, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.planner import PrefetchPlanner
 from moe_infinity.residency.residency import Residency
@@ -122,7 +122,7 @@ class EventRunner:
         if not self._looks_ahead(carrier):
             self.residency.room.protect(_NO_KEYS)
             if served := self.residency.serve_hits([event]):
-                self.planner.observe(event, served[0])
+                self._learn_hit(event, served[0], carrier)
                 carrier.compute(served[0].hits)
                 return
         found = self.residency.begin_event(event)
@@ -151,35 +151,62 @@ class EventRunner:
 
     def run_hits(self, events: Sequence[Event], carrier: Carrier) -> bool:
         """Serve decode events whose members were computed before; whether all of them only hit.
-        If not, nothing was done."""
+        If not, nothing was done. Nothing is loaded ahead behind them."""
         self._collect(carrier)
-        if self._looks_ahead(carrier):
+        looks_ahead = self._looks_ahead(carrier)
+        if looks_ahead and self.outlook is None:
             return False
-        self.residency.room.protect(_NO_KEYS)
+        if not looks_ahead:
+            self.residency.room.protect(_NO_KEYS)
         served = self.residency.serve_hits(events)
         for event, found in zip(events, served or (), strict=served is not None):
-            self.planner.observe(event, found)
+            self._learn_hit(event, found, carrier)
         return served is not None
 
     def foresee(
-        self, layer: int, phase: Phase, scores: NDArray[np.float32], carrier: Carrier
+        self,
+        layer: int,
+        phase: Phase,
+        scores: NDArray[np.float32],
+        carrier: Carrier,
+        chosen: Sequence[ExpertKey] = (),
     ) -> None:
-        """After an event: what the next layers' routers say [T, D, E] to its layer's output."""
+        """What the next layers' routers say [T, D, E] to a layer's router input or output. Its
+        event was run; or its members are ``chosen`` and here, and it will be told as a hit."""
         if not carrier.looks_ahead():
             return
         self._collect(carrier)
         self.planner.predictor.foresee(layer, scores)
-        self._load_ahead(layer, phase, carrier)
+        with self.residency.directory.pinned(chosen):
+            self._load_ahead(layer, phase, carrier)
+
+    @property
+    def outlook(self) -> Foresight | None:
+        """What the predictor asks of later routers, if all it says comes from them, and before a
+        layer's experts are computed."""
+        wish = self.planner.predictor.foresight
+        if wish is None or wish.mode == "next_norm" or self.residency.policy.wants_forecast:
+            return None
+        return wish
 
     def is_quiet(self, carrier: Carrier) -> bool:
-        """Whether an event that only hits changes no slot: nobody looks ahead now, and nothing
-        loaded ahead awaits its verdict."""
-        return not self.residency.room.ahead and not self._looks_ahead(carrier)
+        """Whether an event that only hits changes no slot: nobody looks ahead now, or by later
+        routers alone, who are asked apart."""
+        return self.outlook is not None or not self._looks_ahead(carrier)
+
+    def take_in(self, carrier: Carrier) -> None:
+        """Between events: what has arrived is resident."""
+        self._collect(carrier)
 
     def abort(self) -> None:
         """Give up the running event; every transfer has to be over."""
         self.residency.abort_event()
         self._pending.clear()
+
+    def _learn_hit(self, event: Event, found: Lookup, carrier: Carrier) -> None:
+        self.planner.observe(event, found)
+        for key in found.disproved:
+            carrier.cancel(key)
 
     def _learn(
         self,

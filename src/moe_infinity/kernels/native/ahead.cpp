@@ -1,5 +1,8 @@
 // Blocks that follow one another, and what comes behind the last one.
+#include <algorithm>
 #include <chrono>
+#include <cmath>
+#include <numeric>
 
 #include "engine.hpp"
 
@@ -13,22 +16,57 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+bool is_at(const Stage &s, uint64_t id, Place place) {
+    return s.known[id] == static_cast<uint8_t>(place);
+}
+
+// Whether an expert is nowhere that nobody was told of in this pass.
+bool is_news(const Stage &s, uint64_t id) { return is_at(s, id, Place::nowhere) && !s.outlook.told[id]; }
+
+bool has_news(const Stage &s) {
+    for (uint64_t id = 0; id < s.num_experts; ++id)
+        if (is_news(s, id)) return true;
+    return false;
+}
+
+// Of the experts that a later stage's router likes best: whether one is news. All such are told of.
+bool tell_chosen(const Stage &later, const float *said, std::vector<uint32_t> &order) {
+    order.resize(later.block->router.rows);
+    std::iota(order.begin(), order.end(), 0);
+    const auto last = order.begin() + std::min<size_t>(later.block->top_k, order.size());
+    const auto liking = [said](uint32_t id) { return std::isnan(said[id]) ? -INFINITY : said[id]; };
+    std::partial_sort(order.begin(), last, order.end(),
+                      [&](uint32_t a, uint32_t b) { return liking(a) > liking(b); });
+    bool is_any = false;
+    for (auto id = order.begin(); id != last; ++id) {
+        if (*id >= later.num_experts || !is_news(later, *id)) continue;
+        later.outlook.told[*id] = is_any = true;
+    }
+    return is_any;
+}
+
 }  // namespace
 
 size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
     std::vector<Call> calls;
     for (size_t i = 0; i < count; ++i) {
         Stage &s = stages[i];
-        attend(*s.block, s.token);
+        const bool is_chosen = s.progress == Progress::chosen;
+        s.progress = Progress::none;
+        if (!is_chosen) attend(*s.block, s.token);
         const Clock::time_point start = Clock::now();
         calls.clear();
         for (uint32_t k = 0; k < s.sum.top_k; ++k) {
             const auto id = static_cast<uint64_t>(s.token.ids[k]);
-            if (id >= s.num_experts || !s.known[id]) return i;
+            if (id >= s.num_experts || !is_at(s, id, Place::noted)) return i;
             const size_t row_bytes = s.sum.size * size_of(s.sum.type);
             calls.push_back(s.calls[id]);
             calls.back().x = s.token.normed;
             calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
+        }
+        if (!is_chosen && sees_missing(&s, count - i)) {
+            s.progress = Progress::told;
+            return i;
         }
         if (tail && i + 1 == count) {
             begin_end(calls, s.sum, *tail);
@@ -39,6 +77,37 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
         s.experts_s = seconds_since(start);
     }
     return count;
+}
+
+// Shows the routers of the next stages what this one's was shown, which attend() has left.
+bool Engine::sees_missing(Stage *stages, size_t count) {
+    const Outlook &outlook = stages[0].outlook;
+    const size_t reach = std::min({size_t(outlook.reach), count - 1, kTogether});
+    if (std::none_of(stages + 1, stages + 1 + reach, has_news)) return false;
+    const auto turn = take_turn();
+    BlockWork &w = block_work_;
+    const Type type = stages[0].block->type;
+    const size_t hidden = stages[0].block->router.cols;
+    void *narrow = w.narrow.reserve(hidden * 4);
+    uint32_t step = 1;
+    rows_.clear();
+    for (size_t d = 0; d < reach; ++d) {
+        const Matrix &router = stages[1 + d].block->router;
+        const float *change = outlook.changes ? outlook.changes + d * hidden : nullptr;
+        for (size_t i = 0; i < hidden; ++i) w.normed[i] = w.x[i] + (change ? change[i] : 0);
+        kernels_.narrow(type, w.normed, narrow, hidden);
+        prepare(prepared_[d], router.format, type, narrow, 1, router.cols);
+        step = std::max(step, rows_at_once(router.format, false));
+        rows_.push_back(router.rows);
+    }
+    const auto said = [&](size_t d) { return outlook.said + d * outlook.stride; };
+    share(rows_, step, [&](size_t d, uint32_t first, uint32_t last) {
+        const Matrix &router = stages[1 + d].block->router;
+        multiply(router, prepared_[d].tokens, first, last, said(d), router.rows);
+    });
+    bool is_any = false;
+    for (size_t d = 0; d < reach; ++d) is_any |= tell_chosen(stages[1 + d], said(d), order_);
+    return is_any;
 }
 
 void Engine::begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail) {

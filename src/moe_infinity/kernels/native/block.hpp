@@ -83,16 +83,35 @@ static_assert(sizeof(Tail) == 128, "Python packs it so");
 
 struct Call;
 
+// Of an expert: it may be in memory or on its way there without its call being true.
+enum class Place : uint8_t { nowhere = 0, noted = 1, coming = 2 };
+
+// What a stage does about later ones: their routers are shown its own input, and where one of them
+// then chooses an expert that is nowhere, somebody is told in time to load it.
+struct Outlook {
+    const float *changes;  // [reach, H] from this router's input to the later ones', or null
+    float *said;           // written: what they say, [reach, stride]
+    uint8_t *told;         // [num_experts] of this stage, that somebody was told of in this pass
+    uint32_t reach;        // stages; 0: nobody looks ahead
+    uint32_t stride;
+};
+
+// How far a stage is. told: its experts are chosen, and of later ones some are nowhere.
+enum class Progress : uint32_t { none = 0, chosen = 1, told = 2 };
+
 // One of several blocks that follow one another, run in one call.
 struct Stage {
     const Block *block;
     Token token;
     Sum sum;
     const Call *calls;     // [num_experts], each of one token; where from and to is filled in
-    const uint8_t *known;  // [num_experts]: whether the expert is in memory and its call true
+    const uint8_t *known;  // [num_experts], of Place
     uint64_t num_experts;
     double experts_s;      // written: what its experts took
+    Outlook outlook;
+    Progress progress;
+    uint32_t unused;
 };
-static_assert(sizeof(Stage) == 184, "Python packs it so");
+static_assert(sizeof(Stage) == 224, "Python packs it so");
 
 }  // namespace moe

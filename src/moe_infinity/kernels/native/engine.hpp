@@ -100,8 +100,9 @@ public:
     void attend_latents(const Latent &latent);
     void finish(const Tail &tail);
 
-    // As many stages as have all of their chosen experts in memory; returns how many. The one
-    // after them, if there is one, is run up to the choice of its experts. With a tail, which
+    // As many stages as have all of their chosen experts in memory, and see none missing that later
+    // ones will choose; returns how many. The one after them, if there is one, is run up to the
+    // choice of its experts, and told to go on from there by its progress. With a tail, which
     // follows the last one, that one's experts are only begun: other threads compute them.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
     // What was begun is done, and what follows it; until then all memory of it has to stay. Whatever
@@ -126,6 +127,7 @@ private:
         Tail tail;
     };
 
+    bool sees_missing(Stage *stages, size_t count);
     void begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail);
     double end_begun();
     void run_tail(const Tail &tail);
@@ -179,7 +181,7 @@ private:
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v
     Prepared prepared_[kTogether];
     Scratch result_, bias_;
-    std::vector<uint32_t> rows_;
+    std::vector<uint32_t> rows_, order_;
 };
 
 }  // namespace moe

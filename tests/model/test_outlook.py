@@ -1,0 +1,156 @@
+"""Compiled blocks that look ahead by later routers, and stop where one wants what is not there."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moe_infinity import MoE, bundled_model_path
+from moe_infinity.cache.base import NOWHERE
+from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.kernels import native
+from moe_infinity.kernels.stages import FURTHEST
+from moe_infinity.model.stretch import Stretch
+from moe_infinity.types import ExpertKey
+from support.engine import BUDGET
+
+pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
+PROMPT = [5, 9, 300, 17, 44, 301, 8, 2, 77]
+
+
+real_foresee = RamHierarchy.foresee
+
+
+@contextmanager
+def opened(slots: int, prefetch: str = "gate_lookahead") -> Iterator[tuple[MoE, Stretch]]:
+    with MoE(bundled_model_path(), ram=BUDGET, ram_slots=slots, prefetch=prefetch) as moe:
+        assert moe._wiring._whole is not None
+        (stretch,) = moe._wiring._whole._stretches
+        yield moe, stretch
+        moe._hierarchy.check_integrity()
+
+
+def said(moe: MoE, num_new: int = 24) -> list[int]:
+    return moe.generate([PROMPT], max_new_tokens=num_new, eos_token_id=None)[0].tolist()
+
+
+@pytest.fixture
+def always_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RamHierarchy, "looks_ahead", lambda self: True)
+
+
+@pytest.mark.parametrize("prefetch", ["gate_lookahead", "gate_lookahead_raw"])
+@pytest.mark.parametrize("slots", [48, 96, 160])
+@pytest.mark.usefixtures("always_looks")
+def test_no_word_is_another_and_fewer_experts_are_waited_for(slots: int, prefetch: str) -> None:
+    with opened(slots, "none") as (moe, stretch):
+        expected = [said(moe) for _ in range(2)]
+        without = moe.stats(total=True).decode
+        assert stretch.num_looks == 0
+    with opened(slots, prefetch) as (moe, stretch):
+        assert [said(moe) for _ in range(2)] == expected
+        ahead = moe.stats(total=True).decode
+        assert stretch.num_looks > 0
+    assert ahead.prefetch_bytes > 0
+    assert ahead.hits + ahead.misses + ahead.late == without.hits + without.misses
+    assert ahead.misses < without.misses
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_what_is_said_early_is_what_the_routers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    stops = 0
+
+    def compare(
+        self: RamHierarchy,
+        layer: int,
+        scores: NDArray[np.float32],
+        chosen: Sequence[ExpertKey] = (),
+    ) -> None:
+        nonlocal stops
+        observer = moe._wiring._runtime.observer
+        assert observer is not None and observer._taps is not None
+        block = stretch.blocks[layer]
+        plain = observer._taps.foresee("residual", layer, block.normed, FURTHEST)
+        is_there = np.isfinite(plain)
+        assert np.array_equal(np.isfinite(scores), is_there)
+        np.testing.assert_allclose(scores[is_there], plain[is_there], rtol=0.02, atol=0.05)
+        assert chosen == block.chosen_keys
+        stops += 1
+        real_foresee(self, layer, scores, chosen)
+
+    monkeypatch.setattr(RamHierarchy, "foresee", compare)
+    with opened(64) as (moe, stretch):
+        said(moe)
+    assert stops == stretch.num_looks > 0
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_of_an_expert_that_is_not_loaded_somebody_is_told_once_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: dict[int, set[tuple[int, int]]] = {}
+
+    def refuse(
+        self: RamHierarchy,
+        layer: int,
+        scores: NDArray[np.float32],
+        chosen: Sequence[ExpertKey] = (),
+    ) -> None:
+        assert self.known is not None
+        seen = told.setdefault(moe._wiring.step.number, set())
+        liked = np.argsort(-scores[0], axis=1, kind="stable")[:, :top_k]
+        coming = [layer + 1 + d for d in range(FURTHEST) if np.isfinite(scores[0, d]).any()]
+        missing = {
+            (later, int(expert))
+            for later, experts in zip(coming, liked, strict=False)
+            for expert in experts
+            if self.known[later, expert] == NOWHERE
+        }
+        assert missing - seen, "there are news"
+        seen |= missing
+
+    monkeypatch.setattr(RamHierarchy, "foresee", refuse)
+    with opened(48) as (moe, stretch):
+        top_k = moe._hierarchy.residency.directory.shape.top_k
+        said(moe)
+    assert stretch.num_looks > 0 and len(told) > 8
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_what_the_layer_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its event is told later: to the policy it seems to be the one whose turn comes last."""
+    checked = 0
+
+    def check(
+        self: RamHierarchy,
+        layer: int,
+        scores: NDArray[np.float32],
+        chosen: Sequence[ExpertKey] = (),
+    ) -> None:
+        nonlocal checked
+        directory = self.residency.directory
+        real_foresee(self, layer, scores, chosen)
+        assert {self.tier_of(key) for key in chosen} == {"ram"}
+        assert not any(map(directory.is_pinned, chosen))
+        checked += 1
+
+    monkeypatch.setattr(RamHierarchy, "foresee", check)
+    with opened(40) as (moe, _):
+        said(moe)
+    assert checked > 0
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_a_router_that_says_no_numbers_breaks_nothing() -> None:
+    with opened(48) as (moe, stretch):
+        said(moe, 4)
+        observer = moe._wiring._runtime.observer
+        assert observer is not None
+        for layer in range(len(stretch.blocks)):
+            observer.changes(layer, FURTHEST)[:] = np.nan
+        expected = said(moe, 8)
+    with opened(48, "none") as (moe, _):
+        said(moe, 4)
+        assert said(moe, 8) == expected
