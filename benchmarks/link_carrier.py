@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
+from moe_infinity.cache.vram import VramHierarchy
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.miss_split import MissSplit
@@ -31,6 +33,7 @@ class CpuSide:
 class WatchedCarrier(SimulatedCarrier):
     """misses: of every event, those that were loaded or computed on demand."""
 
+    tokens_at_once: ClassVar[int] = VramHierarchy.tokens_at_once
     pays: PaysMeter | None = None
     cpu: CpuSide | None = None
     misses: list[int] = field(default_factory=list)

@@ -84,7 +84,7 @@ def let_idle_threads_sleep() -> None:
 
 def may_idle_threads_spin() -> bool:
     """Whether nobody has told OpenMP, in time, what its idle threads are to do."""
-    return "OMP_WAIT_POLICY" not in os.environ
+    return not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
 
 
 def keep_kernel_caches_small() -> None:

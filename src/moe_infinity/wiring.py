@@ -96,9 +96,9 @@ class Wiring:
         if isinstance(hierarchy, VramHierarchy):
             self._device = DeviceWiring(model, hierarchy, self._runtime, maths, plan.max_context)
         self._tap = StepTap(model, self._begin_step, self._end_step)
-        self._idle = IdleTeams()
         let_go()  # of what only opening ran
         collect_if_due()  # opening makes many objects
+        self._idle = IdleTeams()
 
     def begin_request(self, request: Request) -> None:
         self.request = request

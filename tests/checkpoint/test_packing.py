@@ -409,8 +409,16 @@ def test_command_line(tmp_path: Path) -> None:
     assert result.code == 0, result.both
     facts = json.loads(result.out)
     assert facts["experts"] == "int8" and facts["bytes"] > 10**7
+    assert "note:" not in result.err
     answer = run("run", tmp_path / "out", "Hi", "--max-new-tokens", 3, "--verify", "--json")
     assert answer.code == 0, answer.both
     assert json.loads(answer.out)["lossy"] == ["experts int8"]
     assert "one of bf16, int8" in refused("pack", tmp_path / "new", "--experts", "int3")
     assert "packed folder" in refused("run", "Hi", "--max-new-tokens", 1, "--verify")
+
+
+def test_who_packs_to_something_larger_is_told_before(tmp_path: Path) -> None:
+    """Rows of 96 and 192 in units of 128 weights."""
+    result = run("pack", tmp_path / "out", "--experts", "exact12")
+    assert result.code == 0, result.both
+    assert "more than the" in result.err and "bundled runs as it is" in result.err

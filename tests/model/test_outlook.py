@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from moe_infinity import MoE, bundled_model_path
@@ -14,6 +16,7 @@ from moe_infinity.kernels import native
 from moe_infinity.kernels.stages import FURTHEST
 from moe_infinity.model.stretch import Stretch
 from moe_infinity.types import ExpertKey
+from support.checkpoints import tiny_checkpoint
 from support.engine import BUDGET
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
@@ -154,3 +157,27 @@ def test_a_router_that_says_no_numbers_breaks_nothing() -> None:
     with opened(48, "none") as (moe, _):
         said(moe, 4)
         assert said(moe, 8) == expected
+
+
+@pytest.mark.parametrize("plain", [[2], [1, 3, 5]])
+@pytest.mark.usefixtures("always_looks")
+def test_layers_that_do_not_follow_one_another_are_looked_ahead_from_one_by_one(
+    plain: list[int], tmp_path: Path
+) -> None:
+    """Compiled code sees no further than the blocks that it runs in one call."""
+    num_layers = 4 + len(plain)
+    path = tiny_checkpoint(
+        tmp_path, torch.bfloat16, num_hidden_layers=num_layers, mlp_only_layers=plain
+    )
+    answers = []
+    for prefetch in ("none", "gate_lookahead"):
+        with MoE(path, ram="8GiB", ram_slots=20, prefetch=prefetch) as moe:
+            answers.append(moe.generate([[5, 9, 30, 17]], max_new_tokens=24).tolist())
+            assert moe._wiring._whole is not None
+            stretches = moe._wiring._whole._stretches
+            assert len(stretches) > 1 and not any(each.num_looks for each in stretches)
+            loaded_bytes = moe.stats().decode.prefetch_bytes
+            assert (loaded_bytes > 0) == (prefetch != "none")
+            assert moe.stats().faults == ()
+            moe._hierarchy.check_integrity()
+    assert answers[0] == answers[1]

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_infinity.predictors import find_predictor
@@ -61,6 +61,7 @@ _tokens = st.lists(st.integers(0, 40), min_size=NUM_EXPERTS, max_size=NUM_EXPERT
 
 
 @settings(max_examples=60)
+@example([([1] * 12, 1), ([1] * 12, 0), ([1] * 12, 1)], 16, 1.0)  # 8 of layer 1 streams ahead
 @given(
     prompts=st.lists(st.tuples(_tokens, st.integers(0, 1)), max_size=6),
     num_slots=st.integers(2, 24),

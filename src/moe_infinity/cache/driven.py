@@ -125,9 +125,9 @@ class DrivenHierarchy(Hierarchy, Carrier):
             self._count_stall(event.phase)
 
     def run_hits(self, events: Sequence[Event], spent_s: Sequence[float]) -> bool:
-        if self.cancelled.is_set():
-            raise CancelledError("the request was cancelled")
         with self._undone_if_interrupted():
+            if self.cancelled.is_set():
+                raise CancelledError("the request was cancelled")
             were_hits = self.runner.run_hits(events, self)
             if were_hits:
                 now = self.counters.now
@@ -256,7 +256,7 @@ class DrivenHierarchy(Hierarchy, Carrier):
 
     @abstractmethod
     def forget_transfers(self) -> None:
-        """After ``drain`` and the runner's: nothing is in flight, and no place is known."""
+        """After ``drain`` and the runner's: nothing is in flight, and no place is noted."""
 
 
 def _layer_bytes_of(store: ExpertStore) -> dict[int, int | None]:

@@ -6,12 +6,15 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moe_infinity.checkpoint.pack_format import DENSE_FORMATS, FORMATS, LOSSY
 from moe_infinity.cli import common
+
+if TYPE_CHECKING:
+    from moe_infinity.checkpoint.pack_job import Job
 
 
 def pack(
@@ -43,15 +46,10 @@ def pack(
     require_forms(experts, dense)  # a wrong name must not wait for the hub
     with opened_source(model) as source:
         job = packing_job(source, paths[-1], experts, dense)
-        if job.is_rounded and experts not in LOSSY:
-            print(
-                f"note: {model} is quantised already; its experts become 16 bit and several times "
-                f"as large. It runs as it is; --experts int4 or int8 keeps it small",
-                file=sys.stderr,
-            )
         total = sum(spec.weight_bytes for spec in job.specs.values())
         # What is packed twice, plain and coded, is in the source once.
         total += sum({each.source.name: each.source.num_bytes for each in job.dense}.values())
+        _warn_of_growth(str(model), job, total)
         try:
             with progress("packing", total, quiet=json) as on_bytes:
                 write(job, on_bytes)
@@ -64,6 +62,26 @@ def pack(
             raise
         is_exact = not job.is_rounded and not {experts, dense} & set(LOSSY)
     _say(paths[-1], total, (experts, dense), is_exact, json)
+
+
+def _warn_of_growth(model: str, job: Job, source_bytes: int) -> None:
+    """Before it takes minutes."""
+    from moe_infinity.checkpoint.pack_job import estimate_bytes
+    from moe_infinity.config import format_bytes
+
+    if job.is_rounded and job.experts_format not in LOSSY:
+        note = (
+            f"{model} is quantised already; its experts become 16 bit and several times as large. "
+            f"It runs as it is; --experts int4 or int8 keeps it small"
+        )
+    elif (num_bytes := estimate_bytes(job)) > source_bytes:
+        note = (
+            f"{job.target} takes up to {format_bytes(num_bytes)}, more than the "
+            f"{format_bytes(source_bytes)} it is made of; {model} runs as it is"
+        )
+    else:
+        return
+    print(f"note: {note}", file=sys.stderr)
 
 
 def _say(

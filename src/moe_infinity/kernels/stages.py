@@ -20,7 +20,7 @@ _CALL_BYTES = 296
 # time; an outlook's changes, said, told, reach and stride; how far it is.
 _BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
 _SECONDS, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 26, 27, 28
-_NONE, _CHOSEN, _TOLD = 0, 1, 2  # of progress
+_NONE, _CHOSEN, _SEEN, _NEWS = range(4)  # of progress
 FURTHEST = 3  # stages whose routers are asked early
 
 
@@ -57,7 +57,7 @@ class Stages:
         known: NDArray[np.uint8],
     ) -> None:
         """What is the same for every token. block: packed; results: h [1, H], normed [1, H] and
-        what the experts say [K, H]; known [E]: whose call was noted and is still true."""
+        what the experts say [K, H]; known [E]: NOWHERE, NOTED or COMING (cache/base.py)."""
         kept = self._blocks[stage] = np.frombuffer(block, dtype=np.uint8).copy()
         h, normed, outs = results
         top_k, size = outs.shape
@@ -96,14 +96,15 @@ class Stages:
                 self._changes[stage] = change
                 self._words[stage, _CHANGES] = 0 if change is None else change.ctypes.data
 
-    def go_on(self, stage: int) -> None:
-        """The next run begins with this one, whose experts are chosen."""
-        self._words[stage, _PROGRESS] = _CHOSEN
+    def go_on(self, stage: int, has_seen: bool) -> None:
+        """The next run begins with this one, whose experts are chosen. has_seen: the caller, what
+        is ``said_early``."""
+        self._words[stage, _PROGRESS] = _SEEN if has_seen else _CHOSEN
 
     def said_early(self, stage: int) -> NDArray[np.float32] | None:
         """What later routers say [FURTHEST, E], if the last run stopped at this stage for that;
         -inf of those that there are not."""
-        return self._said[stage] if self._words[stage, _PROGRESS] == _TOLD else None
+        return self._said[stage] if self._words[stage, _PROGRESS] == _NEWS else None
 
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run

@@ -77,7 +77,7 @@ class CompiledBlock:
         self.num_calls = 0  # that the compiled code took
 
     def note_to(self, stages: Stages, stage: int, known: NDArray[np.uint8]) -> None:
-        """Tell from now on how experts are computed that are not among ``known`` [E]."""
+        """Tell from now on how experts are computed that are not NOTED in ``known`` [E]."""
         self._notes = (known, stages, stage)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

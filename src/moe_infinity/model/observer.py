@@ -102,6 +102,8 @@ class Observer:
         """A forward pass starts; returns the embeddings [T, H] of its tokens, padding left out,
         where asked for."""
         self._step = step
+        if self._taps is not None:
+            self._taps.begin_step()
         embeddings = self._embed(step) if self.wishes.embeddings else None
         if self.trace is not None:
             rows = step.request_rows(step.num_rows * step.length)

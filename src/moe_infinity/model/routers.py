@@ -100,6 +100,10 @@ class RouterTaps:
         """A prompt's router input is large: it must not outlive its layer."""
         self._shown_to, self._input, self._logits = -1, None, None
 
+    def begin_step(self) -> None:
+        """What routers see from now on is compared with nothing that they saw before."""
+        self._inputs = [None] * len(self._inputs)
+
     def see_input(self, layer: int, x: torch.Tensor) -> None:
         """The router's input [T, H] of a decode step: learn the mean change between layers."""
         rows: NDArray[np.float32] = x.float().numpy(force=True)

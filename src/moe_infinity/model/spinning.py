@@ -15,17 +15,17 @@ from moe_infinity.config import may_idle_threads_spin
 from moe_infinity.machine import num_cores
 
 _SOFT = 1  # omp_pause_soft: what was set stays, threads do not
-_MOST_TEAMS = 3  # where more are needed, processors are left for those who spin
+_MOST_TEAMS = 3  # where more were needed, processors are left for those who spin
 _SHARED_OUT = 32_768  # bytes, for each thread: torch shares out no fewer
 
 
 class IdleTeams:
-    """Threads of OpenMP's that do nothing, so that none of its threads spins for long.
+    """Threads of OpenMP's that do nothing, so that none of its threads spins for milliseconds.
 
     Torch's helpers spin behind every product of a prompt, and take a processor from the compiled
     kernels, which come next: with two processors prompts took half as long again. GNU's OpenMP can
-    be told so before torch loads it only (config.let_idle_threads_sleep); but it lets none spin
-    once there are more threads than processors.
+    be told so before torch loads it only (config.let_idle_threads_sleep); but once there are more
+    threads than processors, it lets them spin for microseconds only.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,9 @@ class IdleTeams:
         num_helpers = torch.get_num_threads() - 1
         if not num_helpers or not may_idle_threads_spin() or _pause() is None:
             return
-        num_teams = min(_MOST_TEAMS, (num_cores() - 1) // num_helpers)
+        num_teams = (num_cores() - 1) // num_helpers
+        if num_teams > _MOST_TEAMS:
+            return
         have_begun = threading.Semaphore(0)
         for number in range(num_teams):
             name = f"moe-infinity-idle-{number}"

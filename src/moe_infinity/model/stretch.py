@@ -58,6 +58,8 @@ class Stretch:
         self._rows = blocks[0].h.new_empty(len(blocks) + 1, 1, 1, blocks[0].h.shape[-1])
         self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
+        self._holds_all = len(blocks) == len(known)  # the model's layers of experts
+        self._one_by_one = True
         self._reach = 0  # layers that routers are asked ahead
         self.num_looks = 0  # at what they said, for experts were missing
         # Whose keys, and values beside them, were told where they lie.
@@ -156,16 +158,21 @@ class Stretch:
             self.num_looks += 1
         elif not block.note_chosen():
             return False
-        self._stages.go_on(at)
+        self._stages.go_on(at, has_seen=said is not None)
         return True
 
     def _look_ahead(self) -> None:
-        """In this pass, if somebody looks ahead by later routers alone."""
-        if self.blocks[0].experts.is_observed:
-            return  # block by block
-        outlook = self._hierarchy.outlook
-        self._reach = 0 if outlook is None else min(outlook.depth, FURTHEST)
-        changes = () if outlook is None else [b.experts.changes(outlook) for b in self.blocks]
+        """How blocks are run in this pass. One by one where somebody wants to see routers, or who
+        looks ahead wants more than the compiled code can tell: it asks routers of this stretch."""
+        self._reach = 0
+        changes: list[NDArray[np.float32] | None] = []
+        self._one_by_one = self.blocks[0].experts.is_observed or not self._hierarchy.is_quiet()
+        outlook = None if self._one_by_one else self._hierarchy.outlook
+        if outlook is not None and self._holds_all and outlook.depth <= FURTHEST:
+            self._reach = outlook.depth
+            changes = [block.experts.changes(outlook) for block in self.blocks]
+        elif outlook is not None:
+            self._one_by_one = True
         self._stages.look_ahead(self._reach, changes)
 
     def _remember(self, memory: list[_Memory]) -> None:
@@ -178,9 +185,8 @@ class Stretch:
     def _run_ahead(
         self, first: int, tail: TailCall | None, check: Callable[[], None]
     ) -> int | None:
-        """How many blocks were run whole; None if nothing was, not even a choice of experts: some
-        want to see routers, and who looks ahead by more than these each event."""
-        if self.blocks[first].experts.is_observed or not self._hierarchy.is_quiet():
+        """How many blocks were run whole; None if nothing was, not even a choice of experts."""
+        if self._one_by_one:
             check()
             return None
         spent_s = self._stages.run(self._kernel, first, tail)

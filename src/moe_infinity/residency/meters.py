@@ -52,7 +52,8 @@ class PaysMeter:
 
     A trial of looking ahead that nothing can save ends after a quarter of its window: where it
     would be the slower way, and not by little, even if nobody had to wait for a load. Blocks run
-    in compiled code as long as nobody looks ahead, so with few misses a trial costs twice the time.
+    in compiled code as long as nobody looks ahead by more than later routers, so with few misses
+    such a trial costs twice the time.
     """
 
     window: int

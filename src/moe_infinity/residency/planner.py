@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_infinity.predictors.base import ExpertPredictor
+from moe_infinity.predictors.base import ExpertPredictor, Foresight
 from moe_infinity.residency.directory import Directory, State
 from moe_infinity.residency.meters import Horizon, Threshold, WasteMeter
 from moe_infinity.residency.running import Lookup
@@ -57,6 +57,13 @@ class PrefetchPlanner:
             self.threshold.judge(len(found.late), len(in_time))
             guessed.clear()
         self.predictor.observe(event)
+
+    @property
+    def outlook(self) -> Foresight | None:
+        """What the predictor asks of later routers, if all it says comes from them, and before a
+        layer's experts are computed."""
+        wish = self.predictor.foresight
+        return None if wish is None or wish.mode == "next_norm" else wish
 
     def forecast(self) -> NDArray[np.float64] | None:
         return self.predictor.forecast()

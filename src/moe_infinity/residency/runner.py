@@ -39,8 +39,8 @@ class Settled(NamedTuple):
 class Carrier(ABC):
     """Carries out loads and computes experts; live with bytes, in the simulator with a clock."""
 
-    # Of a prompt's experts that were found in memory, so many are computed at once that no more
-    # tokens than this are routed to them in all: a call takes as long as an expert of few tokens.
+    # Of a prompt's experts found in memory as many are computed in one call as have these tokens
+    # together, at least one: of few tokens an expert takes no longer than a call does.
     tokens_at_once: ClassVar[int] = 64
 
     @abstractmethod
@@ -85,7 +85,7 @@ class EventRunner:
         self.planner = planner
         self.choose_misses = choose_misses
         self._pending: list[ExpertKey] = []  # members of the event that have a slot, uncomputed
-        self._found: set[ExpertKey] = set()  # in memory when the event was looked up
+        self._found: set[ExpertKey] = set()  # of them, those here or on their way when looked up
 
     def begin_request(self) -> None:
         self.residency.policy.begin_request()
@@ -138,7 +138,7 @@ class EventRunner:
         for key in found.late:
             carrier.promote(key)
         self._pending = sorted(found.hits + found.late)
-        self._found = set(found.hits)
+        self._found = set(self._pending)
         self._admit(carrier)
         if not self.residency.policy.wants_forecast:  # while the disk works
             self._learn(event, found, foreseen, carrier)
@@ -150,8 +150,8 @@ class EventRunner:
             carrier.start(behind, Priority.PREFETCH)
 
     def run_hits(self, events: Sequence[Event], carrier: Carrier) -> bool:
-        """Serve decode events whose members were computed before; whether all of them only hit.
-        If not, nothing was done. Nothing is loaded ahead behind them."""
+        """Serve decode events whose members were computed before, load nothing ahead; whether all
+        of them only hit. If not, nothing was done."""
         self._collect(carrier)
         looks_ahead = self._looks_ahead(carrier)
         if looks_ahead and self.outlook is None:
@@ -182,16 +182,11 @@ class EventRunner:
 
     @property
     def outlook(self) -> Foresight | None:
-        """What the predictor asks of later routers, if all it says comes from them, and before a
-        layer's experts are computed."""
-        wish = self.planner.predictor.foresight
-        if wish is None or wish.mode == "next_norm" or self.residency.policy.wants_forecast:
-            return None
-        return wish
+        """The planner's, where the policy needs no more than that."""
+        return None if self.residency.policy.wants_forecast else self.planner.outlook
 
     def is_quiet(self, carrier: Carrier) -> bool:
-        """Whether an event that only hits changes no slot: nobody looks ahead now, or by later
-        routers alone, who are asked apart."""
+        """Whether an event that only hits changes no slot: ``outlook`` is asked apart."""
         return self.outlook is not None or not self._looks_ahead(carrier)
 
     def take_in(self, carrier: Carrier) -> None:
@@ -202,6 +197,7 @@ class EventRunner:
         """Give up the running event; every transfer has to be over."""
         self.residency.abort_event()
         self._pending.clear()
+        self._found.clear()
 
     def _learn_hit(self, event: Event, found: Lookup, carrier: Carrier) -> None:
         self.planner.observe(event, found)
@@ -271,15 +267,19 @@ class EventRunner:
 
     def _next_ones(self, event: Event, carrier: Carrier) -> list[ExpertKey]:
         """Of a prompt's members the next in order, so that which slot comes free when does not
-        depend on the disk; with it those behind it that were found in memory, of few tokens."""
-        state, num_tokens = self.residency.directory.state, 0
-        for at, key in enumerate(self._pending):
+        depend on the disk; with it those behind it, of few tokens, that were found when it was
+        looked up, here or on their way. Nobody while one of them is not here."""
+        group: list[ExpertKey] = []
+        num_tokens = 0
+        for key in self._pending:
             num_tokens += int(event.counts[key.expert])
-            if at and (key not in self._found or num_tokens > carrier.tokens_at_once):
-                return self._pending[:at]
+            if group and (key not in self._found or num_tokens > carrier.tokens_at_once):
+                break
+            group.append(key)
             if key not in self._found:
-                return [key] if state(key) is State.RESIDENT else []
-        return list(self._pending)
+                break
+        state = self.residency.directory.state
+        return group if all(state(key) is State.RESIDENT for key in group) else []
 
     def _collect(self, carrier: Carrier) -> None:
         """Make resident what has arrived. Raises the error of a load that an event waits for.

@@ -21,7 +21,9 @@ bool is_at(const Stage &s, uint64_t id, Place place) {
 }
 
 // Whether an expert is nowhere that nobody was told of in this pass.
-bool is_news(const Stage &s, uint64_t id) { return is_at(s, id, Place::nowhere) && !s.outlook.told[id]; }
+bool is_news(const Stage &s, uint64_t id) {
+    return is_at(s, id, Place::nowhere) && !s.outlook.told[id];
+}
 
 bool has_news(const Stage &s) {
     for (uint64_t id = 0; id < s.num_experts; ++id)
@@ -51,10 +53,9 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
     std::vector<Call> calls;
     for (size_t i = 0; i < count; ++i) {
         Stage &s = stages[i];
-        const bool is_chosen = s.progress == Progress::chosen;
+        const Progress before = s.progress;
         s.progress = Progress::none;
-        if (!is_chosen) attend(*s.block, s.token);
-        const Clock::time_point start = Clock::now();
+        if (before == Progress::none) attend(*s.block, s.token);
         calls.clear();
         for (uint32_t k = 0; k < s.sum.top_k; ++k) {
             const auto id = static_cast<uint64_t>(s.token.ids[k]);
@@ -64,10 +65,11 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
             calls.back().x = s.token.normed;
             calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
         }
-        if (!is_chosen && sees_missing(&s, count - i)) {
-            s.progress = Progress::told;
+        if (before != Progress::seen && look_ahead(&s, count - i)) {
+            s.progress = Progress::news;
             return i;
         }
+        const Clock::time_point start = Clock::now();
         if (tail && i + 1 == count) {
             begin_end(calls, s.sum, *tail);
         } else {
@@ -79,8 +81,8 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
     return count;
 }
 
-// Shows the routers of the next stages what this one's was shown, which attend() has left.
-bool Engine::sees_missing(Stage *stages, size_t count) {
+// Shows the routers of the next stages what this one's was shown; whether there is news.
+bool Engine::look_ahead(Stage *stages, size_t count) {
     const Outlook &outlook = stages[0].outlook;
     const size_t reach = std::min({size_t(outlook.reach), count - 1, kTogether});
     if (std::none_of(stages + 1, stages + 1 + reach, has_news)) return false;
@@ -88,6 +90,8 @@ bool Engine::sees_missing(Stage *stages, size_t count) {
     BlockWork &w = block_work_;
     const Type type = stages[0].block->type;
     const size_t hidden = stages[0].block->router.cols;
+    w.make_room(*stages[0].block);
+    kernels_.widen(type, stages[0].token.normed, w.x, hidden);
     void *narrow = w.narrow.reserve(hidden * 4);
     uint32_t step = 1;
     rows_.clear();

@@ -127,7 +127,7 @@ private:
         Tail tail;
     };
 
-    bool sees_missing(Stage *stages, size_t count);
+    bool look_ahead(Stage *stages, size_t count);
     void begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail);
     double end_begun();
     void run_tail(const Tail &tail);
