@@ -88,7 +88,6 @@ _IN_TURNS = {
     "peers_gguf_olmoe_mxfp4": "OLMoE, MXFP4",
     "peers_gguf_widened16_q8_0": "widened16, Q8_0",
     "peers_gguf_widened16_q8_0_512": "widened16, Q8_0, prompts of 512",
-    "peers_gguf_widened16_q8_0_512_again": "widened16, Q8_0, prompts of 512, again",
     "peers_gguf_widened16_q4_k_m": "widened16, Q4_K_M",
     "peers_gguf_widened16_mxfp4": "widened16, MXFP4",
 }
