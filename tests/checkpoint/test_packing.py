@@ -422,3 +422,4 @@ def test_who_packs_to_something_larger_is_told_before(tmp_path: Path) -> None:
     result = run("pack", tmp_path / "out", "--experts", "exact12")
     assert result.code == 0, result.both
     assert "more than the" in result.err and "bundled runs as it is" in result.err
+    assert "note:" not in refused("pack", tmp_path / "out", "--experts", "exact12")

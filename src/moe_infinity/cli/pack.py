@@ -36,6 +36,7 @@ def pack(
     Interrupted, the same command goes on where it was.
     """
     from moe_infinity.checkpoint.hub import bundled_model_path
+    from moe_infinity.checkpoint.pack_job import refuse
     from moe_infinity.checkpoint.packing import pack as write
     from moe_infinity.errors import ConfigError
     from moe_infinity.preparation import opened_source, packing_job, require_forms
@@ -49,6 +50,7 @@ def pack(
         total = sum(spec.weight_bytes for spec in job.specs.values())
         # What is packed twice, plain and coded, is in the source once.
         total += sum({each.source.name: each.source.num_bytes for each in job.dense}.values())
+        refuse(job)
         _warn_of_growth(str(model), job, total)
         try:
             with progress("packing", total, quiet=json) as on_bytes:
