@@ -174,7 +174,7 @@ def test_a_disproved_prefetch_is_cancelled_between_chunks() -> None:
         store.release(ExpertKey(1, 1))
         while not hierarchy.memory.uploads.is_queued(ExpertKey(1, 1)):
             hierarchy.wait()  # for the disk
-            hierarchy.runner._collect(hierarchy)
+            hierarchy.runner.take_in(hierarchy)
         guesses.wanted = set()
         run(hierarchy, decode(1, 7))
         run(hierarchy, decode(2, 7))

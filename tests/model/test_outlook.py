@@ -21,8 +21,7 @@ from support.engine import BUDGET
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="installed without a compiler")
 PROMPT = [5, 9, 300, 17, 44, 301, 8, 2, 77]
-
-
+Scores, Chosen = NDArray[np.float32], Sequence[ExpertKey]
 real_foresee = RamHierarchy.foresee
 
 
@@ -65,12 +64,7 @@ def test_no_word_is_another_and_fewer_experts_are_waited_for(slots: int, prefetc
 def test_what_is_said_early_is_what_the_routers_say(monkeypatch: pytest.MonkeyPatch) -> None:
     stops = 0
 
-    def compare(
-        self: RamHierarchy,
-        layer: int,
-        scores: NDArray[np.float32],
-        chosen: Sequence[ExpertKey] = (),
-    ) -> None:
+    def compare(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
         nonlocal stops
         observer = moe._wiring._runtime.observer
         assert observer is not None and observer._taps is not None
@@ -95,12 +89,7 @@ def test_of_an_expert_that_is_not_loaded_somebody_is_told_once_a_pass(
 ) -> None:
     told: dict[int, set[tuple[int, int]]] = {}
 
-    def refuse(
-        self: RamHierarchy,
-        layer: int,
-        scores: NDArray[np.float32],
-        chosen: Sequence[ExpertKey] = (),
-    ) -> None:
+    def refuse(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
         assert self.known is not None
         seen = told.setdefault(moe._wiring.step.number, set())
         liked = np.argsort(-scores[0], axis=1, kind="stable")[:, :top_k]
@@ -126,12 +115,7 @@ def test_what_the_layer_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its event is told later: to the policy it seems to be the one whose turn comes last."""
     checked = 0
 
-    def check(
-        self: RamHierarchy,
-        layer: int,
-        scores: NDArray[np.float32],
-        chosen: Sequence[ExpertKey] = (),
-    ) -> None:
+    def check(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
         nonlocal checked
         directory = self.residency.directory
         real_foresee(self, layer, scores, chosen)

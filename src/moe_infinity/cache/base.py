@@ -100,8 +100,8 @@ class Hierarchy(ABC):
 
     @abstractmethod
     def is_quiet(self) -> bool:
-        """Whether an event that only hits may be told after its experts were computed: nobody
-        looks ahead now, or by later routers alone."""
+        """Whether an event that only hits may be told after its experts were computed, though
+        nobody asks for an ``outlook``: nobody looks ahead now."""
 
     @abstractmethod
     def tier_of(self, key: ExpertKey) -> TierName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_infinity.cache.base import COMING, NOWHERE
 from moe_infinity.cache.driven import DrivenHierarchy
@@ -65,9 +66,8 @@ class RamHierarchy(DrivenHierarchy):
             f"in flight without a transfer, or the reverse: {in_flight ^ self._in_flight.keys()}"
         )
         if self.known is not None:
-            states = self.residency.directory.states.reshape(self.known.shape)
-            is_same = (self.known == NOWHERE) == (states == State.ABSENT)
-            assert is_same.all(), f"said to be elsewhere: {np.argwhere(~is_same).tolist()}"
+            is_same = (self.known == NOWHERE).ravel() == self._are_absent()
+            assert is_same.all(), f"said to be elsewhere: {np.flatnonzero(~is_same).tolist()}"
 
     def close(self) -> None:
         self._engine.close()
@@ -124,5 +124,9 @@ class RamHierarchy(DrivenHierarchy):
     def forget_transfers(self) -> None:
         self._in_flight.clear()
         if self.known is not None:
-            states = self.residency.directory.states.reshape(self.known.shape)
-            self.known[:] = np.where(states == State.RESIDENT, COMING, NOWHERE)
+            self.known.ravel()[:] = np.where(self._are_absent(), NOWHERE, COMING)
+
+    def _are_absent(self) -> NDArray[np.bool_]:
+        """By flat key."""
+        absent: NDArray[np.bool_] = self.residency.directory.states == State.ABSENT
+        return absent

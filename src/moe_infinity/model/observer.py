@@ -140,15 +140,14 @@ class Observer:
         """Whether somebody wants more of this pass's events than experts and their weights."""
         if self._taps is None:
             return False
-        return self.wishes.router_logits or self.wishes.router_input or bool(self._awaited())
+        return self.wishes.in_events or bool(self._awaited())
 
     @property
     def records_routers(self) -> bool:
         """Whether somebody beside a predictor that looks ahead wants that."""
         if self._taps is None:
             return False
-        is_traced = self.trace is not None and bool(self.traced)
-        return self.wishes.router_logits or self.wishes.router_input or is_traced
+        return self.wishes.in_events or (self.trace is not None and bool(self.traced))
 
     def changes(self, layer: int, depth: int) -> NDArray[np.float32]:
         """The mean change, as far as it is learned, from the input of a layer's router to those of

@@ -34,7 +34,12 @@ class Wishes:
 
     @property
     def needs_routers(self) -> bool:
-        return self.router_logits or self.router_input or bool(self.foresight)
+        return self.in_events or bool(self.foresight)
+
+    @property
+    def in_events(self) -> bool:
+        """Whether an event is to hold more than experts and their weights."""
+        return self.router_logits or self.router_input
 
     def __or__(self, other: Wishes) -> Wishes:
         return Wishes(

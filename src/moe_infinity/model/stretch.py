@@ -164,15 +164,15 @@ class Stretch:
     def _look_ahead(self) -> None:
         """How blocks are run in this pass. One by one where somebody wants to see routers, or who
         looks ahead wants more than the compiled code can tell: it asks routers of this stretch."""
-        self._reach = 0
-        changes: list[NDArray[np.float32] | None] = []
-        self._one_by_one = self.blocks[0].experts.is_observed or not self._hierarchy.is_quiet()
-        outlook = None if self._one_by_one else self._hierarchy.outlook
-        if outlook is not None and self._holds_all and outlook.depth <= FURTHEST:
-            self._reach = outlook.depth
-            changes = [block.experts.changes(outlook) for block in self.blocks]
-        elif outlook is not None:
-            self._one_by_one = True
+        is_observed = self.blocks[0].experts.is_observed
+        outlook = None if is_observed or not self._holds_all else self._hierarchy.outlook
+        if outlook is None or outlook.depth > FURTHEST:
+            self._reach = 0
+            self._one_by_one = is_observed or not self._hierarchy.is_quiet()
+            self._stages.look_ahead(0)
+            return
+        self._reach, self._one_by_one = outlook.depth, False
+        changes = [block.experts.changes(outlook) for block in self.blocks]
         self._stages.look_ahead(self._reach, changes)
 
     def _remember(self, memory: list[_Memory]) -> None:

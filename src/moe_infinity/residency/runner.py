@@ -108,7 +108,7 @@ class EventRunner:
             self.residency.room.protect(_NO_KEYS)
         self.planner.predictor.begin_pass(phase, embeddings, token_ids)
         if phase == "decode" and carrier.looks_ahead():
-            self._collect(carrier)
+            self.take_in(carrier)
             self._load_ahead(self.residency.directory.shape.num_layers - 1, phase, carrier)
 
     def run(
@@ -118,7 +118,7 @@ class EventRunner:
 
         foreseen: [T, D, E] what the next layers' routers say to this event's router input.
         """
-        self._collect(carrier)
+        self.take_in(carrier)
         if not self._looks_ahead(carrier):
             self.residency.room.protect(_NO_KEYS)
             if served := self.residency.serve_hits([event]):
@@ -152,7 +152,7 @@ class EventRunner:
     def run_hits(self, events: Sequence[Event], carrier: Carrier) -> bool:
         """Serve decode events whose members were computed before, load nothing ahead; whether all
         of them only hit. If not, nothing was done."""
-        self._collect(carrier)
+        self.take_in(carrier)
         looks_ahead = self._looks_ahead(carrier)
         if looks_ahead and self.outlook is None:
             return False
@@ -175,7 +175,7 @@ class EventRunner:
         event was run; or its members are ``chosen`` and here, and it will be told as a hit."""
         if not carrier.looks_ahead():
             return
-        self._collect(carrier)
+        self.take_in(carrier)
         self.planner.predictor.foresee(layer, scores)
         with self.residency.directory.pinned(chosen):
             self._load_ahead(layer, phase, carrier)
@@ -186,12 +186,8 @@ class EventRunner:
         return None if self.residency.policy.wants_forecast else self.planner.outlook
 
     def is_quiet(self, carrier: Carrier) -> bool:
-        """Whether an event that only hits changes no slot: ``outlook`` is asked apart."""
-        return self.outlook is not None or not self._looks_ahead(carrier)
-
-    def take_in(self, carrier: Carrier) -> None:
-        """Between events: what has arrived is resident."""
-        self._collect(carrier)
+        """Whether an event that only hits changes no slot: nobody looks ahead now."""
+        return not self._looks_ahead(carrier)
 
     def abort(self) -> None:
         """Give up the running event; every transfer has to be over."""
@@ -218,7 +214,7 @@ class EventRunner:
     def _serve(self, event: Event, carrier: Carrier) -> None:
         """Until every member that was begun, or waits for a slot, is computed."""
         while not self.residency.is_done:
-            self._collect(carrier)
+            self.take_in(carrier)
             self._admit(carrier)
             ready = self._next_ones(event, carrier) if event.phase == "prefill" else self._ready()
             if not ready:
@@ -281,7 +277,7 @@ class EventRunner:
         state = self.residency.directory.state
         return group if all(state(key) is State.RESIDENT for key in group) else []
 
-    def _collect(self, carrier: Carrier) -> None:
+    def take_in(self, carrier: Carrier) -> None:
         """Make resident what has arrived. Raises the error of a load that an event waits for.
 
         A member whose prefetch failed, or was cancelled before the router asked for it again, is
