@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from moe_infinity import MoE, bundled_model_path
-from moe_infinity.cache.base import NOWHERE
+from moe_infinity.cache.base import NOTED, NOWHERE
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.kernels import native
+from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.stages import FURTHEST
 from moe_infinity.model.stretch import Stretch
 from moe_infinity.types import ExpertKey
@@ -127,6 +128,76 @@ def test_what_the_layer_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(40) as (moe, _):
         said(moe)
     assert checked > 0
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_experts_are_begun_before_somebody_sees_and_whoever_ends_them_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with opened(48) as (moe, _):
+        expected = said(moe)
+    ended_s: list[float] = []
+
+    def end(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
+        assert isinstance(kernel, native.Kernel)
+        if len(ended_s) % 2:
+            real_foresee(self, layer, scores, chosen)
+        ended_s.append(kernel.settle())
+        assert kernel.settle() == 0, "nothing is left"
+        assert stretch.blocks[layer].outs.isfinite().all()
+        if len(ended_s) % 2:
+            real_foresee(self, layer, scores, chosen)
+
+    monkeypatch.setattr(RamHierarchy, "foresee", end)
+    with opened(48) as (moe, stretch):
+        kernel = moe._wiring.kernel
+        for block in stretch.blocks:
+            block.outs.fill_(torch.nan)
+        assert said(moe) == expected
+    assert len(ended_s) > 8 and all(spent_s > 0 for spent_s in ended_s)
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_what_was_begun_is_done_where_an_interrupt_strikes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupt(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
+        monkeypatch.setattr(RamHierarchy, "foresee", real_foresee)
+        raise KeyboardInterrupt
+
+    with opened(48) as (moe, _):
+        expected, kernel = said(moe), moe._wiring.kernel
+        assert isinstance(kernel, native.Kernel)
+        monkeypatch.setattr(RamHierarchy, "foresee", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            said(moe)
+        assert kernel.settle() == 0, "nothing is left"
+        assert said(moe) == expected
+
+
+@pytest.mark.usefixtures("always_looks")
+def test_what_has_arrived_is_noted_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the compiled code would stop for it once more."""
+    arrived: list[ExpertKey] = []
+    real_take, real_goes_on = RamHierarchy.take_arrived, Stretch._goes_on
+
+    def take(self: RamHierarchy) -> dict[ExpertKey, Views]:
+        found = real_take(self)
+        arrived.extend(found)
+        return found
+
+    def goes_on(self: Stretch, at: int) -> bool:
+        before = len(arrived)
+        does = real_goes_on(self, at)
+        known = moe._hierarchy.known
+        assert known is not None and all(known[key] == NOTED for key in arrived[before:])
+        return does
+
+    monkeypatch.setattr(RamHierarchy, "take_arrived", take)
+    monkeypatch.setattr(Stretch, "_goes_on", goes_on)
+    with opened(64) as (moe, _):
+        said(moe)
+    assert len(arrived) > 8
 
 
 @pytest.mark.usefixtures("always_looks")

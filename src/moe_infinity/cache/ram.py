@@ -13,11 +13,12 @@ from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.kernels.base import Views
 from moe_infinity.kernels.formats import is_viewable
+from moe_infinity.predictors.base import Embeddings, TokenIds
 from moe_infinity.residency.directory import State
 from moe_infinity.residency.meters import PaysMeter
 from moe_infinity.residency.runner import EventRunner, Settled
 from moe_infinity.residency.running import Load
-from moe_infinity.types import ExpertKey, Priority, TierName
+from moe_infinity.types import ExpertKey, Phase, Priority, TierName
 
 
 class RamHierarchy(DrivenHierarchy):
@@ -45,10 +46,17 @@ class RamHierarchy(DrivenHierarchy):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
         self._views = SlotViews(store.specs)
+        self._arrived: list[ExpertKey] = []  # in this pass; whoever asks takes them
 
     def begin_request(self) -> None:
         self._engine.skip_time()
         super().begin_request()
+
+    def begin_pass(
+        self, phase: Phase, embeddings: Embeddings = None, token_ids: TokenIds = None
+    ) -> None:
+        self._arrived.clear()
+        super().begin_pass(phase, embeddings, token_ids)
 
     def get_ready(self) -> None:
         self._arena.touch_ahead()
@@ -96,6 +104,8 @@ class RamHierarchy(DrivenHierarchy):
             arrived = transfer.state is TransferState.DONE
             if self.known is not None and not arrived:
                 self.known[transfer.key] = NOWHERE
+            if arrived:
+                self._arrived.append(transfer.key)
             error = transfer.error if transfer.priority is Priority.DEMAND else None
             settled.append(Settled(transfer.key, arrived, None if arrived else error))
         return settled
@@ -114,6 +124,11 @@ class RamHierarchy(DrivenHierarchy):
         if any(state(key) is not State.RESIDENT for key in keys):
             return None
         return [self.views_of(key) for key in keys]
+
+    def take_arrived(self) -> dict[ExpertKey, Views]:
+        arrived, self._arrived = self._arrived, []
+        state = self.residency.directory.state
+        return {key: self.views_of(key) for key in arrived if state(key) is State.RESIDENT}
 
     def count_activity(self) -> None:
         self.count_reads(*self._engine.take_activity())

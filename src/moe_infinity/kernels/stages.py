@@ -20,7 +20,7 @@ _CALL_BYTES = 296
 # time; an outlook's changes, said, told, reach and stride; how far it is.
 _BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
 _SECONDS, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 26, 27, 28
-_NONE, _CHOSEN, _SEEN, _NEWS = range(4)  # of progress
+_NONE, _CHOSEN, _BEGUN, _NEWS = range(4)  # of progress
 FURTHEST = 3  # stages whose routers are asked early
 
 
@@ -96,10 +96,11 @@ class Stages:
                 self._changes[stage] = change
                 self._words[stage, _CHANGES] = 0 if change is None else change.ctypes.data
 
-    def go_on(self, stage: int, has_seen: bool) -> None:
-        """The next run begins with this one, whose experts are chosen. has_seen: the caller, what
-        is ``said_early``."""
-        self._words[stage, _PROGRESS] = _SEEN if has_seen else _CHOSEN
+    def go_on(self, stage: int) -> None:
+        """The next run begins with this one, whose experts are chosen, and what was ``said_early``
+        seen."""
+        was_said = self._words[stage, _PROGRESS] == _NEWS
+        self._words[stage, _PROGRESS] = _BEGUN if was_said else _CHOSEN
 
     def said_early(self, stage: int) -> NDArray[np.float32] | None:
         """What later routers say [FURTHEST, E], if the last run stopped at this stage for that;
@@ -109,8 +110,8 @@ class Stages:
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
-        choice of its experts: one is not noted, or there is something ``said_early``. With a tail
-        the last one's experts, and it behind them, are begun."""
+        choice of its experts: one is not noted, or there is something ``said_early`` and they are
+        begun. With a tail the last one's experts, and it behind them, are begun."""
         start = time.perf_counter()
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
         experts_s: list[float] = self._seconds[first : first + done].tolist()

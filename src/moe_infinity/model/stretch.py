@@ -59,6 +59,7 @@ class Stretch:
         self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
         self._holds_all = len(blocks) == len(known)  # the model's layers of experts
+        self._by_layer = {block.experts.layer: block for block in blocks}
         self._one_by_one = True
         self._reach = 0  # layers that routers are asked ahead
         self.num_looks = 0  # at what they said, for experts were missing
@@ -156,10 +157,13 @@ class Stretch:
             scores = as_recorded(torch.from_numpy(said[None, : self._reach]))
             self._hierarchy.foresee(block.experts.layer, scores, block.chosen_keys)
             self.num_looks += 1
-        elif not block.note_chosen():
-            return False
-        self._stages.go_on(at, has_seen=said is not None)
-        return True
+        can_go_on = said is not None or block.note_chosen()
+        for key, views in self._hierarchy.take_arrived().items():
+            if key.layer in self._by_layer:
+                self._by_layer[key.layer].note(key, views)
+        if can_go_on:
+            self._stages.go_on(at)
+        return can_go_on
 
     def _look_ahead(self) -> None:
         """How blocks are run in this pass. One by one where somebody wants to see routers, or who

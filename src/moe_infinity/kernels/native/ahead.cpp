@@ -55,6 +55,11 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
         Stage &s = stages[i];
         const Progress before = s.progress;
         s.progress = Progress::none;
+        if (before == Progress::begun) {
+            const std::lock_guard<std::mutex> turn(turn_);
+            s.experts_s = end_begun();
+            continue;
+        }
         if (before == Progress::none) attend(*s.block, s.token);
         calls.clear();
         for (uint32_t k = 0; k < s.sum.top_k; ++k) {
@@ -65,13 +70,14 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
             calls.back().x = s.token.normed;
             calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
         }
-        if (before != Progress::seen && look_ahead(&s, count - i)) {
+        if (look_ahead(&s, count - i)) {
+            begin_experts(calls, s.sum, nullptr);
             s.progress = Progress::news;
             return i;
         }
         const Clock::time_point start = Clock::now();
         if (tail && i + 1 == count) {
-            begin_end(calls, s.sum, *tail);
+            begin_experts(calls, s.sum, tail);
         } else {
             const auto turn = take_turn();
             run_group(calls.data(), calls.size(), &s.sum);
@@ -114,13 +120,13 @@ bool Engine::look_ahead(Stage *stages, size_t count) {
     return is_any;
 }
 
-void Engine::begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail) {
+void Engine::begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail) {
     const auto turn = take_turn();
-    last_calls_.swap(calls);
-    prepare_group(last_calls_.data(), last_calls_.size(), &sum);
-    ending_ = {sum, tail};
+    begun_calls_.swap(calls);
+    prepare_group(begun_calls_.data(), begun_calls_.size(), &sum);
+    begun_ = {sum, tail ? std::optional<Tail>(*tail) : std::nullopt};
     pool_.begin(static_cast<int>(pieces_.size()),
-                [this](int task) { run_piece(task, last_calls_.data(), &ending_->sum); });
+                [this](int task) { run_piece(task, begun_calls_.data(), &begun_->sum); });
 }
 
 double Engine::settle() {
@@ -135,13 +141,13 @@ std::unique_lock<std::mutex> Engine::take_turn() {
 }
 
 double Engine::end_begun() {
-    if (!ending_) return 0;
+    if (!begun_) return 0;
     const Clock::time_point start = Clock::now();
     pool_.end();
     const double experts_s = seconds_since(start);
-    const Tail tail = ending_->tail;
-    ending_.reset();
-    run_tail(tail);
+    const std::optional<Tail> tail = begun_->tail;
+    begun_.reset();
+    if (tail) run_tail(*tail);
     return experts_s;
 }
 

@@ -96,9 +96,9 @@ struct Outlook {
     uint32_t stride;
 };
 
-// How far a stage is. chosen: its own experts are. seen: somebody saw what later routers say, too;
-// news: somebody has to, for of what they like something is nowhere.
-enum class Progress : uint32_t { none = 0, chosen = 1, seen = 2, news = 3 };
+// How far a stage is. chosen: its own experts are. begun: other threads compute them. news: so they
+// do, and somebody has to see what later routers say, for of what they like something is nowhere.
+enum class Progress : uint32_t { none = 0, chosen = 1, begun = 2, news = 3 };
 
 // One of several blocks that follow one another, run in one call.
 struct Stage {

@@ -102,8 +102,9 @@ public:
 
     // As many stages as have all of their chosen experts in memory, and see none missing that later
     // ones will choose; returns how many. The one after them, if there is one, is run up to the
-    // choice of its experts, and told to go on from there by its progress. With a tail, which
-    // follows the last one, that one's experts are only begun: other threads compute them.
+    // choice of its experts, and told to go on from there by its progress; where it has news its
+    // experts are begun: other threads compute them. So are the last one's with a tail, which
+    // follows it.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
     // What was begun is done, and what follows it; until then all memory of it has to stay. Whatever
     // else is asked of the engine does that first. Returns the seconds it took to the experts' end.
@@ -122,13 +123,13 @@ private:
     };
 
     // What comes behind experts that were begun.
-    struct Ending {
+    struct Begun {
         Sum sum;
-        Tail tail;
+        std::optional<Tail> tail;
     };
 
     bool look_ahead(Stage *stages, size_t count);
-    void begin_end(std::vector<Call> &calls, const Sum &sum, const Tail &tail);
+    void begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail);
     double end_begun();
     void run_tail(const Tail &tail);
     void add_up(const Sum &sum, uint32_t first, uint32_t last) const;  // of its columns
@@ -174,8 +175,8 @@ private:
     std::vector<std::unique_ptr<Work>> works_;
     std::vector<Piece> pieces_;  // of what runs together
     std::atomic<uint32_t> num_outer_left_{0};  // of them
-    std::optional<Ending> ending_;
-    std::vector<Call> last_calls_;  // that were begun
+    std::optional<Begun> begun_;
+    std::vector<Call> begun_calls_;
     BlockWork block_work_;
     LatentWork latent_work_;
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v
