@@ -23,13 +23,17 @@ _UNIT = 256  # columns that every format can have
 _BYTE = 0x3C
 
 
-def measure_matvec_gbps(expert_bytes: int, number_format: str = "BF16") -> float:
+def measure_matvec_gbps(
+    expert_bytes: int, number_format: str = "BF16", num_experts: int = 1
+) -> float:
     """Bytes per second through matrix-vector products of bf16 tokens with weights of one format,
-    the matrices beyond any cache, with the kernel that runs would choose."""
-    side = min(2048, int((expert_bytes / 4) ** 0.5))
-    rows = max(1, side // _UNIT) * _UNIT
-    blocks, num_bytes = _matrices(rows, number_format)
-    x = torch.ones(1, rows, dtype=torch.bfloat16)
+    the matrices beyond any cache, with the kernel that runs would choose. num_experts: of which the
+    matrices are computed together, as a token's of one layer are."""
+    cols = _whole(min(2048, (expert_bytes / 4) ** 0.5))
+    most_bytes = min(num_experts * expert_bytes, BEYOND_CACHES_BYTES // 2)
+    rows = max(cols, _whole(most_bytes / _row_bytes(number_format, cols)))
+    blocks, num_bytes = _matrices(rows, cols, number_format)
+    x = torch.ones(1, cols, dtype=torch.bfloat16)
     kernel = choose("auto")
     compiled = kernel if isinstance(kernel, native.Kernel) else None
     described = [describe(block) for block in blocks] if compiled else []
@@ -46,30 +50,42 @@ def measure_matvec_gbps(expert_bytes: int, number_format: str = "BF16") -> float
     return speed
 
 
-def _matrices(rows: int, number_format: str) -> tuple[list[torch.Tensor | PackedMatrix], int]:
-    """Square ones, and the bytes of each."""
+def _whole(size: float) -> int:
+    """Rows or columns that every format can have."""
+    return max(1, int(size) // _UNIT) * _UNIT
+
+
+def _row_bytes(number_format: str, cols: int) -> int:
     if number_format in DTYPES:
-        size = rows * rows * DTYPES[number_format].itemsize
-        count = max(2, BEYOND_CACHES_BYTES // size)
-        return list(torch.ones(count, rows, rows, dtype=DTYPES[number_format])), size
-    scales, zeros = _sides(rows, number_format) if number_format in PLANES else (None, None)
-    size = rows * row_bytes(number_format, rows)
+        return cols * DTYPES[number_format].itemsize
+    return row_bytes(number_format, cols)
+
+
+def _matrices(
+    rows: int, cols: int, number_format: str
+) -> tuple[list[torch.Tensor | PackedMatrix], int]:
+    """And the bytes of each."""
+    size = rows * _row_bytes(number_format, cols)
+    count = max(2, BEYOND_CACHES_BYTES // size)
+    if number_format in DTYPES:
+        return list(torch.ones(count, rows, cols, dtype=DTYPES[number_format])), size
+    scales, zeros = _sides(rows, cols, number_format) if number_format in PLANES else (None, None)
     codes = torch.full((size,), _BYTE, dtype=torch.uint8)
     beside = torch.zeros(8 * rows + 128, dtype=torch.uint8)  # what exact12 keeps there:
     beside[:rows] = 127  # rows' exponents, and no exceptions
     return [
-        PackedMatrix(number_format, rows, rows, torch.cat([codes, beside]), scales, zeros)
-        for _ in range(max(2, BEYOND_CACHES_BYTES // size))
+        PackedMatrix(number_format, rows, cols, torch.cat([codes, beside]), scales, zeros)
+        for _ in range(count)
     ], size
 
 
-def _sides(rows: int, number_format: str) -> tuple[Scales, torch.Tensor | None]:
-    """Scales and zero points of a square matrix in groups as most files have them."""
+def _sides(rows: int, cols: int, number_format: str) -> tuple[Scales, torch.Tensor | None]:
+    """Scales and zero points of a matrix in groups as most files have them."""
     if number_format == "F8_E4M3":
-        return Scales(torch.ones(rows // 128, rows // 128), (128, 128)), None
+        return Scales(torch.ones(rows // 128, cols // 128), (128, 128)), None
     if number_format == "MXFP4_PLANES":
-        return Scales(torch.full((rows, rows // 32), _BYTE, dtype=torch.uint8), (1, 32)), None
-    groups = rows // 128
+        return Scales(torch.full((rows, cols // 32), _BYTE, dtype=torch.uint8), (1, 32)), None
+    groups = cols // 128
     if number_format == "INT4":
         return Scales(torch.ones(rows, groups, dtype=torch.bfloat16), (1, 128)), None
     values = torch.ones(groups, rows, dtype=torch.float16)

@@ -30,8 +30,8 @@ class PhaseCounters:
     stall_s: float = 0.0  # time the compute waited for loads
     read_busy_s: float = 0.0  # time in which reads were under way, until they were seen to be over
     read_bytes: int = 0  # bytes that arrived in it
-    # Time the caller spent on expert computation. A pass's last experts are computed by other
-    # threads while it does something else: that is not among it.
+    # What experts took to compute; of those, too, that other threads compute while the caller does
+    # something else.
     compute_s: float = 0.0
     computed_bytes: int = 0  # expert weights read from memory to compute, dense weights aside
     wall_s: float = 0.0

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_infinity.cache.ram import RamHierarchy
+from moe_infinity.cache.touching import DECODE_LEAD_BYTES, LEAD_BYTES
 from moe_infinity.errors import CancelledError, ReadError
 from moe_infinity.policies.base import CachePolicy
 from moe_infinity.residency.directory import State
@@ -53,6 +54,18 @@ def random_events(seed: int, count: int) -> Iterable[Event]:
         size = int(rng.integers(total - 4, total + 1)) if rng.random() < 0.5 else 1
         chosen = rng.choice(total, min(size, most), replace=False)
         yield event(layer, sorted(chosen.tolist()), 24, phase, step)
+
+
+def test_memory_is_made_ready_less_far_ahead_while_tokens_are_computed() -> None:
+    with ram_hierarchy(SHAPE, STORE, 5) as hierarchy:
+        toucher = hierarchy._arena._toucher
+        assert toucher._lead_bytes == LEAD_BYTES
+        hierarchy.begin_request()
+        for phase, lead_bytes in (("prefill", LEAD_BYTES), ("decode", DECODE_LEAD_BYTES)):
+            hierarchy.begin_pass(phase)  # type: ignore[arg-type]
+            assert toucher._lead_bytes == lead_bytes
+        hierarchy.end_request()
+        assert toucher._lead_bytes == LEAD_BYTES
 
 
 @settings(max_examples=12)

@@ -67,6 +67,20 @@ def test_it_stays_ahead_and_no_further(walked: Walked) -> None:
     assert walked.bytes[0] <= 44 * MIB and walked.bytes[1:] == [8 * MIB, 0]
 
 
+def test_its_lead_can_be_cut_and_grow_again(walked: Walked) -> None:
+    toucher = started(walked.regions, 16 * MIB)
+    wait_until(lambda: walked.bytes == [16 * MIB, 8 * MIB, 0])
+    toucher.keep_lead(4 * MIB)
+    toucher.use(0, 8 * MIB)  # it is further already
+    toucher.use(0, 20 * MIB)
+    wait_until(lambda: walked.bytes[0] == 20 * MIB)  # 20 to 24: what was used is not touched
+    toucher.keep_lead(32 * MIB)
+    wait_until(lambda: walked.bytes[0] == 48 * MIB)
+    toucher.close()
+    assert walked.bytes == [48 * MIB, 8 * MIB, 0]
+    assert toucher.untouched_bytes() == 12 * MIB
+
+
 def test_a_system_that_refuses(walked: Walked) -> None:
     walked.code = -1
     toucher = started(walked.regions, 16 * MIB)

@@ -10,13 +10,14 @@ import torch
 from numpy.typing import NDArray
 
 from moe_infinity import MoE, bundled_model_path
-from moe_infinity.cache.base import NOTED, NOWHERE
+from moe_infinity.cache.base import NOWHERE
 from moe_infinity.cache.ram import RamHierarchy
 from moe_infinity.kernels import native
-from moe_infinity.kernels.base import Views
-from moe_infinity.kernels.stages import FURTHEST
+from moe_infinity.kernels.blocks import TailCall
+from moe_infinity.kernels.stages import FURTHEST, Stages
 from moe_infinity.model.stretch import Stretch
-from moe_infinity.types import ExpertKey
+from moe_infinity.residency.running import Load
+from moe_infinity.types import ExpertKey, Priority
 from support.checkpoints import tiny_checkpoint
 from support.engine import BUDGET
 
@@ -130,74 +131,79 @@ def test_what_the_layer_chose_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert checked > 0
 
 
+@pytest.mark.parametrize("is_ended", [False, True])
 @pytest.mark.usefixtures("always_looks")
-def test_experts_are_begun_before_somebody_sees_and_whoever_ends_them_changes_nothing(
-    monkeypatch: pytest.MonkeyPatch,
+def test_experts_are_begun_before_somebody_sees_and_computed_once(
+    is_ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """is_ended: somebody else wants something of the engine meanwhile."""
     with opened(48) as (moe, _):
         expected = said(moe)
-    ended_s: list[float] = []
+    stops: list[int] = []  # layers
+    gone_on: list[bool] = []  # from there, and whether experts took any time
 
-    def end(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
+    def see(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
         assert isinstance(kernel, native.Kernel)
-        if len(ended_s) % 2:
-            real_foresee(self, layer, scores, chosen)
-        ended_s.append(kernel.settle())
-        assert kernel.settle() == 0, "nothing is left"
-        assert stretch.blocks[layer].outs.isfinite().all()
-        if len(ended_s) % 2:
-            real_foresee(self, layer, scores, chosen)
+        outs = stretch.blocks[layer].outs
+        if is_ended:
+            assert kernel.settle() > 0 and outs.isfinite().all()
+            assert kernel.settle() == 0, "nothing is left"
+            outs.fill_(torch.nan)
+        real_foresee(self, layer, scores, chosen)
+        stops.append(layer)
 
-    monkeypatch.setattr(RamHierarchy, "foresee", end)
+    def run(self: Stages, at: native.Kernel, first: int, tail: TailCall | None) -> list[float]:
+        goes_on = len(stops) > len(gone_on)
+        for block in stretch.blocks[first + goes_on :]:
+            block.outs.fill_(torch.nan)
+        spent_s = real_run(self, at, first, tail)
+        if goes_on:
+            assert first == stops[-1]
+            outs = stretch.blocks[first].outs
+            assert outs.isnan().all() if is_ended else outs.isfinite().all()
+            gone_on.append(spent_s[0] > 0)
+        return spent_s
+
+    real_run = Stages.run
+    monkeypatch.setattr(RamHierarchy, "foresee", see)
+    monkeypatch.setattr(Stages, "run", run)
     with opened(48) as (moe, stretch):
         kernel = moe._wiring.kernel
-        for block in stretch.blocks:
-            block.outs.fill_(torch.nan)
         assert said(moe) == expected
-    assert len(ended_s) > 8 and all(spent_s > 0 for spent_s in ended_s)
+    assert len(gone_on) == len(stops) > 8
+    assert gone_on == [not is_ended] * len(stops), "their time is told once"
 
 
 @pytest.mark.usefixtures("always_looks")
 def test_what_was_begun_is_done_where_an_interrupt_strikes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def interrupt(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
-        monkeypatch.setattr(RamHierarchy, "foresee", real_foresee)
-        raise KeyboardInterrupt
+    """With loads begun for what somebody saw, and a block's experts."""
+    real_start, seeing = RamHierarchy.start, False
+
+    def see(self: RamHierarchy, layer: int, scores: Scores, chosen: Chosen) -> None:
+        nonlocal seeing
+        seeing = True
+        real_foresee(self, layer, scores, chosen)
+        seeing = False
+
+    def interrupt(self: RamHierarchy, loads: list[Load], priority: Priority) -> None:
+        real_start(self, loads, priority)
+        if seeing:
+            monkeypatch.undo()
+            monkeypatch.setattr(RamHierarchy, "looks_ahead", lambda self: True)
+            raise KeyboardInterrupt
 
     with opened(48) as (moe, _):
         expected, kernel = said(moe), moe._wiring.kernel
         assert isinstance(kernel, native.Kernel)
-        monkeypatch.setattr(RamHierarchy, "foresee", interrupt)
+        monkeypatch.setattr(RamHierarchy, "foresee", see)
+        monkeypatch.setattr(RamHierarchy, "start", interrupt)
         with pytest.raises(KeyboardInterrupt):
             said(moe)
-        assert kernel.settle() == 0, "nothing is left"
+        assert seeing and kernel.settle() == 0, "nothing is left"
+        assert not moe._hierarchy.residency.directory.pins.any()
         assert said(moe) == expected
-
-
-@pytest.mark.usefixtures("always_looks")
-def test_what_has_arrived_is_noted_before_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the compiled code would stop for it once more."""
-    arrived: list[ExpertKey] = []
-    real_take, real_goes_on = RamHierarchy.take_arrived, Stretch._goes_on
-
-    def take(self: RamHierarchy) -> dict[ExpertKey, Views]:
-        found = real_take(self)
-        arrived.extend(found)
-        return found
-
-    def goes_on(self: Stretch, at: int) -> bool:
-        before = len(arrived)
-        does = real_goes_on(self, at)
-        known = moe._hierarchy.known
-        assert known is not None and all(known[key] == NOTED for key in arrived[before:])
-        return does
-
-    monkeypatch.setattr(RamHierarchy, "take_arrived", take)
-    monkeypatch.setattr(Stretch, "_goes_on", goes_on)
-    with opened(64) as (moe, _):
-        said(moe)
-    assert len(arrived) > 8
 
 
 @pytest.mark.usefixtures("always_looks")

@@ -81,10 +81,6 @@ class Hierarchy(ABC):
         """Of experts, where all of them can be computed from right away; moves none."""
         return None
 
-    def take_arrived(self) -> dict[ExpertKey, Views]:
-        """What was loaded in this pass since the last call, and can be computed from right away."""
-        return {}
-
     @property
     def outlook(self) -> Foresight | None:
         """What a predictor wants of later routers in this pass, if it looks ahead by them alone:

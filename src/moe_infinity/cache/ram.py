@@ -9,6 +9,7 @@ from moe_infinity.cache.base import COMING, NOWHERE
 from moe_infinity.cache.driven import DrivenHierarchy
 from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.slots import SlotArena
+from moe_infinity.cache.touching import DECODE_LEAD_BYTES, LEAD_BYTES
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.kernels.base import Views
@@ -46,7 +47,6 @@ class RamHierarchy(DrivenHierarchy):
             shape = runner.residency.directory.shape
             self.known = np.zeros((shape.num_layers, shape.num_experts), dtype=np.uint8)
         self._views = SlotViews(store.specs)
-        self._arrived: list[ExpertKey] = []  # in this pass; whoever asks takes them
 
     def begin_request(self) -> None:
         self._engine.skip_time()
@@ -55,8 +55,12 @@ class RamHierarchy(DrivenHierarchy):
     def begin_pass(
         self, phase: Phase, embeddings: Embeddings = None, token_ids: TokenIds = None
     ) -> None:
-        self._arrived.clear()
+        self._arena.keep_lead(DECODE_LEAD_BYTES if phase == "decode" else LEAD_BYTES)
         super().begin_pass(phase, embeddings, token_ids)
+
+    def end_request(self) -> None:
+        super().end_request()
+        self._arena.keep_lead(LEAD_BYTES)
 
     def get_ready(self) -> None:
         self._arena.touch_ahead()
@@ -104,8 +108,6 @@ class RamHierarchy(DrivenHierarchy):
             arrived = transfer.state is TransferState.DONE
             if self.known is not None and not arrived:
                 self.known[transfer.key] = NOWHERE
-            if arrived:
-                self._arrived.append(transfer.key)
             error = transfer.error if transfer.priority is Priority.DEMAND else None
             settled.append(Settled(transfer.key, arrived, None if arrived else error))
         return settled
@@ -124,11 +126,6 @@ class RamHierarchy(DrivenHierarchy):
         if any(state(key) is not State.RESIDENT for key in keys):
             return None
         return [self.views_of(key) for key in keys]
-
-    def take_arrived(self) -> dict[ExpertKey, Views]:
-        arrived, self._arrived = self._arrived, []
-        state = self.residency.directory.state
-        return {key: self.views_of(key) for key in arrived if state(key) is State.RESIDENT}
 
     def count_activity(self) -> None:
         self.count_reads(*self._engine.take_activity())

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Sequence
 
 LEAD_BYTES = 1024**3  # a prompt uses them faster than any thread can walk
+# In decode the walk would hold a processor that computes, for memory that is not used for long.
+DECODE_LEAD_BYTES = 64 * 1024**2
 _STEP_BYTES = 4 * 1024**2  # whoever closes the memory waits for one
 _POPULATE_WRITE = 23  # madvise of Linux 5.14; Python's own would hold up all other threads
 
@@ -32,8 +34,8 @@ class Toucher:
         self._memory: object = memory
         self._regions = list(regions)
         self._lead_bytes = lead_bytes
-        self._done = [0] * len(regions)  # bytes that were touched, or used
-        self._wanted = [min(lead_bytes, size) for _, size in regions]
+        self._used = [0] * len(regions)  # bytes
+        self._done = [0] * len(regions)  # that were touched, or used
         self._changed = threading.Condition()
         self._is_over = False
         self._thread = threading.Thread(target=self._walk, name="moe-infinity-touch", daemon=True)
@@ -45,13 +47,18 @@ class Toucher:
 
     def use(self, region: int, end: int) -> None:
         """The region's first ``end`` bytes are in use now. Cheap, for it is told of every load."""
-        if end <= self._done[region] - self._lead_bytes:
+        if end <= self._used[region]:
             return
         with self._changed:
+            self._used[region] = end
             self._done[region] = max(self._done[region], end)
-            wanted = min(end + self._lead_bytes, self._regions[region][1])
-            if wanted > self._wanted[region]:
-                self._wanted[region] = wanted
+            self._changed.notify()
+
+    def keep_lead(self, num_bytes: int) -> None:
+        """From now on stay so far ahead, and no further."""
+        if num_bytes != self._lead_bytes:
+            with self._changed:
+                self._lead_bytes = num_bytes
                 self._changed.notify()
 
     def untouched_bytes(self) -> int:
@@ -77,8 +84,9 @@ class Toucher:
     def _next_step(self) -> tuple[int, int] | None:
         with self._changed:
             while not self._is_over:
-                for number, (address, _) in enumerate(self._regions):
-                    start, end = self._done[number], self._wanted[number]
+                for number, (address, num_bytes) in enumerate(self._regions):
+                    start = self._done[number]
+                    end = min(self._used[number] + self._lead_bytes, num_bytes)
                     if start < end:
                         self._done[number] = min(start + _STEP_BYTES, end)
                         return address + start, self._done[number] - start

@@ -130,7 +130,7 @@ def _measure(files: Any, anatomy: Any, disk_gbps: float | None) -> Any:
     return Bandwidths(
         disk_gbps=disk_gbps or best_reading(files, read_bytes)[0],
         memory_gbps=measure_memory_gbps(),
-        matvec_gbps=measure_matvec_gbps(read_bytes, _main_format(anatomy)),
+        matvec_gbps=measure_matvec_gbps(read_bytes, _main_format(anatomy), anatomy.shape.top_k),
     )
 
 

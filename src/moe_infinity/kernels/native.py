@@ -186,13 +186,13 @@ class Kernel(ExpertKernel):
         self.dense_s += time.perf_counter() - start
 
     def settle(self) -> float:
-        """What ``run_ahead`` has begun is done. Returns the seconds that experts took of it."""
+        """What ``run_ahead`` has begun is done. Returns the seconds that its experts took, from
+        their beginning to their end, whoever computed them."""
         assert native is not None
-        start = time.perf_counter()
-        experts_s: float = native.settle(self._engine)
+        experts_s, dense_s = native.settle(self._engine)
         self._begun.clear()
-        self.dense_s += time.perf_counter() - start - experts_s
-        return experts_s
+        self.dense_s += dense_s
+        return float(experts_s)
 
     def call_on_token(self, math: ExpertMath, views: Views, x: torch.Tensor) -> bytes | None:
         """An expert on one token like x [1, H], where from and to left open; None where it is not
@@ -201,9 +201,10 @@ class Kernel(ExpertKernel):
         return None if call is None else _HEAD.pack(0, 0, 1) + call
 
     def run_ahead(self, stages_at: int, count: int, tail: TailCall | None) -> int:
-        """Stages (kernels/stages.py) at an address; returns how many were run whole. With a tail,
-        which follows, the last one's experts are only begun: ``settle`` helps with them and does
-        the rest. Until then the tail's memory stays, whatever interrupts the caller."""
+        """Stages (kernels/stages.py) at an address; returns how many were run whole. Experts of the
+        one behind them may be begun; with a tail, which follows, the last one's are: ``settle``
+        helps with them and does the rest. Until then their slots and all memory of the stages have
+        to stay, and the tail's does, whatever interrupts the caller."""
         assert native is not None
         if tail is not None:
             self._begun.append(tail)

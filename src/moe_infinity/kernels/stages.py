@@ -3,7 +3,6 @@ them ahead, as far as their experts are in memory."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,9 +16,9 @@ from moe_infinity.kernels.native import Kernel
 _CALL_BYTES = 296
 # Words of a stage: the block; a token's x, cos, sin, keys, values, room, position, h, normed,
 # logits, ids, weights; a sum's outs, weights, h, out, sizes, types; calls, known, num_experts; a
-# time; an outlook's changes, said, told, reach and stride; how far it is.
+# times; an outlook's changes, said, told, reach and stride; how far it is.
 _BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
-_SECONDS, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 26, 27, 28
+_EXPERTS_S, _DENSE_S, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 25, 27, 28, 29
 _NONE, _CHOSEN, _BEGUN, _NEWS = range(4)  # of progress
 FURTHEST = 3  # stages whose routers are asked early
 
@@ -34,7 +33,8 @@ class Stages:
         num_stages = len(rows) - 1
         self._words = np.zeros((num_stages, _NUM_WORDS), dtype=np.uint64)
         self._at = self._words.ctypes.data
-        self._seconds = self._words[:, _SECONDS].view(np.float64)
+        self._experts_s = self._words[:, _EXPERTS_S].view(np.float64)
+        self._dense_s = self._words[:, _DENSE_S].view(np.float64)
         self._calls = np.zeros((num_stages, num_experts, _CALL_BYTES), dtype=np.uint8)
         self._blocks: dict[int, NDArray[np.uint8]] = {}
         self._said = np.full((num_stages, FURTHEST, num_experts), -np.inf, dtype=np.float32)
@@ -97,8 +97,8 @@ class Stages:
                 self._words[stage, _CHANGES] = 0 if change is None else change.ctypes.data
 
     def go_on(self, stage: int) -> None:
-        """The next run begins with this one, whose experts are chosen, and what was ``said_early``
-        seen."""
+        """The next run begins with this one, where the last one stopped; what was ``said_early``
+        there was seen."""
         was_said = self._words[stage, _PROGRESS] == _NEWS
         self._words[stage, _PROGRESS] = _BEGUN if was_said else _CHOSEN
 
@@ -111,9 +111,9 @@ class Stages:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
         choice of its experts: one is not noted, or there is something ``said_early`` and they are
-        begun. With a tail the last one's experts, and it behind them, are begun."""
-        start = time.perf_counter()
+        begun. With a tail the last one's experts, and it behind them, are begun: ``settle`` says
+        what these took."""
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
-        experts_s: list[float] = self._seconds[first : first + done].tolist()
-        kernel.dense_s += time.perf_counter() - start - sum(experts_s)
+        kernel.dense_s += float(self._dense_s[first : first + done + 1].sum())
+        experts_s: list[float] = self._experts_s[first : first + done].tolist()
         return experts_s

@@ -169,11 +169,6 @@ class CompiledBlock:
         self._note(keys, views, self.normed, *self._notes)
         return bool((known[ids] == NOTED).all())
 
-    def note(self, key: ExpertKey, views: Views) -> None:
-        """Tell how an expert in memory is computed."""
-        assert self._notes is not None, "nobody wants to know"
-        self._note([key], [views], self.normed, *self._notes)
-
     def _note(
         self,
         keys: list[ExpertKey],

@@ -59,7 +59,6 @@ class Stretch:
         self._first = self._rows[0]
         self._stages = Stages(self._rows.flatten(1), known.shape[1])
         self._holds_all = len(blocks) == len(known)  # the model's layers of experts
-        self._by_layer = {block.experts.layer: block for block in blocks}
         self._one_by_one = True
         self._reach = 0  # layers that routers are asked ahead
         self.num_looks = 0  # at what they said, for experts were missing
@@ -151,19 +150,17 @@ class Stretch:
     def _goes_on(self, at: int) -> bool:
         """Whether a block that was run up to its choice can be run ahead from there: what it chose
         was noted, and later ones' missing experts are on their way; or it is in memory, and only
-        had to be noted."""
+        had to be noted. In the first case other threads compute it now: until the next run nobody
+        may begin a load, for it might take the place of an expert of its."""
         block, said = self.blocks[at], self._stages.said_early(at)
         if said is not None:
             scores = as_recorded(torch.from_numpy(said[None, : self._reach]))
             self._hierarchy.foresee(block.experts.layer, scores, block.chosen_keys)
             self.num_looks += 1
-        can_go_on = said is not None or block.note_chosen()
-        for key, views in self._hierarchy.take_arrived().items():
-            if key.layer in self._by_layer:
-                self._by_layer[key.layer].note(key, views)
-        if can_go_on:
-            self._stages.go_on(at)
-        return can_go_on
+        elif not block.note_chosen():
+            return False
+        self._stages.go_on(at)
+        return True
 
     def _look_ahead(self) -> None:
         """How blocks are run in this pass. One by one where somebody wants to see routers, or who

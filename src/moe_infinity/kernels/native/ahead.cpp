@@ -10,11 +10,11 @@ namespace moe {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
-double seconds_since(Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
+double seconds_from(Clock::time_point start, Clock::time_point end) {
+    return std::chrono::duration<double>(end - start).count();
 }
+
+double seconds_since(Clock::time_point start) { return seconds_from(start, Clock::now()); }
 
 bool is_at(const Stage &s, uint64_t id, Place place) {
     return s.known[id] == static_cast<uint8_t>(place);
@@ -55,12 +55,14 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
         Stage &s = stages[i];
         const Progress before = s.progress;
         s.progress = Progress::none;
+        s.dense_s = 0;
         if (before == Progress::begun) {
-            const std::lock_guard<std::mutex> turn(turn_);
-            s.experts_s = end_begun();
+            s.experts_s = settle().experts_s;
             continue;
         }
+        Clock::time_point start = Clock::now();
         if (before == Progress::none) attend(*s.block, s.token);
+        s.dense_s = seconds_since(start);
         calls.clear();
         for (uint32_t k = 0; k < s.sum.top_k; ++k) {
             const auto id = static_cast<uint64_t>(s.token.ids[k]);
@@ -70,18 +72,21 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
             calls.back().x = s.token.normed;
             calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
         }
-        if (look_ahead(&s, count - i)) {
+        const bool has_news = look_ahead(&s, count - i);
+        s.dense_s = seconds_since(start);
+        s.experts_s = 0;
+        if (has_news) {
             begin_experts(calls, s.sum, nullptr);
             s.progress = Progress::news;
             return i;
         }
-        const Clock::time_point start = Clock::now();
         if (tail && i + 1 == count) {
             begin_experts(calls, s.sum, tail);
-        } else {
-            const auto turn = take_turn();
-            run_group(calls.data(), calls.size(), &s.sum);
+            continue;
         }
+        start = Clock::now();
+        const auto turn = take_turn();
+        run_group(calls.data(), calls.size(), &s.sum);
         s.experts_s = seconds_since(start);
     }
     return count;
@@ -123,13 +128,17 @@ bool Engine::look_ahead(Stage *stages, size_t count) {
 void Engine::begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail) {
     const auto turn = take_turn();
     begun_calls_.swap(calls);
+    const Clock::time_point start = Clock::now();
     prepare_group(begun_calls_.data(), begun_calls_.size(), &sum);
-    begun_ = {sum, tail ? std::optional<Tail>(*tail) : std::nullopt};
-    pool_.begin(static_cast<int>(pieces_.size()),
-                [this](int task) { run_piece(task, begun_calls_.data(), &begun_->sum); });
+    begun_ = {sum, tail ? std::optional<Tail>(*tail) : std::nullopt, start, start};
+    num_begun_left_ = static_cast<int>(pieces_.size());
+    pool_.begin(num_begun_left_, [this](int task) {
+        run_piece(task, begun_calls_.data(), &begun_->sum);
+        if (--num_begun_left_ == 0) begun_->end = Clock::now();
+    });
 }
 
-double Engine::settle() {
+Spent Engine::settle() {
     const std::lock_guard<std::mutex> turn(turn_);
     return end_begun();
 }
@@ -140,15 +149,14 @@ std::unique_lock<std::mutex> Engine::take_turn() {
     return turn;
 }
 
-double Engine::end_begun() {
-    if (!begun_) return 0;
-    const Clock::time_point start = Clock::now();
+Spent Engine::end_begun() {
+    if (!begun_) return {};
     pool_.end();
-    const double experts_s = seconds_since(start);
-    const std::optional<Tail> tail = begun_->tail;
+    const Clock::time_point start = Clock::now();
+    const Begun begun = *begun_;
     begun_.reset();
-    if (tail) run_tail(*tail);
-    return experts_s;
+    if (begun.tail) run_tail(*begun.tail);
+    return {seconds_from(begun.start, begun.end), seconds_since(start)};
 }
 
 }  // namespace moe

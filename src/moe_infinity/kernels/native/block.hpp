@@ -108,11 +108,12 @@ struct Stage {
     const Call *calls;     // [num_experts], each of one token; where from and to is filled in
     const uint8_t *known;  // [num_experts], of Place
     uint64_t num_experts;
-    double experts_s;      // written: what its experts took
+    double experts_s;      // written: what its experts took, if they were done in the call
+    double dense_s;        // written: what came before them in the call
     Outlook outlook;
     Progress progress;
     uint32_t unused;
 };
-static_assert(sizeof(Stage) == 224, "Python packs it so");
+static_assert(sizeof(Stage) == 232, "Python packs it so");
 
 }  // namespace moe

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <deque>
 #include <functional>
@@ -82,6 +83,14 @@ bool same_kind(Format a, Format b);
 // Ranges of a product's rows begin at multiples of this.
 uint32_t rows_at_once(Format format, bool is_many);
 
+using Clock = std::chrono::steady_clock;
+
+// On what was begun: by its experts, from their beginning to their end, whoever computed them; and
+// by the caller behind that.
+struct Spent {
+    double experts_s, dense_s;
+};
+
 class Engine {
 public:
     Engine(int num_threads, const Kernels &kernels);
@@ -107,8 +116,8 @@ public:
     // follows it.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
     // What was begun is done, and what follows it; until then all memory of it has to stay. Whatever
-    // else is asked of the engine does that first. Returns the seconds it took to the experts' end.
-    double settle();
+    // else is asked of the engine does that first.
+    Spent settle();
 
 private:
     struct Work;
@@ -122,15 +131,16 @@ private:
         Step step;
     };
 
-    // What comes behind experts that were begun.
+    // Experts that were begun: their sum, what follows that, and when they began and ended.
     struct Begun {
         Sum sum;
         std::optional<Tail> tail;
+        Clock::time_point start, end;
     };
 
     bool look_ahead(Stage *stages, size_t count);
     void begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail);
-    double end_begun();
+    Spent end_begun();
     void run_tail(const Tail &tail);
     void add_up(const Sum &sum, uint32_t first, uint32_t last) const;  // of its columns
     std::unique_lock<std::mutex> take_turn();  // and end what was begun in the turn before
@@ -177,6 +187,7 @@ private:
     std::atomic<uint32_t> num_outer_left_{0};  // of them
     std::optional<Begun> begun_;
     std::vector<Call> begun_calls_;
+    std::atomic<int> num_begun_left_{0};  // pieces of them
     BlockWork block_work_;
     LatentWork latent_work_;
     static constexpr size_t kTogether = 3;  // products of the same tokens: q, k and v

@@ -186,8 +186,9 @@ PyObject *settle(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!has_arguments(count, 1, "settle(engine)")) return nullptr;
     Engine *engine = engine_of(args[0]);
     if (!engine) return nullptr;
-    double experts_s = 0;
-    return is_run([&] { experts_s = engine->settle(); }) ? PyFloat_FromDouble(experts_s) : nullptr;
+    moe::Spent spent{};
+    if (!is_run([&] { spent = engine->settle(); })) return nullptr;
+    return Py_BuildValue("dd", spent.experts_s, spent.dense_s);
 }
 
 PyObject *attend_latents(PyObject *, PyObject *const *args, Py_ssize_t count) {
@@ -279,13 +280,12 @@ PyMethodDef methods[] = {
     {"finish", as_function(finish), METH_FASTCALL,
      "finish(engine, tail): see block.hpp for its layout."},
     {"settle", as_function(settle), METH_FASTCALL,
-     "settle(engine): what was begun is done; the seconds that experts took of it."},
+     "settle(engine): what was begun is done; seconds that its experts took, and what follows."},
     {"attend_latents", as_function(attend_latents), METH_FASTCALL,
      "attend_latents(engine, latent): see block.hpp for its layout."},
     {"run_ahead", as_function(run_ahead), METH_FASTCALL,
-     "run_ahead(engine, stages, count, tail): stages at an address, see block.hpp; how many were run"
-     " whole. With a tail that is not None the last's experts, and it behind them, are only begun:"
-     " they are done at the engine's next call."},
+     "run_ahead(engine, stages, count, tail): stages at an address, see engine.hpp; how many were run"
+     " whole. What was only begun is done at the engine's next call."},
     {"are_kept", as_function(are_kept), METH_FASTCALL,
      "are_kept(dictionaries, names, values): whether each holds that very object under its name;"
      " None: or nothing."},
