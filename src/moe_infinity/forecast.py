@@ -20,7 +20,7 @@ _LAYER_OVERHEAD_S = {True: 0.5e-3, False: 1.4e-3}
 # A layer's residents are multiplied while its misses are read: this much of the shorter is hidden.
 _OVERLAP = 0.5
 # A layer's few misses are under way at once, and reach this much of what the disk does with many:
-# 1.0 to 1.7 of 2.6 GB/s.
+# 1.0 to 1.7 of 2.6 GB/s. Chosen on other models and budgets than README's table holds.
 _FEW_READS = 0.6
 _FITS_WELL = 0.8  # hit rate from which the disk is not what decides
 _BITS = {"exact12": 12.0, "int8": 8.5, "int4": 4.5}  # per weight
