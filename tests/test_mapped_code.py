@@ -79,13 +79,12 @@ def test_code_that_was_written_to_is_not_what_its_file_says(file: Path) -> None:
 @linux
 def test_as_much_as_the_system_counts() -> None:
     """Its own sums cost a look at every page of the process."""
+    places = {start for start, _ in code_places(Path("/proc/self/maps").read_text())}
     counted = 0
     for part in mappings():
         sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", part, re.MULTILINE))
-        if (
-            re.match(r"\S+ r-xp \S+ \S+ \S+ +/", part)
-            and sizes["Anonymous"] == sizes["Swap"] == "0"
-        ):
+        start = int(part.partition("-")[0], 16)
+        if start in places and sizes["Anonymous"] == sizes["Swap"] == "0":
             counted += int(sizes["Rss"]) * 1024
     assert counted > 2**20
     assert abs(code_bytes() - counted) < 2**20, "the second look ran through code, too"
@@ -103,17 +102,23 @@ def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_places_of_code() -> None:
-    line = "7f0000000000-7f0000200000 {} 00001000 fe:00 12345    {}"
-    code = line.format("r-xp", "/lib/a library.so")
-    others = (
-        line.format("r--p", "/lib/a.so"),  # constants: patched when a library is loaded
-        line.format("rwxp", "/lib/a.so"),
-        line.format("r-xs", "/lib/a.so"),
-        line.format("r-xp", "").rstrip(),
-        line.format("r-xp", "[vdso]"),
-    )
-    place = (0x7F0000000000, 0x7F0000200000)
-    assert list(code_places("\n".join([code, *others, code, ""]))) == [place, place]
+    line = "7f0000{:x}00000-7f0000{:x}00000 {} 00001000 fe:00 12345    {}"
+    name = "/lib/a library.so"
+    pieces = enumerate(("r--p", "r-xp", "r--p", "rw-p"), start=1)
+    library = [line.format(at, at + 1, access, name) for at, access in pieces]
+    others = [
+        line.format(5, 6, "r--p", "/lib/b.so"),  # nobody runs it
+        line.format(7, 8, "r--p", name),  # not where the library is
+        line.format(8, 9, "r--p", "/lib/c.so"),  # of another file than the code behind it
+        line.format(9, 10, "r-xp", "/lib/d.so"),
+        line.format(11, 12, "rwxp", "/lib/e.so"),
+        line.format(12, 13, "r-xs", "/lib/f.so"),
+        line.format(13, 14, "r-xp", "").rstrip(),
+        line.format(14, 15, "r-xp", "[vdso]"),
+    ]
+    expected = [(at << 20, at + 1 << 20) for at in (1, 2, 3, 9)]
+    found = code_places("\n".join([*library, *others, ""]))
+    assert [(start - (0x7F0000 << 24), end - (0x7F0000 << 24)) for start, end in found] == expected
 
 
 @linux

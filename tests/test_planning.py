@@ -117,6 +117,19 @@ class TestArithmetic:
         with pytest.raises(BudgetError, match=format_bytes(smallest)):
             make_plan(bundled, EngineConfig(ram=smallest - 16 * MIB), facts)
 
+    def test_a_tokenizer_takes_memory_where_there_is_one(self, bundled: Anatomy) -> None:
+        def runtime_bytes(anatomy: Anatomy, **options: bool) -> int:
+            return make_plan(anatomy, EngineConfig(ram="1GiB", **options)).runtime_bytes
+
+        known = bundled.config.vocab_size
+        without = dataclasses.replace(bundled, has_tokenizer=False)
+        assert bundled.has_tokenizer
+        found = [runtime_bytes(without), runtime_bytes(without, grammars=True),
+                 runtime_bytes(bundled), runtime_bytes(bundled, grammars=True)]  # fmt: skip
+        more = [each - found[0] for each in found]
+        wanted = [0, 0, 1400 * known, 2800 * known]
+        assert more == pytest.approx(wanted, abs=2 * MIB), "the process itself hardly grew"
+
     def test_passes_may_not_take_what_the_allocator_keeps(self, bundled: Anatomy) -> None:
         made = plan(bundled, max_batch=8)
         full = dataclasses.replace(made, budget_bytes=made.used_bytes)

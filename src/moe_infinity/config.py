@@ -115,6 +115,7 @@ class EngineConfig:
     vram_slots: int | None = None  # the same of the device
     max_context: int | None = None  # None: the model's limit, shortened to what the budget holds
     max_batch: int = 1
+    grammars: bool = False  # leave memory for keeping answers to a schema, as serve can
     # None: the kernel reads by itself where it can; threads as measured on this machine, or four.
     num_read_threads: int | None = None
     seed: int = 0

@@ -1,13 +1,15 @@
-"""Gives back the pages of code that starting up ran through and nothing runs any more.
+"""Gives back the pages of libraries that starting up went through and nothing needs any more.
 
-Importing and loading touch 90 MiB of libraries' code, requests 40. It lies in files: taken out of
-the process, a page that is needed again comes back from the system's page cache.
+Importing and loading touch 140 MiB of libraries' code and constants, requests 40. They lie in
+files: taken out of the process, a page that is needed again comes back from the system's page
+cache.
 """
 
 from __future__ import annotations
 
 import ctypes
 import io
+import itertools
 import mmap
 import re
 import sys
@@ -18,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 _MAPS, _PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
-_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-xp \S+ \S+ \S+ +(/.*)")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ +(/.*)")
 # Of a page in the pagemap, 8 bytes each: it is in memory; it is swapped out; it is what a file has.
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 _MADV_DONTNEED = 4
@@ -40,8 +42,8 @@ def code_bytes() -> int:
 
 
 def let_go() -> None:
-    """Take the pages of code out of this process, as far as they are what their files say. What is
-    used again costs a fault for each 64 KiB."""
+    """Take the pages of libraries out of this process, as far as they are what their files say.
+    What is used again costs a fault for each 64 KiB."""
     for mapping in unchanged_code():  # what is locked stays
         ctypes.CDLL(None).madvise(
             ctypes.c_void_p(mapping.start), ctypes.c_size_t(mapping.num_bytes), _MADV_DONTNEED
@@ -49,10 +51,10 @@ def let_go() -> None:
 
 
 def unchanged_code() -> list[Mapping]:
-    """Mappings of code in files that was not written to: what was written lies nowhere else. Code
-    alone, for Python never unloads a library; other files may be gone, and memory be in their
-    place, by the time their pages are let go of. Looked up page by page: /proc/self/smaps says the
-    same, but looks at all memory there is for it. Empty where the system does not tell."""
+    """Mappings of libraries that were not written to: what was written lies nowhere else. Libraries
+    alone, for Python never unloads one; other files may be gone, and memory be in their place, by
+    the time their pages are let go of. Looked up page by page: /proc/self/smaps says the same, but
+    looks at all memory there is for it. Empty where the system does not tell."""
     if not can_let_go():
         return []
     try:
@@ -64,11 +66,18 @@ def unchanged_code() -> list[Mapping]:
 
 
 def code_places(maps: str) -> Iterator[tuple[int, int]]:
-    """Where code of files lies: start, end."""
-    for line in maps.splitlines():
+    """Where code of files lies, and constants beside it: start, end. A library is mapped piece by
+    piece, side by side; what of its file lies elsewhere somebody else has mapped, for a while."""
+    library: list[tuple[int, int, str, str]] = []
+    for line in itertools.chain(maps.splitlines(), [""]):
         found = _LINE.fullmatch(line)
-        if found is not None:
-            yield int(found[1], 16), int(found[2], 16)
+        place = (int(found[1], 16), int(found[2], 16), found[3], found[4]) if found else None
+        if place and library and (place[0], place[3]) == (library[-1][1], library[-1][3]):
+            library.append(place)
+            continue
+        if any(access == "r-xp" for _, _, access, _ in library):
+            yield from ((at, end) for at, end, access, _ in library if access in ("r-xp", "r--p"))
+        library = [place] if place else []
 
 
 def _unchanged(pages: io.FileIO, start: int, end: int) -> Mapping | None:

@@ -23,12 +23,14 @@ from moe_infinity.product_speed import BEYOND_CACHES_BYTES
 # widened16 in 4 bit within 1.1 GB. More where the allocator cannot be asked to give back what it
 # keeps (heap.py).
 RUNTIME_MARGIN_BYTES = (48 if can_trim() else 112) * 1024**2
-# Of libraries' code, what a run uses: 36 to 38 MiB measured with widened16 in 4 bit, prompts and
-# sampling included. mapped_code.py lets go of the rest; a GPU's driver has code of its own.
+# Of libraries' code and constants, what a run uses: 36 to 41 MiB measured with widened16 and OLMoE
+# in 4 bit, prompts and sampling included. mapped_code.py lets go of the rest; a GPU's driver has
+# code of its own.
 CODE_BYTES = 40 * 1024**2
-# A tokenizer is loaded when it is first asked for, a server's grammars over it later still:
-# measured for a BPE of 151,000 tokens, 331 and 100 MB. Plans are made before its file is there.
-_TOKENIZER_BYTES_PER_ID = 3000
+# For each id, while a tokenizer is loaded, which may be late, and then while a server makes
+# grammars over it: measured for BPEs of 50,000 and 151,000 tokens, of files of several kinds,
+# 1,050 to 1,370 and 1,280 to 1,300. Half of that stays.
+_TOKENIZER_BYTES_PER_ID, _GRAMMAR_BYTES_PER_ID = 1400, 1400
 # Between two looks of heap.py, a layer apart, the allocator keeps so much of a pass's workspace
 # that is in use no more. Measured: 80 MiB of 213 (widened16, 2,000 tokens, AVX2). No tensor of more
 # than 32 MiB is kept, which large workspaces mostly are of.
@@ -51,10 +53,9 @@ class Needs:
         self._prediction_bytes = _prediction_bytes(anatomy, config)
         self.looked_up_bytes = 0  # of the embedding, left on disk
         self.dense_bytes = dense_bytes(anatomy)
-        vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
         self.runtime_bytes = resident_bytes() + CODE_BYTES + RUNTIME_MARGIN_BYTES
         self.runtime_bytes -= 0 if facts else code_bytes()
-        self.runtime_bytes += vocab_size * _TOKENIZER_BYTES_PER_ID
+        self.runtime_bytes += _tokenizer_bytes(anatomy, config)
         self.runtime_bytes += sum(each.host_bytes for each in facts)
         self.kv = KvShape.of(anatomy.meta)
         self._anatomy = anatomy
@@ -114,6 +115,13 @@ class Needs:
     def at_opening(self) -> int:
         """In RAM, before slots are used: dense weights pass through it on their way to a device."""
         return self.dense_bytes + _TRANSFER_BYTES + self._prediction_bytes + self.runtime_bytes
+
+
+def _tokenizer_bytes(anatomy: Anatomy, config: EngineConfig) -> int:
+    """With its grammars, if there are to be some."""
+    per_id = _TOKENIZER_BYTES_PER_ID + (_GRAMMAR_BYTES_PER_ID if config.grammars else 0)
+    vocab_size = first_number(anatomy.config.get_text_config(), "vocab_size") or 0
+    return vocab_size * per_id if anatomy.has_tokenizer else 0
 
 
 def _prediction_bytes(anatomy: Anatomy, config: EngineConfig) -> int:

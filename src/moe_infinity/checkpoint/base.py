@@ -53,6 +53,9 @@ class PackedShape(NamedTuple):
     cols: int
 
 
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
+
+
 class Checkpoint(ABC):
     """A model as it lies on disk. Nothing is read but headers until someone asks."""
 
@@ -70,6 +73,13 @@ class Checkpoint(ABC):
     # What config.json would hold, and the tokenizer in llama.cpp's words, where there are no files.
     config_values: Mapping[str, Any] | None = None
     tokenizer_values: Mapping[str, Any] | None = None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is one to load, in its own values or in files beside it."""
+        if self.tokenizer_values is not None:
+            return True
+        return any(file for names in _TOKENIZER_FILES for file in self.path.glob(names))
 
     @property
     @abstractmethod

@@ -97,7 +97,7 @@ def serve(
     )
     options: dict[str, Any] = {"ram": ram, "ram_slots": ram_slots, "max_context": max_context}
     options |= {"dtype": dtype, "device": device, "vram": vram, "miss": miss}
-    options |= {"kernel": kernel, "policy": policy, "prefetch": prefetch}
+    options |= {"kernel": kernel, "policy": policy, "prefetch": prefetch, "grammars": True}
     _log_to_stderr(log_level)
     sock = bind(host, port)
     path = model or str(bundled_model_path())

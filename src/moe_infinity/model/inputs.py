@@ -13,8 +13,6 @@ from moe_infinity.errors import CheckpointNotFoundError, ConfigError
 from moe_infinity.model.cache_name import CACHE, name_cache
 from moe_infinity.model.gguf_tokenizer import gguf_tokenizer
 
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt")
-
 
 def as_batch(input_ids: Any, num_ids: int | None = None) -> torch.Tensor:
     """[rows, length] int64 of a tensor or nested list of token ids; one row may come flat.
@@ -119,13 +117,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     path = checkpoint.path
     values = checkpoint.tokenizer_values
-    if values is None and path.is_file():
+    if not checkpoint.has_tokenizer and path.is_file():
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer in its metadata, expected tokenizer.ggml.*; put it into a "
             f"folder with a tokenizer.json and name that, or pass token ids (run --ids)"
         )
     # Without any file the library makes up an empty tokenizer of the model's type.
-    if values is None and not any(f for p in _TOKENIZER_FILES for f in path.glob(p)):
+    if not checkpoint.has_tokenizer:
         raise CheckpointNotFoundError(
             f"{path}: has no tokenizer, expected files such as tokenizer.json; pass token ids "
             f"instead (run --ids)"

@@ -65,7 +65,8 @@ class Anatomy:
     specs: dict[ExpertKey, ExpertSpec]
     dtype: torch.dtype  # of the computation
     coded: Mapping[str, CodedLinear]  # linear layers whose weights stay coded, by the weight's name
-    looked_up: LookedUp | None = None  # an embedding that could stay on disk
+    has_tokenizer: bool  # that may be loaded
+    looked_up: LookedUp | None  # an embedding that could stay on disk
 
 
 def read_config(path: Path) -> Any:
@@ -126,7 +127,8 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     rule = naming(meta, adapter)
     coded = coded_linears(checkpoint, meta, rule, dense)
     looked_up = find_looked_up(meta, rule, dense)
-    return Anatomy(config, meta, adapter, experts, shape, dense, specs, computed, coded, looked_up)
+    parts = (config, meta, adapter, experts, shape, dense, specs, computed, coded)
+    return Anatomy(*parts, checkpoint.has_tokenizer, looked_up)
 
 
 def are_coded(anatomy: Anatomy) -> bool:
