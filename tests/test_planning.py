@@ -119,7 +119,7 @@ class TestArithmetic:
 
     def test_a_tokenizer_takes_memory_where_there_is_one(self, bundled: Anatomy) -> None:
         def runtime_bytes(anatomy: Anatomy, **options: bool) -> int:
-            return make_plan(anatomy, EngineConfig(ram="1GiB", **options)).runtime_bytes
+            return make_plan(anatomy, EngineConfig(ram="8GiB", **options)).runtime_bytes
 
         known = bundled.config.vocab_size
         without = dataclasses.replace(bundled, has_tokenizer=False)
