@@ -102,22 +102,24 @@ def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_places_of_code() -> None:
-    line = "7f0000{:x}00000-7f0000{:x}00000 {} 00001000 fe:00 12345    {}"
+    line = "7f0000{:x}00000-7f0000{:x}00000 {} {:08x} fe:00 12345    {}"
     name = "/lib/a library.so"
     pieces = enumerate(("r--p", "r-xp", "r--p", "rw-p"), start=1)
-    library = [line.format(at, at + 1, access, name) for at, access in pieces]
+    library = [line.format(at, at + 1, access, at << 20, name) for at, access in pieces]
     others = [
-        line.format(5, 6, "r--p", "/lib/b.so"),  # nobody runs it
-        line.format(7, 8, "r--p", name),  # not where the library is
-        line.format(8, 9, "r--p", "/lib/c.so"),  # of another file than the code behind it
-        line.format(9, 10, "r-xp", "/lib/d.so"),
-        line.format(11, 12, "rwxp", "/lib/e.so"),
-        line.format(12, 13, "r-xs", "/lib/f.so"),
-        line.format(13, 14, "r-xp", "").rstrip(),
-        line.format(14, 15, "r-xp", "[vdso]"),
+        line.format(0, 1, "r--p", 9 << 20, name),  # beside the library, but not a part of it
+        *library,
+        line.format(5, 6, "r--p", 0, "/lib/b.so"),  # nobody runs it
+        line.format(7, 8, "r--p", 0, name),  # not where the library is
+        line.format(8, 9, "r--p", 0, "/lib/c.so"),  # of another file than the code behind it
+        line.format(9, 10, "r-xp", 0, "/lib/d.so"),
+        line.format(11, 12, "rwxp", 0, "/lib/e.so"),
+        line.format(12, 13, "r-xs", 0, "/lib/f.so"),
+        line.format(13, 14, "r-xp", 0, "").rstrip(),
+        line.format(14, 15, "r-xp", 0, "[vdso]"),
     ]
     expected = [(at << 20, at + 1 << 20) for at in (1, 2, 3, 9)]
-    found = code_places("\n".join([*library, *others, ""]))
+    found = code_places("\n".join([*others, ""]))
     assert [(start - (0x7F0000 << 24), end - (0x7F0000 << 24)) for start, end in found] == expected
 
 

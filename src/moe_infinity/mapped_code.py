@@ -20,10 +20,18 @@ from typing import NamedTuple
 import numpy as np
 
 _MAPS, _PAGEMAP = Path("/proc/self/maps"), Path("/proc/self/pagemap")
-_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) \S+ \S+ \S+ +(/.*)")
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) \S+ \S+ +(/.*)")
 # Of a page in the pagemap, 8 bytes each: it is in memory; it is swapped out; it is what a file has.
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 _MADV_DONTNEED = 4
+
+
+class _Line(NamedTuple):
+    start: int
+    end: int
+    access: str
+    offset: int
+    path: str
 
 
 class Mapping(NamedTuple):
@@ -53,31 +61,42 @@ def let_go() -> None:
 def unchanged_code() -> list[Mapping]:
     """Mappings of libraries that were not written to: what was written lies nowhere else. Libraries
     alone, for Python never unloads one; other files may be gone, and memory be in their place, by
-    the time their pages are let go of. Looked up page by page: /proc/self/smaps says the same, but
+    the time their pages are let go of. And those alone that lie there before and behind the look:
+    another thread may be loading one. Looked up page by page: /proc/self/smaps says the same, but
     looks at all memory there is for it. Empty where the system does not tell."""
     if not can_let_go():
         return []
     try:
         with _PAGEMAP.open("rb", buffering=0) as pages:
             found = [_unchanged(pages, *place) for place in code_places(_MAPS.read_text())]
+        still = set(code_places(_MAPS.read_text()))
     except OSError:  # a process with capabilities may not look at itself
         return []
-    return [mapping for mapping in found if mapping is not None]
+    return [each for each in found if each and (each.start, each.start + each.num_bytes) in still]
 
 
 def code_places(maps: str) -> Iterator[tuple[int, int]]:
     """Where code of files lies, and constants beside it: start, end. A library is mapped piece by
-    piece, side by side; what of its file lies elsewhere somebody else has mapped, for a while."""
-    library: list[tuple[int, int, str, str]] = []
-    for line in itertools.chain(maps.splitlines(), [""]):
-        found = _LINE.fullmatch(line)
-        place = (int(found[1], 16), int(found[2], 16), found[3], found[4]) if found else None
-        if place and library and (place[0], place[3]) == (library[-1][1], library[-1][3]):
-            library.append(place)
+    piece, side by side and in the file's order; what of its file lies elsewhere somebody else has
+    mapped, for a while."""
+    library: list[_Line] = []
+    for text in itertools.chain(maps.splitlines(), [""]):
+        found = _LINE.fullmatch(text)
+        line = None
+        if found:
+            start, end, access, offset, path = found.groups()
+            line = _Line(int(start, 16), int(end, 16), access, int(offset, 16), path)
+        if line and library and _goes_on(library[-1], line):
+            library.append(line)
             continue
-        if any(access == "r-xp" for _, _, access, _ in library):
-            yield from ((at, end) for at, end, access, _ in library if access in ("r-xp", "r--p"))
-        library = [place] if place else []
+        if any(piece.access == "r-xp" for piece in library):
+            yield from ((p.start, p.end) for p in library if p.access in ("r-xp", "r--p"))
+        library = [line] if line else []
+
+
+def _goes_on(piece: _Line, following: _Line) -> bool:
+    is_beside = (following.start, following.path) == (piece.end, piece.path)
+    return is_beside and following.offset > piece.offset
 
 
 def _unchanged(pages: io.FileIO, start: int, end: int) -> Mapping | None:

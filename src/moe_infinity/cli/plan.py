@@ -96,7 +96,7 @@ def _report(
 
     with contextlib.closing(open_checkpoint(path)) as checkpoint:
         anatomy = examine(checkpoint, config.dtype)
-        if not measure_here:  # its tokenizer has not come along
+        if not measure_here:  # its tokenizer may not have come along
             anatomy = dataclasses.replace(anatomy, has_tokenizer=True)
         is_packed = checkpoint.packed_specs is not None
         files = checkpoint.files if measure_here else (bundled_model_path() / "model.safetensors",)

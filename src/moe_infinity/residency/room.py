@@ -104,8 +104,8 @@ class RoomFinder:
         passing = self.passing(size_class)[:count]
         ahead = [k for k in sorted(self.ahead) if self._is_loose(k, size_class)]
         spoken_for = [self._directory.flat(k) for k in (*passing, *ahead)]
-        others = loose[~self._are(spoken_for)[loose]] if spoken_for else loose
-        expected = self._are(self._protected)[others] if len(self._protected) else None
+        others = loose[~self._marked(spoken_for)[loose]] if spoken_for else loose
+        expected = self._marked(self._protected)[others] if len(self._protected) else None
         free = others if expected is None else others[~expected]
         ranked = passing + self._chosen(free, count - len(passing), layer)
         if not spare_ahead and len(ranked) < count:
@@ -145,8 +145,8 @@ class RoomFinder:
             deque(key for key in ring if state(key) is State.RESIDENT) for ring in self._rings
         ]
 
-    def _are(self, flat_keys: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Of all flat keys, whether they are among these."""
+    def _marked(self, flat_keys: Sequence[int] | NDArray[np.int64]) -> NDArray[np.bool_]:
+        """[L * E] whether a flat key is among these."""
         among = np.zeros(len(self._directory.states), dtype=bool)
         among[flat_keys] = True
         return among
