@@ -253,19 +253,46 @@ def check(raw: Sequence[bytes], transfer: Transfer, into: memoryview) -> None:
 def test_little_is_loaded_ahead_at_once(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is beyond is left to threads, which hold prefetches back; a demand goes at once."""
+    """What is beyond waits until that has arrived, in its order; a demand goes at once."""
     monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", (PAGES + 1) * PAGE)
-    buffers = warm_buffers(held_engine, 3)
+    buffers = warm_buffers(held_engine, 4)
     ahead = [
         held_engine.submit(key, into, Priority.PREFETCH)
-        for key, into in zip(KEYS, buffers[:2], strict=False)
+        for key, into in zip(KEYS, buffers[:3], strict=False)
     ]
     assert len(held.begun) == PAGES + 1
-    assert settle(held_engine, ahead[1]) == [TransferState.DONE]
-    demand = held_engine.submit(KEYS[3], buffers[2], Priority.DEMAND)
+    demand = held_engine.submit(KEYS[3], buffers[3], Priority.DEMAND)
     assert len(held.begun) == 2 * (PAGES + 1)
+    assert held_engine.take_settled() == []
     held.is_held = False
-    assert settle(held_engine, demand, ahead[0]) == [TransferState.DONE] * 2
+    assert settle(held_engine, demand, *ahead) == [TransferState.DONE] * 4
+    firsts = [read.offset for read in held.begun[:: PAGES + 1]]
+    assert firsts == [key.expert * PAGES * PAGE for key in (KEYS[0], KEYS[3], KEYS[1], KEYS[2])]
+
+
+def test_what_is_larger_than_the_bound_is_loaded_alone(
+    held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    one, other = warm_buffers(held_engine, 2)
+    held.is_held = False
+    first = held_engine.submit(KEYS[0], one, Priority.PREFETCH)
+    second = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
+    assert settle(held_engine, first, second) == [TransferState.DONE] * 2
+
+
+def test_what_waits_for_others_can_be_cancelled(
+    held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    one, other = warm_buffers(held_engine, 2)
+    held_engine.submit(KEYS[0], one, Priority.PREFETCH)
+    second = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
+    held_engine.cancel(second)
+    assert second.state is TransferState.CANCELLED
+    held.is_held = False
+    held_engine.drain()
+    assert len(held.begun) == PAGES + 1
 
 
 def test_no_more_is_handed_over_than_there_is_room_for(
@@ -282,12 +309,28 @@ def test_no_more_is_handed_over_than_there_is_room_for(
     assert settle(held_engine, first) == [TransferState.DONE]
 
 
+def test_a_demand_goes_ahead_of_what_it_waited_for(
+    held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch, raw: list[bytes]
+) -> None:
+    monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    other, into = warm_buffers(held_engine, 2)
+    first = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
+    transfer = held_engine.submit(KEYS[2], into, Priority.PREFETCH)
+    assert len(held.begun) == PAGES + 1
+    held_engine.promote(transfer)
+    assert len(held.begun) == 2 * (PAGES + 1)
+    held.is_held = False
+    assert settle(held_engine, transfer, first) == [TransferState.DONE] * 2
+    assert bytes(into[: PAGES * PAGE + 200]) == content(raw, KEYS[2])
+    assert len(held.begun) == 2 * (PAGES + 1)
+
+
 def test_a_demand_takes_what_threads_have_not_begun(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch, raw: list[bytes]
 ) -> None:
     (into,) = warm_buffers(held_engine, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(queued, "_MOST_AHEAD_BYTES", 0)
+        patch.setattr(held, "depth", 0)
         patch.setattr(held_engine, "_is_held_back", lambda: True)
         transfer = held_engine.submit(KEYS[2], into, Priority.PREFETCH)
     assert not held.begun

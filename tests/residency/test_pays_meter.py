@@ -64,6 +64,22 @@ def test_a_first_short_answer_is_not_tried_on() -> None:
     assert share_on(meter, 0.5, 1.0, 3200) > 0.9
 
 
+@pytest.mark.parametrize(("waited_s", "expected"), [(0.1, 0), (0.3, 30)])
+def test_where_much_is_waited_for_it_is_tried_early(waited_s: float, expected: int) -> None:
+    meter, on = PaysMeter(window=10, settling=4), 0
+    for _ in range(40):
+        on += meter.is_on
+        meter.spend(1.0, 1, waited_s)
+    assert on == expected
+
+
+def test_what_was_tried_early_has_to_pay_too() -> None:
+    meter = PaysMeter(window=10, settling=4)
+    for _ in range(80):
+        meter.spend(1.5 if meter.is_on else 1.0, 1, 0.3)
+    assert share_on(meter, 1.5, 1.0, 3200) < 0.1
+
+
 def test_passes_that_grow_dearer_do_not_make_the_other_way_look_cheap() -> None:
     """A long conversation: what a trial cost long ago says nothing of now."""
     meter, on, cost_s = PaysMeter(window=10), 0, 1.0

@@ -12,6 +12,7 @@ import ctypes
 import itertools
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from moe_infinity.types import Priority, ReadRange
 _log = logging.getLogger(__name__)
 DEPTH = 128  # chunks under way, of a queue of ours
 # Of what is loaded ahead, under way at once: a demand that comes meanwhile waits for no more.
-_MOST_AHEAD_BYTES = 16 * 1024**2
+_MOST_AHEAD_BYTES = 8 * 1024**2
 # A file system that reads before it returns makes the caller wait: so many loads one after the
 # other that were over when they had been handed over, each of which took so long.
 _MOST_WAITED, _WAITED_S = 8, 1e-3
@@ -58,6 +59,7 @@ class QueuedTransfers(TransferEngine):
         self._under_way: dict[int, _Chunk] = {}
         self._requests: list[KernelRead] = []  # of these, not handed over yet
         self._used: set[int] = set()  # addresses of buffers that were filled: their memory is there
+        self._held: deque[Transfer] = deque()  # ahead of too much that is under way
         self._num_waited = 0  # loads in a row
         self._is_given_up = False
         super().__init__(store, num_threads, chunk_bytes, clock)
@@ -98,7 +100,12 @@ class QueuedTransfers(TransferEngine):
         descriptors = self._descriptors_of(transfer)
         if descriptors is None:
             super()._enqueue(transfer)
-            return
+        elif self._is_too_far_ahead(transfer):
+            self._held.append(transfer)
+        else:
+            self._request(transfer, descriptors)
+
+    def _request(self, transfer: Transfer, descriptors: Sequence[int]) -> None:
         start = _address(transfer._buffer)
         pieces = list(zip(transfer._unclaimed, descriptors, strict=True))
         for piece, fd in reversed(pieces):  # the first is the last
@@ -117,15 +124,33 @@ class QueuedTransfers(TransferEngine):
             return None
         if len(self._under_way) + len(chunks) > self._reads.depth:
             return None
-        if transfer.priority is Priority.PREFETCH:
-            ahead_bytes = sum(
-                chunk.range.num_bytes
-                for chunk in self._under_way.values()
-                if chunk.transfer.priority is Priority.PREFETCH
-            )
-            if ahead_bytes + sum(chunk.num_bytes for chunk in chunks) > _MOST_AHEAD_BYTES:
-                return None
         return self._store.descriptors(transfer.key, chunks)
+
+    def _is_too_far_ahead(self, transfer: Transfer) -> bool:
+        """Whether it waits until others that were loaded ahead have arrived."""
+        if transfer.priority is Priority.DEMAND:
+            return False
+        ahead_bytes = sum(
+            chunk.range.num_bytes
+            for chunk in self._under_way.values()
+            if chunk.transfer.priority is Priority.PREFETCH
+        )
+        own_bytes = sum(chunk.num_bytes for chunk in transfer._unclaimed)
+        return ahead_bytes > 0 and ahead_bytes + own_bytes > _MOST_AHEAD_BYTES
+
+    def _begin_held(self) -> None:
+        """What was held back, as far as there is room now."""
+        if not self._held:
+            return
+        with self._lock:
+            while self._held:
+                transfer = self._held[0]
+                if transfer._unclaimed and self._is_too_far_ahead(transfer):
+                    break
+                self._held.popleft()
+                if transfer._unclaimed:  # else promoted or cancelled meanwhile
+                    self._enqueue(transfer)
+        self._hand_over()
 
     def _finish_chunk(
         self, transfer: Transfer, num_bytes: int, error: BaseException | None
@@ -167,6 +192,7 @@ class QueuedTransfers(TransferEngine):
                 self._bytes_read += num_read
                 self._settle_if_over(chunk.transfer)
         self._give_to_threads(bad)  # they try again, and say what is wrong
+        self._begin_held()
 
     def _give_to_threads(self, numbers: Sequence[int]) -> None:
         if not numbers:

@@ -10,6 +10,7 @@ _MEMORY = 0.02  # weight of the newest guess in the running share of right ones:
 _TURNS = 2  # windows of each way
 _LEAST_PATIENCE = 4
 _MARGIN = 1.1  # two passes are no more exact
+_MUCH_WAITING = 0.15  # of the time; what looking ahead could save, and more than it costs
 _PRIOR = 0.5
 
 
@@ -46,9 +47,10 @@ class PaysMeter:
     and from model to model; what counts is the time between events with it and without. What is
     asked for differs from window to window too, so each way is tried ``_TURNS`` times in turn at
     first; the first windows, ``settling`` of them, tell nothing, for the cache is empty then, and a
-    first short answer is over before a trial could pay for itself. The way that was slower
-    is tried again for one ``window`` of events, and judged by those right before it: after a few
-    windows, and each time that it is slower again after twice as many, up to ``retry``.
+    first short answer is over before a trial could pay for itself: behind the first window it looks
+    ahead where much of the time was waited for loads. The way that was slower is tried again for
+    one ``window`` of events, and judged by those right before it: after a few windows, and each
+    time that it is slower again after twice as many, up to ``retry``.
 
     A trial of looking ahead that nothing can save ends after a quarter of its window: where it
     would be the slower way, and not by little, even if nobody had to wait for a load. Blocks run
@@ -81,9 +83,11 @@ class PaysMeter:
         if self._num_events < self.window and not is_lost:
             return
         cost_s = self._spent_s / self._num_events
+        is_waiting = self._waited_s > _MUCH_WAITING * self._spent_s
         self._num_events, self._spent_s, self._waited_s = 0, 0.0, 0.0
         self._num_windows += 1
         if self._num_windows <= self.settling:
+            self.is_on = self.is_on or is_waiting
             return
         self._costs[self.is_on].append(cost_s)
         if is_lost and self._best:  # by what it cost long ago: look anew
