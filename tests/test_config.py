@@ -72,6 +72,7 @@ def test_formatted_sizes_are_near(num_bytes: int) -> None:
         ({"device": "gpu"}, "device: got 'gpu', expected auto, cpu, cuda"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of .*float32, bfloat16, float16"),
         ({"miss": "skip"}, "miss: got 'skip', expected one of copy, cpu, auto"),
+        ({"grammars": "no"}, "grammars: got 'no', expected True or False"),
         ({"ram_slots": 0}, "ram_slots: got 0, expected a whole number of at least 1"),
         ({"ram_slots": 2.5}, "ram_slots: got 2.5"),
         ({"ram_slots": True}, "ram_slots: got True"),

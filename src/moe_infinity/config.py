@@ -151,6 +151,8 @@ class EngineConfig:
         _positive("vram_slots", self.vram_slots)
         _positive("max_context", self.max_context)
         _positive("max_batch", self.max_batch)
+        if not isinstance(self.grammars, bool):
+            raise ConfigError(f"grammars: got {self.grammars!r}, expected True or False")
         _positive("num_read_threads", self.num_read_threads)
 
     @property

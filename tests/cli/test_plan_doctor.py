@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from moe_infinity import bundled_model_path
-from moe_infinity.config import format_bytes
+from moe_infinity.cli.plan import _report
+from moe_infinity.config import EngineConfig, format_bytes
 from support.checkpoints import bundled_links, tiny_checkpoint
 from support.command_line import run
 
@@ -55,6 +56,18 @@ class TestPlan:
             *("tokens/s if", "of the experts are found in memory", "disk 1.00 GB/s"),
         ):
             assert words in text
+
+    def test_of_a_model_that_is_elsewhere_it_counts_a_tokenizer(self, tmp_path: Path) -> None:
+        """What lies here is only what the plan needs, which no tokenizer is."""
+        for file in bundled_model_path().iterdir():
+            if not file.name.startswith("tokenizer"):
+                (tmp_path / file.name).symlink_to(file)
+        config, found = EngineConfig(ram_slots=64), {}
+        for is_here in (True, False):
+            report = _report(tmp_path, config, [], None, 1.0, is_here)
+            found[is_here] = report["runtime_bytes"]
+        vocab_size = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+        assert found[False] - found[True] >= 1000 * vocab_size
 
     def test_nothing_is_loaded(self, tmp_path: Path) -> None:
         """Headers and config are enough: the weights may be a hole in the disk."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from moe_infinity import engine
 from moe_infinity.cli import serve as serve_module
 from moe_infinity.cli.app import build_app
 from moe_infinity.errors import ConfigError, MoEInfinityError
@@ -151,3 +152,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="is no TOML"):
         serve("--config", tmp_path / "bytes.toml")
+
+
+def test_serve_leaves_memory_for_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any request may ask for an answer to a schema."""
+    told: dict[str, Any] = {}
+
+    def opened(path: str, **options: Any) -> None:
+        told.update(options)
+        raise ConfigError("that is enough")
+
+    monkeypatch.setattr(engine, "MoE", opened)
+    with pytest.raises(ConfigError, match="that is enough"):
+        serve_module.serve(port=0)
+    assert told["grammars"] is True

@@ -99,9 +99,8 @@ def serve(
     options |= {"dtype": dtype, "device": device, "vram": vram, "miss": miss}
     options |= {"kernel": kernel, "policy": policy, "prefetch": prefetch, "grammars": True}
     _log_to_stderr(log_level)
-    sock = bind(host, port)
     path = model or str(bundled_model_path())
-    with MoE(path, **options) as moe:
+    with bind(host, port) as sock, MoE(path, **options) as moe:
         service = Service(moe, settings, _shown_name(path, moe))
         serve(service, sock, lambda: _announce(service.name, url_of(sock), moe))
 
