@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moe_infinity.cache.base import NOTED
+from moe_infinity.cache.base import NOTED, NOWHERE
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
@@ -163,6 +163,8 @@ class CompiledBlock:
         assert self._notes is not None, "nobody wants to know"
         known, keys = self._notes[0], self.chosen_keys
         ids = [key.expert for key in keys]
+        if (known[ids] == NOWHERE).any():
+            return False
         views = self.experts.hierarchy.views_here(keys)
         if views is None:
             return False
