@@ -213,6 +213,7 @@ def test_any_order_of_calls(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(queued, "_MOST_AHEAD_BYTES", 7 * PAGE)
         engine = QueuedTransfers(store_of(files), 2, PAGE, reads)
+        engine.expect_guesses(seed % 2 == 0)
         free = [buffer() for _ in range(4)]
         warm(engine, free)
         begun: list[tuple[Transfer, memoryview]] = []
@@ -250,11 +251,26 @@ def check(raw: Sequence[bytes], transfer: Transfer, into: memoryview) -> None:
         assert not transfer.wanted
 
 
-def test_little_is_loaded_ahead_at_once(
+def test_what_is_loaded_ahead_for_sure_keeps_the_disk_busy(
+    held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads read what is beyond, and nobody has to look."""
+    monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", (PAGES + 1) * PAGE)
+    one, other = warm_buffers(held_engine, 2)
+    first = held_engine.submit(KEYS[0], one, Priority.PREFETCH)
+    second = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
+    assert len(held.begun) == PAGES + 1
+    assert settle(held_engine, second) == [TransferState.DONE]
+    held.is_held = False
+    assert settle(held_engine, first) == [TransferState.DONE]
+
+
+def test_few_guesses_are_loaded_at_once(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is beyond waits until that has arrived, in its order; a demand goes at once."""
     monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", (PAGES + 1) * PAGE)
+    held_engine.expect_guesses(True)
     buffers = warm_buffers(held_engine, 4)
     ahead = [
         held_engine.submit(key, into, Priority.PREFETCH)
@@ -274,6 +290,7 @@ def test_what_is_larger_than_the_bound_is_loaded_alone(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    held_engine.expect_guesses(True)
     one, other = warm_buffers(held_engine, 2)
     held.is_held = False
     first = held_engine.submit(KEYS[0], one, Priority.PREFETCH)
@@ -285,6 +302,7 @@ def test_what_waits_for_others_can_be_cancelled(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    held_engine.expect_guesses(True)
     one, other = warm_buffers(held_engine, 2)
     held_engine.submit(KEYS[0], one, Priority.PREFETCH)
     second = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
@@ -313,6 +331,7 @@ def test_a_demand_goes_ahead_of_what_it_waited_for(
     held_engine: QueuedTransfers, held: Held, monkeypatch: pytest.MonkeyPatch, raw: list[bytes]
 ) -> None:
     monkeypatch.setattr(queued, "_MOST_AHEAD_BYTES", PAGE)
+    held_engine.expect_guesses(True)
     other, into = warm_buffers(held_engine, 2)
     first = held_engine.submit(KEYS[1], other, Priority.PREFETCH)
     transfer = held_engine.submit(KEYS[2], into, Priority.PREFETCH)

@@ -59,10 +59,14 @@ class QueuedTransfers(TransferEngine):
         self._under_way: dict[int, _Chunk] = {}
         self._requests: list[KernelRead] = []  # of these, not handed over yet
         self._used: set[int] = set()  # addresses of buffers that were filled: their memory is there
-        self._held: deque[Transfer] = deque()  # ahead of too much that is under way
+        self._held: deque[Transfer] = deque()  # guesses, ahead of too much that is under way
+        self._are_guesses = False
         self._num_waited = 0  # loads in a row
         self._is_given_up = False
         super().__init__(store, num_threads, chunk_bytes, clock)
+
+    def expect_guesses(self, are_guesses: bool) -> None:
+        self._are_guesses = are_guesses
 
     def take_settled(self) -> list[Transfer]:
         self._look()
@@ -100,10 +104,12 @@ class QueuedTransfers(TransferEngine):
         descriptors = self._descriptors_of(transfer)
         if descriptors is None:
             super()._enqueue(transfer)
-        elif self._is_too_far_ahead(transfer):
+        elif not self._is_too_far_ahead(transfer):
+            self._request(transfer, descriptors)
+        elif self._are_guesses:
             self._held.append(transfer)
         else:
-            self._request(transfer, descriptors)
+            super()._enqueue(transfer)
 
     def _request(self, transfer: Transfer, descriptors: Sequence[int]) -> None:
         start = _address(transfer._buffer)

@@ -56,6 +56,7 @@ class RamHierarchy(DrivenHierarchy):
         self, phase: Phase, embeddings: Embeddings = None, token_ids: TokenIds = None
     ) -> None:
         self._arena.keep_lead(DECODE_LEAD_BYTES if phase == "decode" else LEAD_BYTES)
+        self._engine.expect_guesses(phase == "decode")
         super().begin_pass(phase, embeddings, token_ids)
 
     def end_request(self) -> None:

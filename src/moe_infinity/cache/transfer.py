@@ -161,6 +161,10 @@ class TransferEngine:
             self._busy_s, self._bytes_read = 0.0, 0
             return taken
 
+    def expect_guesses(self, are_guesses: bool) -> None:
+        """Whether what is loaded ahead from now on may turn out wrong, as in decode: a demand
+        should not be far behind it. Else the disk is to be kept busy, whatever the caller does."""
+
     def skip_time(self) -> None:
         """Until now nobody computed: what was read meanwhile is nobody's, bytes and seconds."""
         self.take_activity()
