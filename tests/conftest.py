@@ -14,11 +14,12 @@ from hypothesis import HealthCheck, settings
 # imported, and transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from moe_infinity import MoE, machine, speeds
+from moe_infinity import MoE, machine, speeds, wiring
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS
 from moe_infinity.tracing.trace_file import save_trace
 from support.checkpoints import tiny_checkpoint
 from support.engine import BUDGET
+from support.kernel_queues import queues_used_again
 from support.traces import random_trace
 
 settings.register_profile(
@@ -55,6 +56,15 @@ def _the_disk_is_known() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "best_reading", lambda *_: (1.0, READ_THREADS, CHUNK_BYTES))
         patch.setattr(speeds, "disk_gbps", lambda *_, **__: 1.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _opening_is_quick() -> Iterator[None]:
+    """A thousand models are opened: what is slow about it and belongs to the process is tested by
+    itself, and where commands run in processes of their own."""
+    with pytest.MonkeyPatch.context() as patch, queues_used_again():
+        patch.setattr(wiring, "let_go", lambda: None)  # code comes back fault by fault
         yield
 
 

@@ -127,6 +127,7 @@ def test_places_of_code() -> None:
 def test_an_open_model_holds_no_code_that_only_opening_ran(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("moe_infinity.wiring.let_go", let_go)  # conftest.py leaves it out
     with MoE(tiny, ram="2GiB"):
         without = code_bytes()
     monkeypatch.setattr("moe_infinity.wiring.let_go", lambda: None)

@@ -13,14 +13,16 @@ from moe_infinity.checkpoint import kernel_reads
 from moe_infinity.checkpoint.direct_io import ALIGNMENT_BYTES as PAGE
 from moe_infinity.checkpoint.direct_io import DirectFile, allocate
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
-from support.kernel_queues import require_kernel_queues
+from support.kernel_queues import queues_of_their_own, require_kernel_queues
 
 NUM_PAGES = 40
 
 
 @pytest.fixture(scope="module", autouse=True)
-def possible() -> None:
-    require_kernel_queues()
+def possible() -> Iterator[None]:
+    with queues_of_their_own():
+        require_kernel_queues()
+        yield
 
 
 @pytest.fixture
