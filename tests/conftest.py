@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 # imported, and transformers imports it.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from moe_infinity import MoE, machine, speeds, wiring
+from moe_infinity import MoE, machine, needs, speeds, wiring
 from moe_infinity.cache.transfer import CHUNK_BYTES, READ_THREADS
 from moe_infinity.tracing.trace_file import save_trace
 from support.checkpoints import tiny_checkpoint
@@ -65,6 +65,7 @@ def _opening_is_quick() -> Iterator[None]:
     itself, and where commands run in processes of their own."""
     with pytest.MonkeyPatch.context() as patch, queues_used_again():
         patch.setattr(wiring, "let_go", lambda: None)  # code comes back fault by fault
+        patch.setattr(needs, "code_bytes", lambda: 0)  # accordingly
         yield
 
 
