@@ -60,6 +60,14 @@ def _the_disk_is_known() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _the_power_stays_on() -> Iterator[None]:
+    """Nothing that tests write has to outlive the machine: it need not reach the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _opening_is_quick() -> Iterator[None]:
     """A thousand models are opened: what is slow about it and belongs to the process is tested by
     itself, and where commands run in processes of their own."""

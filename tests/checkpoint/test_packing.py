@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -35,7 +33,7 @@ from moe_infinity.model.loading import examine
 from moe_infinity.preparation import opened_source, packing_job
 from moe_infinity.types import ExpertKey
 from support.checkpoints import bundled_copy, tiny_checkpoint, weights
-from support.command_line import refused, run
+from support.command_line import Process, refused, run
 
 FORMATS = ("bf16", "int8", "int4", "exact12")
 IDS = torch.arange(5, 45)[None]
@@ -203,18 +201,16 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
 
 def killed_once(target: Path, after_s: float) -> bool:
     """Pack in a process of its own and kill it; whether it was still at work."""
-    arguments = ("pack", str(bundled_model_path()), str(target))
-    code = "import sys; from moe_infinity.cli import main; sys.exit(main())"
-    process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
+    files = {"stdin": os.devnull, "stdout": os.devnull, "stderr": os.devnull}
+    process = Process(("pack", bundled_model_path(), target), **files)
     deadline = time.monotonic() + 60
     partial = target.with_name(target.name + ".partial")
-    while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+    while not (partial.exists() or target.exists()) and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(after_s)
-    was_running = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return was_running
+    process.kill()
+    code, _ = process.wait()
+    return code == -signal.SIGKILL
 
 
 def test_killed_and_resumed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -269,10 +265,13 @@ def find_flips(folder: Path, number: int) -> None:
     check(folder)
 
 
-def test_flipped_bits_are_found(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(folders["int4"], folder)
-    find_flips(folder, 60)
+def test_flipped_bits_are_found(tmp_path: Path) -> None:
+    """In a small folder with everything in it, for each time all of it is checked."""
+    source, sizes = tmp_path / "source", {"hidden_size": 64, "moe_intermediate_size": 32}
+    tiny_checkpoint(source, torch.bfloat16, **sizes)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(bundled_model_path() / name, source)
+    find_flips(packed(source, tmp_path / "packed", "int4"), 60)
 
 
 @pytest.mark.slow

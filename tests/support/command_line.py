@@ -62,6 +62,9 @@ class Process:
         }
         self.number = _ask(job)
 
+    def kill(self) -> None:
+        os.kill(self.number, signal.SIGKILL)
+
     def wait(self) -> tuple[int, bool]:
         """Its exit code, and whether it left processes behind."""
         code, left_running = _ask({"wait": self.number})
@@ -151,6 +154,7 @@ def _warm_up() -> None:
 
     from moe_infinity.cli import _run, app
 
+    os.fsync = lambda _: None  # as in conftest.py
     _look_at_disks_briefly()
     app.build_app = functools.cache(app.build_app)
     typer.main.get_command = functools.cache(typer.main.get_command)
