@@ -32,7 +32,7 @@ from moe_infinity.kernels.reference import plain
 from moe_infinity.model.loading import examine
 from moe_infinity.preparation import opened_source, packing_job
 from moe_infinity.types import ExpertKey
-from support.checkpoints import bundled_copy, tiny_checkpoint, weights
+from support.checkpoints import bundled_copy, bundled_part, tiny_checkpoint, weights
 from support.command_line import Process, refused, run
 
 FORMATS = ("bf16", "int8", "int4", "exact12")
@@ -50,6 +50,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The bundled model, packed in every form."""
     folder = tmp_path_factory.mktemp("packed")
     return {name: packed(bundled_model_path(), folder / name, name) for name in FORMATS}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Less of it, to be packed again and again."""
+    return bundled_part(tmp_path_factory.mktemp("source") / "part")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, source: Path) -> dict[str, bytes]:
+    """What comes of that."""
+    return contents(packed(source, tmp_path_factory.mktemp("expected") / "out"))
 
 
 def logits(path: Path, **options: Any) -> torch.Tensor:
@@ -127,59 +139,67 @@ def stop_after(num_bytes: float) -> Any:
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.98])
 def test_an_interrupted_job_goes_on(
-    folders: dict[str, Path], tmp_path: Path, share: float, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    expected: dict[str, bytes],
+    tmp_path: Path,
+    share: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "out"
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop_after(share * 31e6))
+        packed(source, target, on_bytes=stop_after(share * weights(source).stat().st_size))
     assert not target.exists()
     coded = []
     real = packing.coded_expert
     monkeypatch.setattr(packing, "coded_expert", lambda *a: coded.append(a[2]) or real(*a))
-    packed(bundled_model_path(), target)
-    assert len(coded) < 256 * (1.02 - share)
-    assert contents(target) == contents(folders["exact12"])
+    packed(source, target)
+    assert len(coded) < 64 * (1.02 - share)
+    assert contents(target) == expected
     assert not target.with_name("out.partial").exists()
 
 
 def test_a_torn_journal_counts_as_far_as_it_is_sound(
-    folders: dict[str, Path], tmp_path: Path
+    source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     target = tmp_path / "out"
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop_after(10e6))
+        packed(source, target, on_bytes=stop_after(3e6))
     journal = tmp_path / "out.partial" / "journal.jsonl"
     journal.write_bytes(journal.read_bytes()[:-7])
     with open(tmp_path / "out.partial" / EXPERTS, "ab") as file:
         file.write(b"half an expert")
-    assert contents(packed(bundled_model_path(), target)) == contents(folders["exact12"])
+    assert contents(packed(source, target)) == expected
 
 
 def test_a_journal_of_another_job_is_not_gone_on_with(
-    folders: dict[str, Path], tmp_path: Path
+    folders: dict[str, Path], source: Path, expected: dict[str, bytes], tmp_path: Path
 ) -> None:
     partial = tmp_path / "out.partial"
     shutil.copytree(folders["int8"], partial)
     (partial / "journal.jsonl").write_bytes(journal.line_of({"version": 1, "source": "other"}))
-    found = contents(packed(bundled_model_path(), tmp_path / "out"))
-    assert found[EXPERTS] == contents(folders["exact12"])[EXPERTS]
+    found = contents(packed(source, tmp_path / "out"))
+    assert found[EXPERTS] == expected[EXPERTS]
 
 
-def test_what_the_file_lost_is_packed_again(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_the_file_lost_is_packed_again(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     """A sound journal beside a file that is shorter than it says."""
     target = tmp_path / "out"
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop_after(15e6))
-    os.truncate(tmp_path / "out.partial" / EXPERTS, 3_000_000)
-    assert contents(packed(bundled_model_path(), target)) == contents(folders["exact12"])
+        packed(source, target, on_bytes=stop_after(4e6))
+    os.truncate(tmp_path / "out.partial" / EXPERTS, 1_000_000)
+    assert contents(packed(source, target)) == expected
 
 
-def test_nothing_of_an_earlier_attempt_is_left(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_nothing_of_an_earlier_attempt_is_left(
+    source: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
     target, partial = tmp_path / "out", tmp_path / "out.partial"
     with pytest.raises(_Interrupted):
-        packed(bundled_model_path(), target, on_bytes=stop_after(15e6))
+        packed(source, target, on_bytes=stop_after(4e6))
     (partial / "added_tokens.json").write_text("{}")
-    assert contents(packed(bundled_model_path(), target)) == contents(folders["exact12"])
+    assert contents(packed(source, target)) == expected
 
 
 def test_only_the_renaming_is_left(
@@ -343,7 +363,11 @@ class TestTrouble:
         assert not list(tmp_path.iterdir())
 
     def test_a_disk_that_fills_up(
-        self, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        source: Path,
+        expected: dict[str, bytes],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         left, real = [100], os.fsync
 
@@ -355,10 +379,9 @@ class TestTrouble:
 
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(DiskSpaceError, match=r"No space left.*goes on"):
-            packed(bundled_model_path(), tmp_path / "out")
+            packed(source, tmp_path / "out")
         left[0] = 10**9
-        found = contents(packed(bundled_model_path(), tmp_path / "out"))
-        assert found == contents(folders["exact12"])
+        assert contents(packed(source, tmp_path / "out")) == expected
 
     def test_a_source_that_is_cut_off_in_between(self, tmp_path: Path) -> None:
         source = bundled_copy(tmp_path / "source")

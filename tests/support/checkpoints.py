@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from moe_infinity import bundled_model_path
 
@@ -60,6 +61,20 @@ def _save(model_class: Any, config: Any, path: Path, dtype: torch.dtype) -> Path
 def bundled_copy(path: Path) -> Path:
     """The bundled model in another folder; its weights are a copy, not a link."""
     return shutil.copytree(bundled_model_path(), path)
+
+
+def bundled_part(path: Path, num_layers: int = 2) -> Path:
+    """The first layers of the bundled model, beside everything else that is in its folder."""
+    shutil.copytree(bundled_model_path(), path, ignore=shutil.ignore_patterns("*.safetensors"))
+    prefixes = tuple(f"model.layers.{layer}." for layer in range(num_layers))
+    tensors = {
+        name: tensor
+        for name, tensor in load_file(weights(bundled_model_path())).items()
+        if name.startswith(prefixes) or ".layers." not in name
+    }
+    save_file(tensors, weights(path), metadata={"format": "pt"})
+    edit_config(path, num_hidden_layers=num_layers)
+    return path
 
 
 def bundled_links(path: Path, *left_out: str) -> Path:
