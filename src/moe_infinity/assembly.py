@@ -152,14 +152,15 @@ def build_hierarchy(
     trial_events = _TRIAL_PASSES * anatomy.shape.num_layers
     pays = PaysMeter(trial_events, settling=_SETTLING_TRIALS) if tries else None
     with contextlib.ExitStack() as undo:
-        sizes = (plan.slots_per_class, plan.slot_bytes)
+        slots = tuple(count + plan.num_early for count in plan.slots_per_class)
+        sizes = (slots, plan.slot_bytes)
         arena = PinnedArena(*sizes, chosen.devices[0]) if chosen.devices else SlotArena(*sizes)
         undo.callback(arena.close)
         engine = _transfers(store, config, chosen.speeds)
         undo.callback(engine.close)
         hierarchy: DrivenHierarchy
         if not isinstance(arena, PinnedArena):
-            hierarchy = RamHierarchy(store, runner, arena, engine, pays)
+            hierarchy = RamHierarchy(store, runner, arena, engine, pays, plan.num_early)
         else:
             host = HostTier(_shelf(anatomy, plan, config), arena, engine)
             memory = _device_memory(store, plan, chosen.devices)

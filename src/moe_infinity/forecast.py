@@ -116,11 +116,14 @@ def shrunk(plan: Plan, experts: float, dense: float) -> Plan:
     saved = round(plan.dense_read_bytes * (1 - dense))
     slot_bytes = round(max(plan.slot_bytes) * experts)
     room = max(0, plan.budget_bytes - plan.fixed_bytes + saved)
+    fits = room // slot_bytes >= plan.experts_total
+    num_early = 0 if fits else plan.num_early
     return replace(
         plan,
         dense_bytes=plan.dense_bytes - saved,
         dense_read_bytes=plan.dense_read_bytes - saved,
-        slots_per_class=(min(plan.experts_total, room // slot_bytes),),
+        slots_per_class=(min(plan.experts_total, max(0, room // slot_bytes - num_early)),),
+        num_early=num_early,
         slot_bytes=(slot_bytes,),
         bytes_per_token=round(plan.bytes_per_token * experts),
         read_bytes_per_token=round(plan.read_bytes_per_token * experts),

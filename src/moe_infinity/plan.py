@@ -33,6 +33,7 @@ class Plan:
     max_context: int
     max_batch: int
     smallest_budget_bytes: int
+    num_early: int = 0  # slots of RAM beside those, into which compiled code reads early
     looked_up_bytes: int = 0  # of the embedding, left on disk
     device: DevicePlan | None = None  # where dense weights and KV cache are, if not in RAM
     others: tuple[DevicePlan, ...] = ()  # devices beside that one, with experts only
@@ -53,7 +54,8 @@ class Plan:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(n * b for n, b in zip(self.slots_per_class, self.slot_bytes, strict=True))
+        sizes = zip(self.slots_per_class, self.slot_bytes, strict=True)
+        return sum((n + self.num_early) * size for n, size in sizes)
 
     @property
     def share_resident(self) -> float:
@@ -115,6 +117,7 @@ class Plan:
     def arithmetic(self) -> str:
         """One line per term, for people."""
         on_disk = f" ({format_bytes(self.looked_up_bytes)} looked up)" if self.looks_up else ""
+        spare = f" and {self.num_early} spare" if self.num_early else ""
         dense = [
             (f"dense weights{on_disk}", self.dense_bytes),
             (f"KV cache ({self.max_batch} x {self.max_context} tokens)", self.kv_bytes),
@@ -125,7 +128,7 @@ class Plan:
             *(dense if self.device is None else []),
             ("prediction, staging and measuring", self.staging_bytes),
             ("runtime", self.runtime_bytes),
-            (f"expert slots ({self.num_slots} of {self.experts_total})", self.cache_bytes),
+            (f"expert slots ({self.num_slots} of {self.experts_total}{spare})", self.cache_bytes),
         ]
         lines = [f"  {name:<40} {format_bytes(size):>12}" for name, size in rows]
         lines.append(

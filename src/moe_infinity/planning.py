@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from moe_infinity.cache.early_reads import NUM_EARLY
 from moe_infinity.config import (
     MAX_DEFAULT_CONTEXT,
     EngineConfig,
@@ -37,6 +38,7 @@ _AUTO_RESERVE_SHARE = 0.1
 _WORTH_LOOKING_UP_BYTES = 16 * 1024**2
 _KV_SHARE = 0.25
 _SHORTEST_CONTEXT = 512
+_FEWEST_TO_SPARE = 64  # slots, from which on some may be spare
 # Encoder-decoder models with relative positions name no limit; this is what T5's were trained with.
 _ENCODER_CONTEXT = 512
 # `plan` and the run it is asked for are two processes, not resident with the same bytes: measured
@@ -87,7 +89,11 @@ def _divide(
     cache_bytes = sum(n * c.slot_bytes for n, c in smallest)
     contexts = _contexts(anatomy, config, needs, (device_bytes or [budget])[0], classes)
     context, shortest = contexts
-    slots = divide(budget - needs.total(context), smallest, config.ram_slots)
+    room = budget - needs.total(context)
+    slots = divide(room, smallest, config.ram_slots)
+    fits = bool(facts) or sum(slots) >= anatomy.shape.num_total
+    num_early = 0 if fits else _num_early(room, smallest, config)
+    slots = divide(room - num_early * classes[0].slot_bytes, smallest, config.ram_slots)
     num_spare = 0 if sum(slots) >= anatomy.shape.num_total else NUM_SPARE
     wishes = _wishes(needs, contexts, list(zip(facts, device_bytes, strict=True)), smallest)
     devices = plan_devices(wishes, config.vram_slots, num_spare) if wishes else ()
@@ -102,6 +108,7 @@ def _divide(
         staging_bytes=needs.staging_bytes(context),
         runtime_bytes=needs.runtime_bytes,
         slots_per_class=slots,
+        num_early=num_early,
         slot_bytes=tuple(c.slot_bytes for c in classes),
         class_of_layer=class_of_layer,
         experts_total=anatomy.shape.num_total,
@@ -115,6 +122,15 @@ def _divide(
         device=devices[0] if devices else None,
         others=devices[1:],
     )
+
+
+def _num_early(room: int, smallest: list[tuple[int, SizeClass]], config: EngineConfig) -> int:
+    """Slots that are kept beside those of the directory to read into early: where all are of one
+    size, and there is room for so many that two more or less make no difference."""
+    is_by_kernel = config.num_read_threads is None
+    slots = divide(room, smallest, None)
+    is_worth_it = len(slots) == 1 and slots[0] >= _FEWEST_TO_SPARE
+    return NUM_EARLY if is_by_kernel and is_worth_it else 0
 
 
 def _wishes(

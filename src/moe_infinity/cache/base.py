@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_infinity.cache.early_reads import EarlyReads
 from moe_infinity.kernels.base import Views
 from moe_infinity.predictors.base import Embeddings, Foresight, TokenIds
 from moe_infinity.tracing.event import Event
@@ -31,6 +32,7 @@ class Hierarchy(ABC):
     """
 
     known: NDArray[np.uint8] | None = None
+    early: EarlyReads | None = None  # how compiled code may begin what is NOWHERE by itself
 
     @abstractmethod
     def begin_request(self) -> None:
@@ -77,9 +79,9 @@ class Hierarchy(ABC):
     def count_compute(self, seconds: float) -> None:
         """Experts that were told of took so much more."""
 
-    def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
-        """Of experts, where all of them can be computed from right away; moves none."""
-        return None
+    def views_here(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[Views]]:
+        """Those of them that can be computed from right away, and where; moves none."""
+        return [], []
 
     @property
     def outlook(self) -> Foresight | None:

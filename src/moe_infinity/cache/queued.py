@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from moe_infinity.cache.early_reads import Begun, EarlyReads
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
-from moe_infinity.types import Priority, ReadRange
+from moe_infinity.types import ExpertKey, Priority, ReadRange
 
 _log = logging.getLogger(__name__)
 DEPTH = 128  # chunks under way, of a queue of ours
@@ -63,10 +64,31 @@ class QueuedTransfers(TransferEngine):
         self._are_guesses = False
         self._num_waited = 0  # loads in a row
         self._is_given_up = False
+        self._early = EarlyReads(reads, store.specs)
+        self._begun_early: dict[ExpertKey, tuple[Transfer, int]] = {}  # not claimed; its spare
         super().__init__(store, num_threads, chunk_bytes, clock)
 
     def expect_guesses(self, are_guesses: bool) -> None:
         self._are_guesses = are_guesses
+
+    @property
+    def early(self) -> EarlyReads | None:
+        return self._early
+
+    def take_begun(self, key: ExpertKey) -> tuple[Transfer, int] | None:
+        with self._lock:
+            found = self._begun_early.pop(key, None)
+            if found is not None and found[0].is_settled:
+                self._finished.append(found[0])
+        return found
+
+    def plan_early(self, key: ExpertKey) -> None:
+        if self._early.is_planned(key):
+            return
+        pieces = self._store.chunks(key, self._chunk_bytes)
+        files = self._store.descriptors(key, pieces)
+        if files is not None:
+            self._early.plan(key, pieces, files)
 
     def take_settled(self) -> list[Transfer]:
         self._look()
@@ -95,6 +117,7 @@ class QueuedTransfers(TransferEngine):
 
     def close(self) -> None:
         self._reads.end()
+        self._early.close()
         self._forget()
         super().close()
         self._reads.close()
@@ -169,6 +192,8 @@ class QueuedTransfers(TransferEngine):
             super()._settle_if_over(transfer)
             if transfer.state is TransferState.DONE:
                 self._used.add(_address(transfer._buffer))
+            if transfer.is_settled and transfer.key in self._begun_early:
+                self._finished.remove(transfer)  # until somebody decides on it
 
     def _hand_over(self) -> None:
         requests, self._requests = self._requests, []
@@ -187,6 +212,8 @@ class QueuedTransfers(TransferEngine):
 
     def _look(self) -> None:
         """Settle what is over."""
+        for begun in self._early.unseen():
+            self._take_over(begun)
         bad = []
         for number, num_read in self._reads.take_finished():
             chunk = self._under_way[number]
@@ -199,6 +226,20 @@ class QueuedTransfers(TransferEngine):
                 self._settle_if_over(chunk.transfer)
         self._give_to_threads(bad)  # they try again, and say what is wrong
         self._begin_held()
+
+    def _take_over(self, begun: Begun) -> None:
+        """As if it had been submitted, but that nobody is told of its end before it is claimed."""
+        pieces = self._store.chunks(begun.key, self._chunk_bytes)
+        transfer = Transfer(begun.key, begun.buffer, pieces, Priority.DEMAND, None)
+        with self._lock:
+            self._begin_busy(transfer)
+            self._begun_early[begun.key] = transfer, begun.spare
+            for number in range(begun.num_pieces):
+                piece = transfer._unclaimed.pop()
+                self._under_way[begun.number_of(number)] = _Chunk(transfer, piece)
+            self._early.see(begun)
+            if transfer._unclaimed:  # the queue was full
+                super()._enqueue(transfer)
 
     def _give_to_threads(self, numbers: Sequence[int]) -> None:
         if not numbers:
@@ -214,6 +255,7 @@ class QueuedTransfers(TransferEngine):
 
     def _give_up(self, why: str) -> None:
         self._is_given_up = True
+        self._early.end()
         _log.info("experts are read by threads from now on: %s", why)
 
     def _stop(self) -> None:
@@ -223,6 +265,7 @@ class QueuedTransfers(TransferEngine):
         except OSError as error:
             self._give_up(str(error))
         self._forget()
+        self._early.forget()
 
     def _forget(self) -> None:
         """Reads that the kernel does not carry out any more: their transfers have failed."""
@@ -231,6 +274,7 @@ class QueuedTransfers(TransferEngine):
                 chunk.transfer.wanted = False
             self._under_way.clear()
             self._requests.clear()
+            self._begun_early.clear()
 
 
 def _address(buffer: memoryview) -> int:

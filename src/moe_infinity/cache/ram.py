@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from moe_infinity.cache.base import COMING, NOWHERE
 from moe_infinity.cache.driven import DrivenHierarchy
+from moe_infinity.cache.early_reads import EarlyReads
 from moe_infinity.cache.slot_views import SlotViews
 from moe_infinity.cache.slots import SlotArena
 from moe_infinity.cache.touching import DECODE_LEAD_BYTES, LEAD_BYTES
@@ -38,10 +39,18 @@ class RamHierarchy(DrivenHierarchy):
         arena: SlotArena,
         engine: TransferEngine,
         pays: PaysMeter | None = None,
+        num_early: int = 0,
     ) -> None:
+        """arena: of one slot for each of the directory's, and before them num_early, NUM_EARLY or
+        none, into which experts are read early."""
         super().__init__(store, runner, pays)
         self._arena = arena
         self._engine = engine
+        # Of the arena, what is spare, and which place each slot of the directory's has.
+        self._num_places = num_early + self.residency.directory.num_slots
+        self._spare = list(range(num_early))
+        self._places = list(range(num_early, self._num_places))
+        self.early = engine.early if num_early else None
         self._in_flight: dict[ExpertKey, Transfer] = {}
         if all(map(is_viewable, store.specs.values())):
             shape = runner.residency.directory.shape
@@ -57,11 +66,27 @@ class RamHierarchy(DrivenHierarchy):
     ) -> None:
         self._arena.keep_lead(DECODE_LEAD_BYTES if phase == "decode" else LEAD_BYTES)
         self._engine.expect_guesses(phase == "decode")
+        if self.early is not None:
+            self._get_ready_early(self.early)
         super().begin_pass(phase, embeddings, token_ids)
 
     def end_request(self) -> None:
         super().end_request()
         self._arena.keep_lead(LEAD_BYTES)
+
+    def _get_ready_early(self, early: EarlyReads) -> None:
+        """Spare memory is offered once all slots are in use: before that, memory is found for what
+        is loaded, which a reader thread has to wait for."""
+        if early.is_any_begun():  # by a pass that was thrown away
+            self._abort()
+        if not early.is_offered() and not self.residency.directory.num_free(0):
+            for place in self._spare:
+                self._arena.tensor(place).zero_()
+            self._offer_spare(early)
+
+    def _offer_spare(self, early: EarlyReads) -> None:
+        for spare, place in enumerate(self._spare):
+            early.offer(spare, self._arena.buffer(place))
 
     def get_ready(self) -> None:
         self._arena.touch_ahead()
@@ -78,6 +103,9 @@ class RamHierarchy(DrivenHierarchy):
         assert in_flight == self._in_flight.keys(), (
             f"in flight without a transfer, or the reverse: {in_flight ^ self._in_flight.keys()}"
         )
+        assert sorted(self._places + self._spare) == list(range(self._num_places)), (
+            "memory of a slot is lost or used twice"
+        )
         if self.known is not None:
             is_same = (self.known == NOWHERE).ravel() == self._are_absent()
             assert is_same.all(), f"said to be elsewhere: {np.flatnonzero(~is_same).tolist()}"
@@ -93,8 +121,21 @@ class RamHierarchy(DrivenHierarchy):
                 if load.victim is not None:
                     self.known[load.victim] = NOWHERE
                 self.known[load.key] = COMING
-            buffer = self._arena.buffer(load.slot)
-            self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
+            if self.early is not None and load.victim is not None:
+                self._engine.plan_early(load.victim)
+            begun = self._engine.take_begun(load.key)
+            if begun is None:
+                buffer = self._arena.buffer(self._places[load.slot])
+                self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
+            else:
+                self._in_flight[load.key] = self._change_places(load.slot, *begun)
+
+    def _change_places(self, slot: int, transfer: Transfer, spare: int) -> Transfer:
+        """What is read into spare memory belongs into the slot: whose own is spare now."""
+        assert self.early is not None, "nothing is begun early"
+        self._places[slot], self._spare[spare] = self._spare[spare], self._places[slot]
+        self.early.offer(spare, self._arena.buffer(self._spare[spare]))
+        return transfer
 
     def cancel(self, key: ExpertKey) -> None:
         self._engine.cancel(self._in_flight[key])
@@ -117,16 +158,15 @@ class RamHierarchy(DrivenHierarchy):
         self.count_wait(self._engine.wait_any())
 
     def views_of(self, key: ExpertKey) -> Views:
-        slot = self.residency.directory.slot(key)
-        return self._views.of(key, slot, self._arena.tensor(slot))
+        place = self._places[self.residency.directory.slot(key)]
+        return self._views.of(key, place, self._arena.tensor(place))
 
-    def views_here(self, keys: list[ExpertKey]) -> list[Views] | None:
+    def views_here(self, keys: list[ExpertKey]) -> tuple[list[ExpertKey], list[Views]]:
         with self._undone_if_interrupted():
             self.runner.take_in(self)  # what has arrived meanwhile
         state = self.residency.directory.state
-        if any(state(key) is not State.RESIDENT for key in keys):
-            return None
-        return [self.views_of(key) for key in keys]
+        here = [key for key in keys if state(key) is State.RESIDENT]
+        return here, [self.views_of(key) for key in here]
 
     def count_activity(self) -> None:
         self.count_reads(*self._engine.take_activity())
@@ -136,6 +176,10 @@ class RamHierarchy(DrivenHierarchy):
 
     def forget_transfers(self) -> None:
         self._in_flight.clear()
+        if self.early is not None and self.early.is_offered():
+            # An exception may have struck between two that were to change places.
+            self._spare = sorted(set(range(self._num_places)).difference(self._places))
+            self._offer_spare(self.early)
         if self.known is not None:
             self.known.ravel()[:] = np.where(self._are_absent(), NOWHERE, COMING)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from enum import Enum
 
+from moe_infinity.cache.early_reads import EarlyReads
 from moe_infinity.checkpoint.base import ExpertStore
 from moe_infinity.types import ExpertKey, Priority, ReadRange
 
@@ -116,12 +117,23 @@ class TransferEngine:
         with self._lock:
             if self._closing:
                 raise RuntimeError("the transfer engine is closed")
-            if not self._unsettled:
-                self._busy_since_s = self._clock()
-            self._unsettled.add(transfer)
+            self._begin_busy(transfer)
             self._enqueue(transfer)
         self._hand_over()
         return transfer
+
+    @property
+    def early(self) -> EarlyReads | None:
+        """Where compiled code can begin loads by itself: how, and what it has begun."""
+        return None
+
+    def take_begun(self, key: ExpertKey) -> tuple[Transfer, int] | None:
+        """A load that compiled code has begun already, now wanted as one that was submitted; and
+        the number of the spare memory that it goes into, which is not spare any more."""
+        return None
+
+    def plan_early(self, key: ExpertKey) -> None:
+        """Say how compiled code may read an expert, if it may."""
 
     def promote(self, transfer: Transfer) -> None:
         """A demand has joined a prefetch: its remaining chunks go ahead of all prefetches."""
@@ -263,6 +275,11 @@ class TransferEngine:
             self._count_busy()
         self._finished.append(transfer)
         self._settled.notify_all()
+
+    def _begin_busy(self, transfer: Transfer) -> None:
+        if not self._unsettled:
+            self._busy_since_s = self._clock()
+        self._unsettled.add(transfer)
 
     def _count_busy(self) -> None:
         now = self._clock()

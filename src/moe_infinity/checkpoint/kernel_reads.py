@@ -46,6 +46,8 @@ class KernelReads:
             raise OSError(errno.ENOSYS, "no kernel queues of reads")
         self.depth = depth
         self.num_begun = 0  # at most, and not taken yet: an exception may have struck anywhere
+        # What compiled code adds to the queue by itself, and not counted above yet.
+        self.begun_elsewhere = ctypes.c_ulong(0)
         self._setup, self._destroy, self._getevents, self._submit = names
         self._call: Any = ctypes.CDLL(None, use_errno=True).syscall
         self._requests = (ctypes.c_char * (depth * _REQUEST.size))()
@@ -63,9 +65,20 @@ class KernelReads:
             self.close()
             raise
 
+    @property
+    def context_at(self) -> int:
+        """Where the queue's number is; 0 while there is none."""
+        return ctypes.addressof(self._context)
+
+    @property
+    def bell(self) -> int:
+        """The descriptor that reads ring with."""
+        return self._bell
+
     def begin(self, reads: Sequence[KernelRead]) -> int:
         """Hand over as many as there is room for; returns how many, in their order."""
-        reads = reads[: self.depth - self.num_begun]
+        self._count()
+        reads = reads[: max(0, self.depth - self.num_begun)]
         for place, read in enumerate(reads):
             _REQUEST.pack_into(
                 *(self._requests, place * _REQUEST.size, read.number, 0, 0, _READ, 0, read.fd),
@@ -85,6 +98,7 @@ class KernelReads:
     def take_finished(self) -> list[tuple[int, int]]:
         """Numbers of reads that are over since the last call, with the bytes that came, or less
         than 0: an error."""
+        self._count()
         if not self.num_begun:
             return []
         count = self._call(
@@ -104,6 +118,7 @@ class KernelReads:
     def stop(self) -> None:
         """Wait until no read is under way, and forget them all. Raises OSError where no more can be
         taken."""
+        self._count()
         if self.num_begun:  # else the context may stay: destroying one takes 30 ms
             self.end()
         if not self._context.value:
@@ -114,7 +129,7 @@ class KernelReads:
         if self._context.value:  # destroying it waits for what cannot be called back
             self._call(self._destroy, self._context)
             self._context.value = 0
-        self.num_begun = 0
+        self.num_begun = self.begun_elsewhere.value = 0
 
     def close(self) -> None:
         """``end``, and nobody rings any more. Idempotent."""
@@ -122,6 +137,11 @@ class KernelReads:
         if self._bell >= 0:
             os.close(self._bell)
             self._bell = -1
+
+    def _count(self) -> None:
+        if self.begun_elsewhere.value:
+            self.num_begun += self.begun_elsewhere.value
+            self.begun_elsewhere.value = 0
 
     def _begin_context(self) -> None:
         if self._call(self._setup, self.depth, ctypes.byref(self._context)) != 0:

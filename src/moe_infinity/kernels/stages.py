@@ -16,10 +16,18 @@ from moe_infinity.kernels.native import Kernel
 _CALL_BYTES = 296
 # Words of a stage: the block; a token's x, cos, sin, keys, values, room, position, h, normed,
 # logits, ids, weights; a sum's outs, weights, h, out, sizes, types; calls, known, num_experts; a
-# times; an outlook's changes, said, told, reach and stride; how far it is.
+# times; an outlook's changes, said, told, reach and stride; how far it is, and whether that was
+# asked; reads' plans, where they begin, the first expert's number.
 _BLOCK, _X, _COS, _SIN, _KEYS, _POSITION, _H, _SUM, _OUT, _CALLS = 0, 1, 2, 3, 4, 7, 8, 13, 16, 19
-_EXPERTS_S, _DENSE_S, _CHANGES, _SAID, _REACH, _PROGRESS, _NUM_WORDS = 22, 23, 24, 25, 27, 28, 29
-_NONE, _CHOSEN, _BEGUN, _NEWS = range(4)  # of progress
+_EXPERTS_S, _DENSE_S, _CHANGES, _SAID, _REACH, _PROGRESS, _EARLY, _NUM_WORDS = (
+    *range(22, 26),
+    27,
+    28,
+    29,
+    32,
+)
+_NONE, _CHOSEN, _BEGUN, _NEWS, _PART = range(5)  # of progress
+_LOW = np.uint64(0xFFFFFFFF)  # half of a word
 FURTHEST = 3  # stages whose routers are asked early
 
 
@@ -68,6 +76,11 @@ class Stages:
         words[_OUT + 1 : _OUT + 3] = (size | top_k << 32, TYPES[outs.dtype] | rounds << 32)
         words[_CALLS : _CALLS + 3] = (self._calls[stage].ctypes.data, known.ctypes.data, len(known))
 
+    def begin_early(self, stage: int, plans_at: int, early_at: int, first_key: int) -> None:
+        """Have missing experts of a stage read at once (cache/early_reads.py): by plans, each one's
+        at an address; first_key: the flat key of its expert 0."""
+        self._words[stage, _EARLY : _EARLY + 3] = (plans_at, early_at, first_key)
+
     def note(self, stage: int, expert: int, call: bytes) -> None:
         """How to compute an expert on one token."""
         self._calls[stage, expert] = np.frombuffer(call, dtype=np.uint8)
@@ -99,20 +112,32 @@ class Stages:
     def go_on(self, stage: int) -> None:
         """The next run begins with this one, where the last one stopped; what was ``said_early``
         there was seen."""
-        was_said = self._words[stage, _PROGRESS] == _NEWS
-        self._words[stage, _PROGRESS] = _BEGUN if was_said else _CHOSEN
+        self._words[stage, _PROGRESS] = _BEGUN if self._progress(stage) == _NEWS else _CHOSEN
+
+    def has_news(self, stage: int) -> bool:
+        """Whether the last run stopped at this stage, its experts begun, because one of the next
+        ones' routers likes an expert that is nowhere."""
+        return self._progress(stage) == _NEWS
+
+    def is_in_part(self, stage: int) -> bool:
+        """Whether it did because an expert of its own is missing, those that are noted begun."""
+        return self._progress(stage) == _PART
 
     def said_early(self, stage: int) -> NDArray[np.float32] | None:
-        """What later routers say [FURTHEST, E], if the last run stopped at this stage for that;
-        -inf of those that there are not."""
-        return self._said[stage] if self._words[stage, _PROGRESS] == _NEWS else None
+        """What later routers say [FURTHEST, E], if the last run asked them at this stage; -inf of
+        those that there are not."""
+        return self._said[stage] if self._words[stage, _PROGRESS] > _LOW else None
+
+    def _progress(self, stage: int) -> int:
+        return int(self._words[stage, _PROGRESS] & _LOW)
 
     def run(self, kernel: Kernel, first: int, tail: TailCall | None) -> list[float]:
         """The token, in its row, through the stages from ``first`` on. Returns of each that was run
         whole the seconds that its experts took; the next one, if there is one, was run up to the
-        choice of its experts: one is not noted, or there is something ``said_early`` and they are
-        begun. With a tail the last one's experts, and it behind them, are begun: ``settle`` says
-        what these took."""
+        choice of its experts, and ``has_news``, or ``is_in_part`` done, or one that may be in
+        memory is not noted. Then it has to ``go_on``, or somebody else does the rest of it. With a
+        tail the last one's experts, and it behind them, are begun: ``settle`` says what these
+        took."""
         done = kernel.run_ahead(self._at + first * _NUM_WORDS * 8, len(self._words) - first, tail)
         kernel.dense_s += float(self._dense_s[first : first + done + 1].sum())
         experts_s: list[float] = self._experts_s[first : first + done].tolist()

@@ -6,7 +6,8 @@ experts; here it is one. Which blocks are of the usual kind: block_kind.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moe_infinity.cache.base import NOTED, NOWHERE
+from moe_infinity.cache.base import NOTED, Compute
 from moe_infinity.kernels import native
 from moe_infinity.kernels.base import ExpertKernel, Views
 from moe_infinity.kernels.blocks import Choice, pack_sum, pack_token
@@ -124,7 +125,24 @@ class CompiledBlock:
 
     def finish(self, out: torch.Tensor) -> None:
         """Ask the chosen experts, and put the block's result into out [1, 1, H]."""
-        self._ask_experts(self.normed)
+        ids, weights = self._chosen()
+        self.outs.zero_()  # a miss rule may leave some out
+        compute = self._compute_for(ids, frozenset())
+        self.experts.run_token(self.normed, ids, weights, self.choice.logits, compute, self.outs)
+        self._sum(out)
+
+    def finish_part(self, out: torch.Tensor, foreseen: NDArray[np.float32] | None) -> None:
+        """The same where other threads compute those that are NOTED already, each into its row of
+        self.outs. foreseen: [1, D, E] what later routers say to the input of this one's."""
+        assert self._notes is not None, "nobody has noted any"
+        ids, weights = self._chosen()
+        begun = frozenset(e for e in ids[0].tolist() if self._notes[0][e] == NOTED)
+        self.experts.learn_input(self.normed)
+        compute = self._compute_for(ids, begun)
+        self.experts.run_chosen(self.normed, ids, weights, foreseen, compute, self.outs)
+        self._sum(out)
+
+    def _sum(self, out: torch.Tensor) -> None:
         self._kernel.sum(pack_sum(self.outs, self.choice.weights, self.rounds, self.h, out))
 
     def told(self) -> Event:
@@ -137,19 +155,28 @@ class CompiledBlock:
         ids, weights = self.choice.seen
         return ids.copy(), weights.copy()
 
-    def _ask_experts(self, x: torch.Tensor) -> None:
-        """What each chosen expert says to x [1, H], to self.outs."""
-        experts, kernel, outs = self.experts, self._kernel, self.outs
-        ids, weights = self._chosen()
-        places = {expert: place for place, expert in enumerate(ids[0].tolist())}
-        outs.zero_()  # a miss rule may leave some out
+    def _compute_for(self, ids: NDArray[np.int64], begun: Collection[int]) -> Compute:
+        """Computes experts of ids [1, K] for the token, each into its row of self.outs; begun:
+        those that other threads compute."""
+        kernel, places = self._kernel, {expert: k for k, expert in enumerate(ids[0].tolist())}
 
-        def compute(keys: list[ExpertKey], views: list[Views]) -> None:
-            kernel.run_token(experts.math, views, x, outs, [places[k.expert] for k in keys])
+        def compute(keys: list[ExpertKey], views: list[Views]) -> float:
+            spent_s = kernel.settle()
+            start = time.perf_counter()
+            left = [
+                (key, each)
+                for key, each in zip(keys, views, strict=True)
+                if key.expert not in begun
+            ]
+            if left:
+                own = [each for _, each in left], self.normed, self.outs
+                kernel.run_token(self.experts.math, *own, [places[key.expert] for key, _ in left])
+            spent_s += time.perf_counter() - start
             if self._notes is not None:
-                self._note(keys, views, x, *self._notes)
+                self._note(keys, views, self.normed, *self._notes)
+            return spent_s
 
-        experts.run_token(x, ids, weights, self.choice.logits, compute, outs)
+        return compute
 
     @property
     def chosen_keys(self) -> list[ExpertKey]:
@@ -157,19 +184,11 @@ class CompiledBlock:
         ids = self.choice.seen[0][0].tolist()
         return [ExpertKey(self.experts.layer, expert) for expert in ids]
 
-    def note_chosen(self) -> bool:
-        """Tell how the experts are computed that the router chose last, where all of them are in
-        memory. Returns whether that is told now."""
+    def note_chosen(self) -> None:
+        """Tell how the experts are computed that the router chose last, as far as they are here."""
         assert self._notes is not None, "nobody wants to know"
-        known, keys = self._notes[0], self.chosen_keys
-        ids = [key.expert for key in keys]
-        if (known[ids] == NOWHERE).any():
-            return False
-        views = self.experts.hierarchy.views_here(keys)
-        if views is None:
-            return False
+        keys, views = self.experts.hierarchy.views_here(self.chosen_keys)
         self._note(keys, views, self.normed, *self._notes)
-        return bool((known[ids] == NOTED).all())
 
     def _note(
         self,

@@ -114,6 +114,21 @@ class ExpertsLayer:
         self._run(event, compute, seen, (x, out), lambda: _places_by_expert(ids, ids >= 0))
         self._runtime.recorder.record(event)
 
+    def run_chosen(
+        self,
+        x: torch.Tensor,
+        ids: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        foreseen: NDArray[np.float32] | None,
+        compute: Compute,
+        out: torch.Tensor,
+    ) -> None:
+        """The same where nobody ``is_observed``. foreseen: [1, D, E] what the next layers' routers
+        say, if they were asked."""
+        event, seen = self._chosen_event(ids, weights), Seen(foreseen=foreseen)
+        self._run(event, compute, seen, (x, out), lambda: _places_by_expert(ids, ids >= 0))
+        self._runtime.recorder.record(event)
+
     @property
     def is_observed(self) -> bool:
         """Whether somebody wants to see more of this pass's events than ``told`` is given, and a
@@ -138,11 +153,14 @@ class ExpertsLayer:
     def told(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event:
         """The event of one token whose experts were asked already; its router chose ids and weights
         [1, K]."""
-        if self._runtime.observer is not None:
-            self._runtime.observer.note_token(self.layer, ids, weights)
-        event = self._event(ids, weights, _FIRST_ROW, LONE, Seen())
+        event = self._chosen_event(ids, weights)
         self._runtime.recorder.record(event)
         return event
+
+    def _chosen_event(self, ids: NDArray[np.int64], weights: NDArray[np.float32]) -> Event:
+        if self._runtime.observer is not None:
+            self._runtime.observer.note_token(self.layer, ids, weights)
+        return self._event(ids, weights, _FIRST_ROW, LONE, Seen())
 
     def _chunk(
         self,

@@ -71,6 +71,8 @@ class Stretch:
                 stage, block.packed, block.choice, results, block.rounds, of_layer
             )
             block.note_to(self._stages, stage, of_layer)
+            if (early := hierarchy.early) is not None:
+                self._stages.begin_early(stage, *early.of_layer(block.experts.layer))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,26 +143,38 @@ class Stretch:
             done = self._run_ahead(at, tail, check)
             at += done or 0
             is_ended = at == len(self.blocks)
-            if not is_ended and (done is None or not self._goes_on(at)):
+            if is_ended or (done is not None and self._goes_on(at)):
+                continue
+            if done is not None:
+                self.blocks[at].finish_part(self._rows[at + 1], self._said(at))
+            else:
                 x = token.x if is_first and at == 0 else self._rows[at]
-                self._run_one(at, x, token, place, is_chosen=done is not None)
-                at += 1
+                self._run_one(at, x, token, place)
+            at += 1
         return is_ended
 
     def _goes_on(self, at: int) -> bool:
         """Whether a block that was run up to its choice can be run ahead from there: what it chose
-        was noted, and later ones' missing experts are on their way; or it is in memory, and only
+        was noted, and later ones' missing experts are on their way; or may be in memory, and only
         had to be noted. In the first case other threads compute it now: until the next run nobody
         may begin a load, for it might take the place of an expert of its."""
-        block, said = self.blocks[at], self._stages.said_early(at)
-        if said is not None:
-            scores = as_recorded(torch.from_numpy(said[None, : self._reach]))
-            self._hierarchy.foresee(block.experts.layer, scores, block.chosen_keys)
-            self.num_looks += 1
-        elif not block.note_chosen():
+        block = self.blocks[at]
+        if self._stages.is_in_part(at):
             return False
+        if self._stages.has_news(at):
+            said = self._said(at)
+            assert said is not None, "there is news that nobody asked for"
+            self._hierarchy.foresee(block.experts.layer, said, block.chosen_keys)
+            self.num_looks += 1
+        else:
+            block.note_chosen()
         self._stages.go_on(at)
         return True
+
+    def _said(self, at: int) -> NDArray[np.float32] | None:
+        """What later routers said [1, reach, E] to the input of this one's, if they were asked."""
+        said = self._stages.said_early(at)
+        return None if said is None else as_recorded(torch.from_numpy(said[None, : self._reach]))
 
     def _look_ahead(self) -> None:
         """How blocks are run in this pass. One by one where somebody wants to see routers, or who
@@ -199,10 +213,7 @@ class Stretch:
                 self._hierarchy.run_computed(events, spent_s)
         return len(spent_s)
 
-    def _run_one(
-        self, at: int, x: torch.Tensor, token: Beginning, place: Place, is_chosen: bool
-    ) -> None:
+    def _run_one(self, at: int, x: torch.Tensor, token: Beginning, place: Place) -> None:
         block = self.blocks[at]
-        if not is_chosen:
-            block.attend(x, token.turns, (*place.memory[at], place.position), block.normed)
+        block.attend(x, token.turns, (*place.memory[at], place.position), block.normed)
         block.finish(self._rows[at + 1])

@@ -47,6 +47,37 @@ bool tell_chosen(const Stage &later, const float *said, std::vector<uint32_t> &o
     return is_any;
 }
 
+// Whether one of its chosen experts is there.
+bool chose_any(const Stage &s, Place place) {
+    return std::any_of(s.token.ids, s.token.ids + s.sum.top_k, [&](int64_t id) {
+        const auto number = static_cast<uint64_t>(id);
+        return number < s.num_experts && is_at(s, number, place);
+    });
+}
+
+void begin_missing(const Stage &s) {
+    if (!s.early) return;
+    for (uint32_t k = 0; k < s.sum.top_k; ++k) {
+        const auto id = static_cast<uint64_t>(s.token.ids[k]);
+        if (id < s.num_experts && is_at(s, id, Place::nowhere))
+            begin_read(*s.early, s.plans[id], s.first_key + id);
+    }
+}
+
+// The calls of its chosen experts, as far as they are noted; whether all of them are.
+bool gather_noted(const Stage &s, std::vector<Call> &calls) {
+    calls.clear();
+    const size_t row_bytes = s.sum.size * size_of(s.sum.type);
+    for (uint32_t k = 0; k < s.sum.top_k; ++k) {
+        const auto id = static_cast<uint64_t>(s.token.ids[k]);
+        if (id >= s.num_experts || !is_at(s, id, Place::noted)) continue;
+        calls.push_back(s.calls[id]);
+        calls.back().x = s.token.normed;
+        calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
+    }
+    return calls.size() == s.sum.top_k;
+}
+
 }  // namespace
 
 size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
@@ -55,33 +86,35 @@ size_t Engine::run_ahead(Stage *stages, size_t count, const Tail *tail) {
         Stage &s = stages[i];
         const Progress before = s.progress;
         s.progress = Progress::none;
+        s.is_said = 0;
         s.dense_s = 0;
         if (before == Progress::begun) {
             s.experts_s = settle().experts_s;
             continue;
         }
         Clock::time_point start = Clock::now();
-        if (before == Progress::none) attend(*s.block, s.token);
-        s.dense_s = seconds_since(start);
-        calls.clear();
-        for (uint32_t k = 0; k < s.sum.top_k; ++k) {
-            const auto id = static_cast<uint64_t>(s.token.ids[k]);
-            if (id >= s.num_experts || !is_at(s, id, Place::noted)) return i;
-            const size_t row_bytes = s.sum.size * size_of(s.sum.type);
-            calls.push_back(s.calls[id]);
-            calls.back().x = s.token.normed;
-            calls.back().out = static_cast<uint8_t *>(s.sum.outs) + k * row_bytes;
+        if (before == Progress::none) {
+            attend(*s.block, s.token);
+            begin_missing(s);
         }
+        s.dense_s = seconds_since(start);
+        const bool are_noted = gather_noted(s, calls);
+        if (!are_noted && before == Progress::none && chose_any(s, Place::coming)) return i;
         const bool has_news = look_ahead(&s, count - i);
         s.dense_s = seconds_since(start);
+        if (!are_noted) {
+            if (!calls.empty()) begin_experts(calls, nullptr, nullptr);
+            s.progress = Progress::part;
+            return i;
+        }
         s.experts_s = 0;
         if (has_news) {
-            begin_experts(calls, s.sum, nullptr);
+            begin_experts(calls, &s.sum, nullptr);
             s.progress = Progress::news;
             return i;
         }
         if (tail && i + 1 == count) {
-            begin_experts(calls, s.sum, tail);
+            begin_experts(calls, &s.sum, tail);
             continue;
         }
         start = Clock::now();
@@ -121,19 +154,21 @@ bool Engine::look_ahead(Stage *stages, size_t count) {
         multiply(router, prepared_[d].tokens, first, last, said(d), router.rows);
     });
     bool is_any = false;
+    stages[0].is_said = 1;
     for (size_t d = 0; d < reach; ++d) is_any |= tell_chosen(stages[1 + d], said(d), order_);
     return is_any;
 }
 
-void Engine::begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail) {
+void Engine::begin_experts(std::vector<Call> &calls, const Sum *sum, const Tail *tail) {
     const auto turn = take_turn();
     begun_calls_.swap(calls);
     const Clock::time_point start = Clock::now();
-    prepare_group(begun_calls_.data(), begun_calls_.size(), &sum);
-    begun_ = {sum, tail ? std::optional<Tail>(*tail) : std::nullopt, start, start};
+    prepare_group(begun_calls_.data(), begun_calls_.size(), sum);
+    begun_ = {sum ? std::optional<Sum>(*sum) : std::nullopt,
+              tail ? std::optional<Tail>(*tail) : std::nullopt, start, start};
     num_begun_left_ = static_cast<int>(pieces_.size());
     pool_.begin(num_begun_left_, [this](int task) {
-        run_piece(task, begun_calls_.data(), &begun_->sum);
+        run_piece(task, begun_calls_.data(), begun_->sum ? &*begun_->sum : nullptr);
         if (--num_begun_left_ == 0) begun_->end = Clock::now();
     });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matrix.hpp"
+#include "reads.hpp"
 
 namespace moe {
 
@@ -98,7 +99,8 @@ struct Outlook {
 
 // How far a stage is. chosen: its own experts are. begun: other threads compute them. news: so they
 // do, and somebody has to see what later routers say, for of what they like something is nowhere.
-enum class Progress : uint32_t { none = 0, chosen = 1, begun = 2, news = 3 };
+// part: so they do with those of its experts that are noted, and there are others.
+enum class Progress : uint32_t { none = 0, chosen = 1, begun = 2, news = 3, part = 4 };
 
 // One of several blocks that follow one another, run in one call.
 struct Stage {
@@ -112,8 +114,11 @@ struct Stage {
     double dense_s;        // written: what came before them in the call
     Outlook outlook;
     Progress progress;
-    uint32_t unused;
+    uint32_t is_said;      // written: whether its outlook's routers were asked
+    const ReadPlan *plans; // [num_experts]
+    EarlyReads *early;     // by which a missing one is begun at once; or null
+    uint64_t first_key;    // flat, of expert 0
 };
-static_assert(sizeof(Stage) == 232, "Python packs it so");
+static_assert(sizeof(Stage) == 256, "Python packs it so");
 
 }  // namespace moe

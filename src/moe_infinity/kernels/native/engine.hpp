@@ -112,8 +112,8 @@ public:
     // As many stages as have all of their chosen experts in memory, and see none missing that later
     // ones will choose; returns how many. The one after them, if there is one, is run up to the
     // choice of its experts, and told to go on from there by its progress; where it has news its
-    // experts are begun: other threads compute them. So are the last one's with a tail, which
-    // follows it.
+    // experts are begun: other threads compute them. So are those that are noted where others are
+    // missing, and the last one's with a tail, which follows it.
     size_t run_ahead(Stage *stages, size_t count, const Tail *tail);
     // What was begun is done, and what follows it; until then all memory of it has to stay. Whatever
     // else is asked of the engine does that first.
@@ -131,15 +131,16 @@ private:
         Step step;
     };
 
-    // Experts that were begun: their sum, what follows that, and when they began and ended.
+    // Experts that were begun: their sum, if all of a block's were, what follows that, and when they
+    // began and ended.
     struct Begun {
-        Sum sum;
+        std::optional<Sum> sum;
         std::optional<Tail> tail;
         Clock::time_point start, end;
     };
 
     bool look_ahead(Stage *stages, size_t count);
-    void begin_experts(std::vector<Call> &calls, const Sum &sum, const Tail *tail);
+    void begin_experts(std::vector<Call> &calls, const Sum *sum, const Tail *tail);
     Spent end_begun();
     void run_tail(const Tail &tail);
     void add_up(const Sum &sum, uint32_t first, uint32_t last) const;  // of its columns
