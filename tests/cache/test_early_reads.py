@@ -91,6 +91,18 @@ def test_a_drain_forgets_it(engine: QueuedTransfers) -> None:
     assert engine.take_settled() == []
 
 
+def test_a_drain_forgets_what_nobody_has_seen(engine: QueuedTransfers) -> None:
+    early, into = engine.early, memoryview(allocate(NUM_PAGES * PAGE))
+    assert early is not None
+    early.offer(0, into)
+    early._spares[0, 1:] = 1, KEY.expert, 0  # as compiled code writes it
+    assert early.unseen() == [Begun(KEY, 0, into, 0)]
+    engine.drain()
+    assert early.unseen() == []
+    assert not early.is_any_begun()
+    assert early.is_at(0, into)
+
+
 def test_an_expert_in_many_pieces_is_left_to_others(engine: QueuedTransfers) -> None:
     early = engine.early
     assert early is not None
@@ -236,11 +248,14 @@ def test_what_was_read_for_a_pass_that_is_thrown_away_is_spare_again(
 
         monkeypatch.setattr(Stretch, "_run_ahead", run)
         is_on = True
-        for _ in range(4):
+        for num_struck in range(1, 5):
             with pytest.raises(_Struck):
                 said(moe)
+            assert num_left == num_struck
+            assert early.is_any_begun()
+            moe._hierarchy.begin_pass("prefill")
+            assert not early.is_any_begun()
         is_on = False
-        assert num_left == 4
         claims.clear()
         assert said(moe) == expected
         assert claims

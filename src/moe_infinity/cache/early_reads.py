@@ -80,13 +80,17 @@ class EarlyReads:
     def offer(self, spare: int, buffer: memoryview) -> None:
         """Read into this memory, in place of what was spare before, whatever was begun there."""
         place = self._spares[spare]
-        place[_BUFFER] = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        place[_BUFFER] = _address(buffer)
         self._buffers[spare] = buffer
         self._is_seen[spare] = False
         place[_IS_TAKEN] = 0
 
     def is_offered(self) -> bool:
         return bool(self._spares[:, _BUFFER].all())
+
+    def is_at(self, spare: int, buffer: memoryview) -> bool:
+        """Whether this memory is what the spare is now."""
+        return bool(self._spares[spare, _BUFFER] == _address(buffer))
 
     def is_any_begun(self) -> bool:
         """Whether there is a load that nobody has decided on yet."""
@@ -121,3 +125,7 @@ class EarlyReads:
         self.end()
         self._spares[:] = 0
         self._buffers = [memoryview(b"")] * NUM_EARLY
+
+
+def _address(buffer: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

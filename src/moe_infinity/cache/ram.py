@@ -106,6 +106,9 @@ class RamHierarchy(DrivenHierarchy):
         assert sorted(self._places + self._spare) == list(range(self._num_places)), (
             "memory of a slot is lost or used twice"
         )
+        if self.early is not None and self.early.is_offered():
+            spares = [(at, self._arena.buffer(place)) for at, place in enumerate(self._spare)]
+            assert all(self.early.is_at(*spare) for spare in spares), "what is offered is in use"
         if self.known is not None:
             is_same = (self.known == NOWHERE).ravel() == self._are_absent()
             assert is_same.all(), f"said to be elsewhere: {np.flatnonzero(~is_same).tolist()}"
