@@ -219,6 +219,7 @@ def test_an_interrupt_anywhere_loses_no_memory(
         for left in range(3, 18, 3):
             with suppress(_Struck):
                 said(moe, 8)
+            moe._hierarchy.check_integrity()
             num_struck += left <= 0
             left = 0
             assert said(moe, 8) == expected
