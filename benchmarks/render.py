@@ -92,6 +92,7 @@ _IN_TURNS = {
     "peers_gguf_widened16_mxfp4": "widened16, MXFP4",
 }
 _LIMITED_AVX2 = {
+    "peers_avx2_olmoe_int4": "OLMoE, 4 bit",
     "peers_avx2_int4_limits": "widened16, 4 bit",
     "peers_avx2_q4_k_m": "widened16, Q4_K_M",
     "peers_avx2_mxfp4": "widened16, MXFP4",
