@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +258,18 @@ class TestInterpreter:
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
 
-    def test_the_installed_command(self) -> None:
-        import sys
+    @pytest.mark.parametrize("words", [["--version"], ["plan"], ["plan", "--json"]])
+    def test_a_full_disk_behind_the_output(self, words: list[str]) -> None:
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full here")
+        command = [sys.executable, "-m", "moe_infinity", *words]
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: standard output cannot be written: No space left")
+        assert done.stderr.count("\n") == 1
 
+    def test_the_installed_command(self) -> None:
         script = Path(sys.executable).parent / "moe-infinity"
         if not script.exists():
             pytest.skip("the package is not installed with its command")

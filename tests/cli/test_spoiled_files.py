@@ -132,6 +132,10 @@ class TestSpoiledFiles:
 
         self._with(tiny, change)
 
+    def test_more_experts_to_a_token_than_there_are(self, tiny: Path) -> None:
+        edit_config(tiny, num_experts_per_tok=99)
+        assert "num_experts_per_tok: got 99, expected at most" in refused("run", tiny, *IDS)
+
     def test_more_layers_in_the_config_than_on_disk(self, tiny: Path) -> None:
         edit_config(tiny, num_hidden_layers=4)
         message = refused("run", tiny, *IDS)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
+import os
 import sys
 import warnings
+from typing import Any
 
 from moe_infinity.config import keep_kernel_caches_small, let_idle_threads_sleep
 from moe_infinity.errors import MoEInfinityError
@@ -41,12 +44,26 @@ def _run(arguments: list[str]) -> int:
 
     command = typer.main.get_command(build_app())
     try:
+        return _run_command(command, arguments)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
+            raise
+        if error.errno == errno.ENOSPC:
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left would be written at the end
+        return 1
+
+
+def _run_command(command: Any, arguments: list[str]) -> int:
+    try:
         command.main(arguments, prog_name="moe-infinity")
     except SystemExit as end:  # typer's own: 0, 2 for usage, 130 for Ctrl-C, 1 for a closed pipe
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except MoEInfinityError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        sys.stdout.flush()
     return 0
 
 

@@ -96,7 +96,8 @@ def _require_context(moe: Any, length: int) -> None:
     limit = first_number(moe.model.config.get_text_config(), "max_position_embeddings")
     if limit is not None and length > limit:
         raise ConfigError(
-            f"--depth: got {length} tokens with the new ones, expected at most the model's {limit}"
+            f"--prompt-tokens, --depth: got {length} tokens with the new ones, expected at most "
+            f"the model's {limit}"
         )
 
 

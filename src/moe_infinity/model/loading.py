@@ -36,6 +36,7 @@ from moe_infinity.errors import (
 )
 from moe_infinity.kernels.formats import DTYPES, require_supported
 from moe_infinity.kernels.packed import PACKED
+from moe_infinity.model import soundness
 from moe_infinity.model.adapters import _interface, find_adapter
 from moe_infinity.model.adapters.base import Adapter, ExpertsModule
 from moe_infinity.model.coded_linears import CodedLinear, attach_coded, coded_linears
@@ -45,7 +46,6 @@ from moe_infinity.model.looked_up import LookedUp, attach_looked_up, find_looked
 from moe_infinity.model.packed_linears import move
 from moe_infinity.model.quiet import Quiet
 from moe_infinity.model.skeleton import build_meta, find_experts, without_expert_weights
-from moe_infinity.model.soundness import refuse_strays, require_complete, require_fitting
 from moe_infinity.types import ExpertKey, ExpertShape, ExpertSpec
 
 # Where a config does not say in a known word: more than most models use.
@@ -115,11 +115,12 @@ def examine(checkpoint: Checkpoint, dtype: str | None) -> Anatomy:
     experts = find_experts(meta)
     found = _sort(checkpoint, meta, adapter, experts)
     if checkpoint.config_values is not None:
-        refuse_strays(checkpoint, found)
+        soundness.refuse_strays(checkpoint, found)
     specs = dict(checkpoint.packed_specs or _specs(experts, found, checkpoint.sides))
     if checkpoint.packed_specs is not None:
-        require_fitting(checkpoint.path, specs, experts)
+        soundness.require_fitting(checkpoint.path, specs, experts)
     counts = tuple(module.num_experts for module in experts)
+    soundness.require_enough(checkpoint.path, config, max(counts))
     top_k = min(adapter.top_k or _top_k(config), max(counts))
     shape = ExpertShape(len(experts), max(counts), top_k, counts)
     dense = [checkpoint.tensors[name] for name in found.dense]
@@ -185,7 +186,7 @@ def load(
             raise
     if failures:
         raise failures[0]
-    require_complete(checkpoint, info)
+    soundness.require_complete(checkpoint, info)
     attach_coded(model, checkpoint, anatomy.coded, anatomy.dtype, own)
     if looked_up is not None:
         attach_looked_up(model, checkpoint, looked_up, anatomy.dtype)

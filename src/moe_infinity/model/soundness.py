@@ -54,6 +54,16 @@ def require_fitting(
         )
 
 
+def require_enough(path: Path, config: Any, num_experts: int) -> None:
+    """A token cannot go to more experts than a layer has."""
+    wanted = getattr(config.get_text_config(), "num_experts_per_tok", None)
+    if isinstance(wanted, int) and wanted > num_experts:
+        raise CorruptCheckpointError(
+            f"{path}: num_experts_per_tok: got {wanted}, expected at most the {num_experts} "
+            f"experts of a layer"
+        )
+
+
 def _shape(part: Part, expected: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """As the model has it: coded matrices are [out, in] whatever it says."""
     turned = part.shape[::-1]
