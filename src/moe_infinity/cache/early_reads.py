@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_infinity.checkpoint.direct_io import address_of
 from moe_infinity.checkpoint.kernel_reads import KernelReads
 from moe_infinity.types import ExpertKey, ReadRange
 
@@ -80,7 +81,7 @@ class EarlyReads:
     def offer(self, spare: int, buffer: memoryview) -> None:
         """Read into this memory, in place of what was spare before, whatever was begun there."""
         place = self._spares[spare]
-        place[_BUFFER] = _address(buffer)
+        place[_BUFFER] = address_of(buffer)
         self._buffers[spare] = buffer
         self._is_seen[spare] = False
         place[_IS_TAKEN] = 0
@@ -90,7 +91,7 @@ class EarlyReads:
 
     def is_at(self, spare: int, buffer: memoryview) -> bool:
         """Whether this memory is what the spare is now."""
-        return bool(self._spares[spare, _BUFFER] == _address(buffer))
+        return bool(self._spares[spare, _BUFFER] == address_of(buffer))
 
     def is_any_begun(self) -> bool:
         """Whether there is a load that nobody has decided on yet."""
@@ -125,7 +126,3 @@ class EarlyReads:
         self.end()
         self._spares[:] = 0
         self._buffers = [memoryview(b"")] * NUM_EARLY
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -8,7 +8,6 @@ more than a queue takes, errors) is left to the threads of TransferEngine.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import logging
 import time
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from moe_infinity.cache.early_reads import Begun, EarlyReads
 from moe_infinity.cache.transfer import Transfer, TransferEngine, TransferState
 from moe_infinity.checkpoint.base import ExpertStore
+from moe_infinity.checkpoint.direct_io import address_of
 from moe_infinity.checkpoint.kernel_reads import KernelRead, KernelReads
 from moe_infinity.types import ExpertKey, Priority, ReadRange
 
@@ -135,7 +135,7 @@ class QueuedTransfers(TransferEngine):
             super()._enqueue(transfer)
 
     def _request(self, transfer: Transfer, descriptors: Sequence[int]) -> None:
-        start = _address(transfer._buffer)
+        start = address_of(transfer._buffer)
         pieces = list(zip(transfer._unclaimed, descriptors, strict=True))
         for piece, fd in reversed(pieces):  # the first is the last
             number = next(self._numbers)
@@ -149,7 +149,7 @@ class QueuedTransfers(TransferEngine):
         chunks = transfer._unclaimed
         if not chunks or transfer._after is not None or self._is_given_up:
             return None
-        if _address(transfer._buffer) not in self._used:  # memory has to be found for it
+        if address_of(transfer._buffer) not in self._used:  # memory has to be found for it
             return None
         if len(self._under_way) + len(chunks) > self._reads.depth:
             return None
@@ -191,7 +191,7 @@ class QueuedTransfers(TransferEngine):
         if not any(chunk.transfer is transfer for chunk in self._under_way.values()):
             super()._settle_if_over(transfer)
             if transfer.state is TransferState.DONE:
-                self._used.add(_address(transfer._buffer))
+                self._used.add(address_of(transfer._buffer))
             if transfer.is_settled and transfer.key in self._begun_early:
                 self._finished.remove(transfer)  # until somebody decides on it
 
@@ -275,7 +275,3 @@ class QueuedTransfers(TransferEngine):
             self._under_way.clear()
             self._requests.clear()
             self._begun_early.clear()
-
-
-def _address(buffer: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))

@@ -131,14 +131,14 @@ class RamHierarchy(DrivenHierarchy):
                 buffer = self._arena.buffer(self._places[load.slot])
                 self._in_flight[load.key] = self._engine.submit(load.key, buffer, priority)
             else:
-                self._in_flight[load.key] = self._change_places(load.slot, *begun)
+                self._in_flight[load.key], spare = begun
+                self._change_places(load.slot, spare)
 
-    def _change_places(self, slot: int, transfer: Transfer, spare: int) -> Transfer:
+    def _change_places(self, slot: int, spare: int) -> None:
         """What is read into spare memory belongs into the slot: whose own is spare now."""
         assert self.early is not None, "nothing is begun early"
         self._places[slot], self._spare[spare] = self._spare[spare], self._places[slot]
         self.early.offer(spare, self._arena.buffer(self._spare[spare]))
-        return transfer
 
     def cancel(self, key: ExpertKey) -> None:
         self._engine.cancel(self._in_flight[key])

@@ -30,6 +30,11 @@ def align_up(value: int) -> int:
     return -(-value // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+def address_of(buffer: mmap.mmap | memoryview) -> int:
+    """Of writable memory, where it begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
 def allocate(num_bytes: int, is_huge: bool = True) -> mmap.mmap:
     """Page-aligned anonymous memory, all 0; pages cost nothing before they are touched.
 
@@ -53,7 +58,7 @@ def allocate_on_huge_pages(num_bytes: int) -> memoryview:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return memoryview(allocate(num_bytes))[:num_bytes]
     room = allocate(num_bytes + HUGE_PAGE_BYTES, is_huge=False)
-    start = -ctypes.addressof(ctypes.c_char.from_buffer(room)) % HUGE_PAGE_BYTES
+    start = -address_of(room) % HUGE_PAGE_BYTES
     with contextlib.suppress(OSError):
         room.madvise(mmap.MADV_HUGEPAGE, start, num_bytes - num_bytes % HUGE_PAGE_BYTES)
     return memoryview(room)[start : start + num_bytes]
